@@ -1,0 +1,1 @@
+"""What changes a graph: one file per published mechanism or rewrite, in families."""

@@ -1,0 +1,1 @@
+"""Mechanisms whose cost grows linearly, because keys and values are summed into a state before a query reads them."""

@@ -1,0 +1,1 @@
+"""Replacements of a whole attention region by another way of mixing tokens."""

@@ -1,0 +1,1 @@
+"""Modules that are inserted beside attention rather than put in its place."""

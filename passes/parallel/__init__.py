@@ -1,0 +1,1 @@
+"""Rewrites that spread one attention over several devices."""

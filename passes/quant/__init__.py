@@ -1,0 +1,1 @@
+"""Rewrites of projections and of the attention product into few bits."""

@@ -1,0 +1,1 @@
+"""Mechanisms in which a query sees only some of the keys."""

@@ -1,0 +1,1 @@
+"""Rewrites that change how many tokens travel through the model."""
