@@ -1,0 +1,78 @@
+"""A live site: a site's facts together with its tensors, as a mechanism's `forward` sees them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+
+from .primitives.attend import Segment, Tables, run
+from .primitives.attend_spec import AttendSpec
+from .refusal import Refused
+from .site import Grid, Site
+from .symbol_text import parse
+from .symbols import TRUE, Expr, name, read
+
+_INDICES = {n: name(n) for n in ("b", "h", "i", "j", "N", "M")}
+
+
+@dataclass(frozen=True)
+class LiveSite:
+    """Reads like its `Site` (site.heads, site.causal, site.scale, site.grid ...) and knows what its own score had."""
+
+    facts: Site
+    spec: AttendSpec  # the attention that stands here before the rewrite, honoured features only
+    tables: tuple[Tensor, ...] = ()
+    ports: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __getattr__(self, attribute: str) -> Any:
+        return getattr(object.__getattribute__(self, "facts"), attribute)
+
+    @property
+    def grid(self) -> Grid | None:
+        return self.facts.grid
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        keep: Callable[..., Any] | None = None,
+        score: Callable[..., Any] | None = None,
+        weight: Callable[..., Any] | None = None,
+        normaliser: str = "softmax",
+        eps: float = 0.0,
+        sink: Callable[..., Any] | None = None,
+        after: Callable[..., Any] | None = None,
+        segments: Sequence[Segment] = (),
+        outputs: Sequence[str] = ("o",),
+    ) -> Any:
+        """`attend` that starts from what stands here: its mask, scale, bias, softcap, sinks and positions are kept."""
+        if segments:
+            raise Refused(
+                "further segments together with site=", where=self.facts.path, fits="give causal, scale, keep instead"
+            )
+        own = self.spec
+        tables = Tables(self.tables)
+        kept = own.keep_expr & (TRUE if keep is None else tables.settle(read(keep, _INDICES, what="keep")))
+        scored: Expr = own.score_expr
+        if score is not None:
+            scored = tables.settle(read(score, {"s": scored, **_INDICES}, what="score"))
+        done = parse(own.after) if own.after else name("w")
+        if after is not None:
+            done = tables.settle(read(after, {"w": done, **_INDICES}, what="after"))
+        spec = replace(
+            own,
+            keep="" if kept.text == TRUE.text else kept.text,
+            score=scored.text,
+            weight=tables.text(weight, {"s": name("s")}, "weight"),
+            normaliser=normaliser,
+            eps=eps,
+            sink=tables.text(sink, {n: _INDICES[n] for n in ("b", "h", "i")}, "sink") or own.sink,
+            after="" if done.text == "w" else done.text,
+            outputs=tuple(outputs),
+        )
+        return run(q, [k, v], tables.tensors, spec)

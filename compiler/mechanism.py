@@ -1,0 +1,171 @@
+"""What a mechanism is: one frozen value that says its knobs, what it fits, its meaning and its exact limits.
+
+The registry reads everything else from the class: recipe keys, command-line options, the docs table, the generic tests.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import MISSING, dataclass, field, fields
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from .refusal import Refused, nearest
+from .site import Site
+
+PARTS = ("core", "gate", "cache", "region", "insert", "model")
+KINDS = ("exact", "approximate", "needs recovery")
+OPTIONAL_PORTS = ("key_padding", "bias", "positions", "cos", "sin", "x_kv")
+
+
+@dataclass(frozen=True)
+class Param:
+    """A learned tensor, or a buffer: its shape and how it starts."""
+
+    shape: tuple[int, ...]
+    init: Callable[[Tensor], Any] = torch.Tensor.zero_  # fills the tensor in place, drawing from torch's generator
+    dtype: torch.dtype | None = None  # the site's own where None
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A case in which the answer is known exactly: `knobs` and a problem on which `mechanism == expected` must hold."""
+
+    says: str
+    got: Callable[[], Tensor]
+    expected: Callable[[], Tensor]
+    atol: float = 1e-5
+
+
+@dataclass(frozen=True)
+class Aux:
+    """What a forward gives besides its output: named losses, and new values of its buffers (written in train() only)."""
+
+    losses: Mapping[str, Tensor] = field(default_factory=dict)
+    buffers: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+class Tensors:
+    """`p` in a forward: the mechanism's own tensors by attribute."""
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        self._values = dict(values)
+
+    def __getattr__(self, wanted: str) -> Tensor:
+        values: dict[str, Tensor] = object.__getattribute__(self, "_values")
+        if wanted not in values:
+            raise Refused(f"tensor {wanted!r}", where="p", fits=nearest(wanted, values))
+        return values[wanted]
+
+    def __contains__(self, wanted: str) -> bool:
+        return wanted in self._values
+
+
+class Mechanism:
+    """Base of all mechanisms; subclasses are frozen dataclasses whose fields are the knobs.
+
+    `forward(self, site, p, <ports by name>)` is the meaning. Ports: q, k, v (B, H, N, D); x, x_kv (B, N, C), the hidden state
+    that fed the projections; o (B, H, N, D), the attention's output (gates); key_padding (B, M), true where a key is real;
+    bias, positions, cos, sin, q_nope, k_nope. A parameter with a default is given only where the site has that port.
+    """
+
+    slug: ClassVar[str] = ""
+    part: ClassVar[str] = "core"
+    kind: ClassVar[str] = "needs recovery"
+    honours: ClassVar[frozenset[str] | set[str]] = frozenset()
+    paper: ClassVar[str] = ""
+
+    def fits(self, site: Site) -> str | None:
+        """Why this mechanism cannot stand at a site (features and ports are checked elsewhere), or None."""
+        return None
+
+    def params(self, site: Site) -> Mapping[str, Param]:
+        return {}
+
+    def buffers(self, site: Site) -> Mapping[str, Param]:
+        return {}
+
+    def draws(self, site: Site) -> Mapping[str, Param]:
+        """Random tensors of a forward; drawn in the graph, so that primitives stay pure."""
+        return {}
+
+    def limits(self) -> Iterable[Limit]:
+        return ()
+
+    def forward(self, site: Any, p: Any, **ports: Tensor) -> Any:
+        raise Refused(f"{self.slug} has no forward", fits="define forward(self, site, p, q, k, v)")
+
+    @classmethod
+    def knobs(cls) -> dict[str, tuple[Any, Any]]:
+        """name -> (type text, default); MISSING where there is no default."""
+        return {
+            f.name: (
+                f.type,
+                f.default
+                if f.default is not MISSING
+                else f.default_factory()
+                if f.default_factory is not MISSING
+                else MISSING,
+            )
+            for f in fields(cls)  # type: ignore[arg-type]
+        }
+
+    @classmethod
+    def asked_ports(cls) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Ports a forward must have, and those it takes where they exist."""
+        found = [q for n, q in inspect.signature(cls.forward).parameters.items() if n not in ("self", "site", "p")]
+        named = [q for q in found if q.kind is not inspect.Parameter.VAR_KEYWORD]
+        must = tuple(q.name for q in named if q.default is inspect.Parameter.empty)
+        return must, tuple(q.name for q in named if q.name not in must)
+
+    @classmethod
+    def summary(cls) -> str:
+        """The first line of its module or class: what it is, its formula's name, its paper."""
+        text = inspect.getdoc(inspect.getmodule(cls)) or inspect.getdoc(cls) or cls.slug
+        return text.split("\n", 1)[0].strip()
+
+    def refuses(self, site: Site, dropped: frozenset[str] = frozenset()) -> str | None:
+        """Why this mechanism is refused at a site: a port it lacks, a feature it does not honour, its own `fits`."""
+        missing = [port for port in self.asked_ports()[0] if port not in site.ports]
+        if missing:
+            return f"{self.slug} asks for port {', '.join(missing)}, which this site does not have"
+        if self.part in ("core", "region"):
+            strange = sorted(site.features - set(self.honours) - dropped - {"rope", "packed"})
+            if strange:
+                return f"{self.slug} does not honour {', '.join(strange)} (`drop: [{', '.join(strange)}]` permits it)"
+        return self.fits(site)
+
+
+_REGISTRY: dict[str, type[Mechanism]] = {}
+
+
+def register(slug: str) -> Callable[[type[Mechanism]], type[Mechanism]]:
+    """Make a mechanism known under its paper's short name; a second definition in a notebook replaces the first."""
+
+    def enter(cls: type[Mechanism]) -> type[Mechanism]:
+        if cls.part not in PARTS or cls.kind not in KINDS:
+            raise Refused(f"part {cls.part!r}, kind {cls.kind!r}", where=slug, fits=f"parts {PARTS}, kinds {KINDS}")
+        cls.slug = slug
+        _REGISTRY[slug] = cls
+        return cls
+
+    return enter
+
+
+def mechanisms() -> dict[str, type[Mechanism]]:
+    """Every registered mechanism by slug, in order of name."""
+    return dict(sorted(_REGISTRY.items()))
+
+
+def mechanism(slug: str, /, **knobs: Any) -> Mechanism:
+    """The mechanism of a name with its knobs; unknown names and knobs are refused with the nearest ones."""
+    if slug not in _REGISTRY:
+        raise Refused(f"mechanism {slug!r}", fits=nearest(slug, _REGISTRY))
+    cls = _REGISTRY[slug]
+    for knob in knobs:
+        if knob not in cls.knobs():
+            raise Refused(f"knob {knob!r}", where=slug, fits=nearest(knob, cls.knobs(), kind="its knobs"))
+    return cls(**knobs)

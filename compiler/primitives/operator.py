@@ -1,0 +1,148 @@
+"""What every primitive op is made of: a text spec, an eager meaning, output shapes, a gradient, and kernels per device.
+
+The registered op sees tensors and one text; the text is the whole truth, so it can be printed, hashed, saved and lowered.
+Its gradient is that of the chosen implementation, recomputed: nothing but the inputs is kept between forward and backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Groups = Sequence[Sequence[Tensor]]  # the op's tensor arguments in order, a single tensor as a group of one
+Meaning = Callable[[Groups, str], list[Tensor]]
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One implementation of a primitive: `refuses` answers why it does not fit these arguments, or None where it does."""
+
+    name: str
+    refuses: Callable[[Groups, str], str | None]
+    run: Meaning
+    differentiable: bool = False  # made of differentiable torch operations, so that its own gradient can be taken
+
+
+@dataclass(frozen=True, eq=False)
+class Primitive:
+    """A registered op `reattend::name`; calling it runs the first kernel that fits, the eager meaning otherwise."""
+
+    name: str
+    groups: tuple[str, ...]  # argument names; a trailing * marks a list of tensors
+    meaning: Meaning
+    shapes: Meaning  # the same outputs, empty
+    kernels: dict[str, list[Kernel]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        arguments = ", ".join(f"Tensor[] {g[:-1]}" if g.endswith("*") else f"Tensor {g}" for g in self.groups)
+        self._define(f"reattend::{self.name}", f"({arguments}, str spec) -> Tensor[]", self._run, self._empty)
+        self._define(
+            f"reattend::{self.name}_backward",
+            "(Tensor[] grads, Tensor[] tensors, int[] counts, int[] outputs, str spec) -> Tensor[]",
+            self._gradients,
+            lambda grads, tensors, counts, outputs, spec: [torch.empty_like(t) for t in tensors if _learns(t)],
+        )
+        torch.library.register_autograd(f"reattend::{self.name}", self._backward, setup_context=self._remember)
+
+    @staticmethod
+    def _define(name: str, schema: str, run: Callable[..., Any], fake: Callable[..., Any]) -> None:
+        torch.library.custom_op(name, run, mutates_args=(), schema=schema)
+        torch.library.register_fake(name, fake)
+
+    @property
+    def op(self) -> Any:
+        return getattr(torch.ops.reattend, self.name).default
+
+    def __call__(self, *arguments: Any) -> list[Tensor]:
+        result: list[Tensor] = self.op(*arguments)
+        return result
+
+    def choose(self, groups: Groups, spec: str) -> tuple[Kernel | None, list[tuple[str, str]]]:
+        """The kernel that will run (None: the eager meaning) and why those before it do not fit."""
+        refused: list[tuple[str, str]] = []
+        device = next(t.device.type for group in groups for t in group)
+        for kernel in self.kernels.get(device, []):
+            reason = kernel.refuses(groups, spec)
+            if reason is None:
+                return kernel, refused
+            refused.append((kernel.name, reason))
+        return None, refused
+
+    def _grouped(self, arguments: Sequence[Any]) -> Groups:
+        return [a if isinstance(a, list | tuple) else [a] for a in arguments]
+
+    def _run(self, *arguments: Any) -> list[Tensor]:
+        *tensors, spec = arguments
+        groups = self._grouped(tensors)
+        kernel, _ = self.choose(groups, spec)
+        given = {id(t) for group in groups for t in group}
+        results = (kernel.run if kernel else self.meaning)(groups, spec)
+        return [r.clone() if id(r) in given else r.contiguous() for r in results]  # an op may not return its inputs
+
+    def _empty(self, *arguments: Any) -> list[Tensor]:
+        *tensors, spec = arguments
+        return self.shapes(self._grouped(tensors), spec)
+
+    def _remember(self, ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+        *tensors, spec = inputs
+        groups = self._grouped(tensors)
+        ctx.spec, ctx.counts = spec, [len(group) for group in groups]
+        ctx.lists = [isinstance(t, list | tuple) for t in tensors]
+        ctx.save_for_backward(*(t for group in groups for t in group))
+
+    def _backward(self, ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
+        tensors = list(ctx.saved_tensors)
+        present = [index for index, grad in enumerate(grads) if grad is not None]
+        backward = getattr(torch.ops.reattend, f"{self.name}_backward").default
+        results = backward([grads[k].contiguous() for k in present], tensors, ctx.counts, present, ctx.spec)  # type: ignore[union-attr]
+        learned = iter(results)
+        flat = [next(learned) if _learns(t) else None for t in tensors]
+        answer: list[Any] = []
+        for count, is_list in zip(ctx.counts, ctx.lists, strict=True):
+            group, flat = flat[:count], flat[count:]
+            answer.append(group if is_list else group[0])
+        return (*answer, None)
+
+    def _gradients(
+        self, grads: list[Tensor], tensors: list[Tensor], counts: list[int], outputs: list[int], spec: str
+    ) -> list[Tensor]:
+        leaves = [t.detach().requires_grad_(_learns(t)) for t in tensors]
+        groups, rest = [], leaves
+        for count in counts:
+            groups.append(rest[:count])
+            rest = rest[count:]
+        kernel, _ = self.choose(groups, spec)
+        with _autograd_inside_an_op():
+            results = (kernel.run if kernel and kernel.differentiable else self.meaning)(groups, spec)
+        pairs = [(results[k], g) for k, g in zip(outputs, grads, strict=True) if results[k].requires_grad]
+        wanted = [t for t in leaves if t.requires_grad]
+        if not pairs:
+            return [torch.zeros_like(t) for t in wanted]
+        found = torch.autograd.grad([r for r, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True)
+        return [_like(t, g) for t, g in zip(wanted, found, strict=True)]
+
+
+def _like(tensor: Tensor, gradient: Tensor | None) -> Tensor:
+    """A gradient of its own memory with the strides that the fake promised."""
+    filled = torch.zeros_like(tensor)
+    return filled if gradient is None else filled.copy_(gradient)
+
+
+def _learns(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
+
+
+@contextmanager
+def _autograd_inside_an_op() -> Iterator[None]:
+    """An op's kernel runs with autograd switched off below it; a gradient that is recomputed needs it back."""
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in ("AutogradFunctionality", "AutogradOther", "AutogradNestedTensor", "ADInplaceOrView"):
+        excluded = excluded.remove(getattr(torch._C.DispatchKey, key))
+    included = torch._C._dispatch_tls_local_include_set()
+    with torch._C._ForceDispatchKeyGuard(included, excluded), torch.enable_grad():
+        yield

@@ -1,0 +1,114 @@
+"""Expressions on tensors: the plain meaning of a predicate or a score, and what every kernel is compared with."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .refusal import Refused
+from .symbols import FUNCTIONS, INDEX_NAMES, Expr
+
+Value = Any  # a tensor or a Python number
+_OPERATORS: dict[str, Callable[[Value, Value], Value]] = {
+    "add": operator.add,
+    "mul": operator.mul,
+    "truediv": operator.truediv,
+    "floordiv": operator.floordiv,
+    "mod": operator.mod,
+    "pow": operator.pow,
+    "le": operator.le,
+    "lt": operator.lt,
+    "eq": operator.eq,
+    "ne": operator.ne,
+}
+
+
+def evaluate(
+    e: Expr, names: Mapping[str, Value], tables: Mapping[str, Tensor], *, whole: frozenset[str] = frozenset()
+) -> Value:
+    """The value of an expression; names hold tensors that broadcast over (B, H, N, M), those in `whole` count 0, 1, ...
+
+    >>> from .symbol_text import parse
+    >>> i, j = torch.arange(3).view(3, 1), torch.arange(3).view(1, 3)
+    >>> evaluate(parse("j <= i"), {"i": i, "j": j}, {}).int()
+    tensor([[1, 0, 0],
+            [1, 1, 0],
+            [1, 1, 1]], dtype=torch.int32)
+    """
+    done: dict[int, Value] = {}
+
+    def value(x: Expr) -> Value:
+        if id(x) not in done:
+            done[id(x)] = compute(x)
+        return done[id(x)]
+
+    def compute(x: Expr) -> Value:
+        if x.op == "const":
+            return x.args[0]
+        if x.op == "name":
+            if x.args[0] not in names:
+                raise Refused(f"`{x.args[0]}` is not known here", fits=f"known: {', '.join(names)}")
+            return names[x.args[0]]
+        if x.op == "lookup":
+            return lookup(tables[x.args[0]], x.args[1:], [value(a) for a in x.args[1:]], names, whole)
+        parts = [value(a) for a in x.args]
+        if x.op in ("and", "or", "not"):
+            truths = [_truth(p) for p in parts]
+            if x.op == "not":
+                return ~truths[0]
+            total = truths[0]
+            for truth in truths[1:]:
+                total = total & truth if x.op == "and" else total | truth
+            return total
+        if x.op in _OPERATORS:
+            total = parts[0]
+            for part in parts[1:]:
+                total = _OPERATORS[x.op](total, part)
+            return total
+        return _call(x.op, parts)
+
+    return value(e)
+
+
+def _truth(value: Value) -> Value:
+    if isinstance(value, Tensor):
+        return value if value.dtype == torch.bool else value != 0
+    return torch.tensor(bool(value))
+
+
+def _call(function: str, parts: Sequence[Value]) -> Value:
+    like = next(p for p in parts if isinstance(p, Tensor))
+    tensors = [p if isinstance(p, Tensor) else torch.as_tensor(p, device=like.device) for p in parts]
+    if function == "where":
+        kind = torch.result_type(parts[1], parts[2])
+        return torch.where(_truth(tensors[0]), tensors[1].to(kind), tensors[2].to(kind))
+    if len(tensors) == 2:
+        kind = torch.result_type(parts[0], parts[1])
+        tensors = [t.to(kind) for t in tensors]
+    elif not like.is_floating_point() and function != "abs":
+        tensors = [t.to(torch.get_default_dtype()) for t in tensors]
+    return FUNCTIONS[function](*tensors)
+
+
+def lookup(
+    table: Tensor, index: Sequence[Expr], values: Sequence[Value], names: Mapping[str, Value], whole: frozenset[str]
+) -> Tensor:
+    """table[index...], indices clamped; whole axes in their own order are a view, not a gather."""
+    axes = [INDEX_NAMES.index(e.args[0]) if e.op == "name" and e.args[0] in whole else -1 for e in index]
+    order = [axis for axis in axes if axis >= 0]
+    straight = order == sorted(set(order)) and all(
+        names[INDEX_NAMES[axis]].numel() == size if axis >= 0 else e.op == "const"
+        for axis, e, size in zip(axes, index, table.shape, strict=True)
+    )
+    if straight:
+        picked = table[tuple(slice(None) if a >= 0 else int(e.args[0]) for a, e in zip(axes, index, strict=True))]
+        return picked[tuple(slice(None) if a in order else None for a in range(len(INDEX_NAMES)))]
+    clamped = []
+    for value, size in zip(values, table.shape, strict=True):
+        where = value if isinstance(value, Tensor) else torch.tensor(value, device=table.device)
+        clamped.append(where.long().clamp(0, max(size - 1, 0)))
+    return table[tuple(clamped)]
