@@ -8,9 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from .primitives.attend import Segment, Tables, run
+from .primitives.attend import Segment, Tables, run, segment_texts
 from .primitives.attend_spec import AttendSpec
-from .refusal import Refused
 from .site import Grid, Site
 from .symbol_text import parse
 from .symbols import TRUE, Expr, name, read
@@ -50,13 +49,14 @@ class LiveSite:
         segments: Sequence[Segment] = (),
         outputs: Sequence[str] = ("o",),
     ) -> Any:
-        """`attend` that starts from what stands here: its mask, scale, bias, softcap, sinks and positions are kept."""
-        if segments:
-            raise Refused(
-                "further segments together with site=", where=self.facts.path, fits="give causal, scale, keep instead"
-            )
+        """`attend` that starts from what stands here: its mask, scale, bias, softcap, sinks and positions are kept.
+
+        Further segments are keys that did not stand here: they have the site's scale and only their own keep and score.
+        """
         own = self.spec
         tables = Tables(self.tables)
+        scaled = name("s") * self.facts.scale
+        more = tuple(segment_texts(tables, part, scaled, causal=False) for part in segments)
         kept = own.keep_expr & (TRUE if keep is None else tables.settle(read(keep, _INDICES, what="keep")))
         scored: Expr = own.score_expr
         if score is not None:
@@ -73,6 +73,8 @@ class LiveSite:
             eps=eps,
             sink=tables.text(sink, {n: _INDICES[n] for n in ("b", "h", "i")}, "sink") or own.sink,
             after="" if done.text == "w" else done.text,
+            more=(*own.more, *more),
             outputs=tuple(outputs),
         )
-        return run(q, [k, v], tables.tensors, spec)
+        kv = [t for part in segments for t in (part.k, part.v)]
+        return run(q, [k, v, *kv], tables.tensors, spec)

@@ -42,7 +42,7 @@ class Limit:
 
 @dataclass(frozen=True)
 class Aux:
-    """What a forward gives besides its output: named losses, and new values of its buffers (written in train() only)."""
+    """What a forward gives besides its output: named losses, and new values of its buffers, written in train() only."""
 
     losses: Mapping[str, Tensor] = field(default_factory=dict)
     buffers: Mapping[str, Tensor] = field(default_factory=dict)
@@ -67,9 +67,9 @@ class Tensors:
 class Mechanism:
     """Base of all mechanisms; subclasses are frozen dataclasses whose fields are the knobs.
 
-    `forward(self, site, p, <ports by name>)` is the meaning. Ports: q, k, v (B, H, N, D); x, x_kv (B, N, C), the hidden state
-    that fed the projections; o (B, H, N, D), the attention's output (gates); key_padding (B, M), true where a key is real;
-    bias, positions, cos, sin, q_nope, k_nope. A parameter with a default is given only where the site has that port.
+    `forward(self, site, p, <ports by name>)` is the meaning. Ports: q, k, v (B, H, N, D); x, x_kv (B, N, C), the hidden
+    state that fed the projections; o (B, H, N, D), the attention's output (gates); key_padding (B, M), true where a key
+    is real; bias, positions, cos, sin, q_nope, k_nope. A parameter with a default is given only where the site has it.
     """
 
     slug: ClassVar[str] = ""
@@ -77,6 +77,8 @@ class Mechanism:
     kind: ClassVar[str] = "needs recovery"
     honours: ClassVar[frozenset[str] | set[str]] = frozenset()
     paper: ClassVar[str] = ""
+    tries: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)  # knobs that small generic questions are asked with
+    heads_alike: ClassVar[bool] = True  # permuting heads (with per-head tensors) permutes the answer
 
     def fits(self, site: Site) -> str | None:
         """Why this mechanism cannot stand at a site (features and ports are checked elsewhere), or None."""
@@ -101,17 +103,8 @@ class Mechanism:
     @classmethod
     def knobs(cls) -> dict[str, tuple[Any, Any]]:
         """name -> (type text, default); MISSING where there is no default."""
-        return {
-            f.name: (
-                f.type,
-                f.default
-                if f.default is not MISSING
-                else f.default_factory()
-                if f.default_factory is not MISSING
-                else MISSING,
-            )
-            for f in fields(cls)  # type: ignore[arg-type]
-        }
+        made = {f.name: f.default_factory() for f in fields(cls) if f.default_factory is not MISSING}  # type: ignore[arg-type]
+        return {f.name: (f.type, made.get(f.name, f.default)) for f in fields(cls)}  # type: ignore[arg-type]
 
     @classmethod
     def asked_ports(cls) -> tuple[tuple[str, ...], tuple[str, ...]]:
@@ -121,6 +114,9 @@ class Mechanism:
         must = tuple(q.name for q in named if q.default is inspect.Parameter.empty)
         return must, tuple(q.name for q in named if q.name not in must)
 
+    def wanted_ports(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        return self.asked_ports()
+
     @classmethod
     def summary(cls) -> str:
         """The first line of its module or class: what it is, its formula's name, its paper."""
@@ -129,7 +125,7 @@ class Mechanism:
 
     def refuses(self, site: Site, dropped: frozenset[str] = frozenset()) -> str | None:
         """Why this mechanism is refused at a site: a port it lacks, a feature it does not honour, its own `fits`."""
-        missing = [port for port in self.asked_ports()[0] if port not in site.ports]
+        missing = [port for port in self.wanted_ports()[0] if port not in site.ports]
         if missing:
             return f"{self.slug} asks for port {', '.join(missing)}, which this site does not have"
         if self.part in ("core", "region"):

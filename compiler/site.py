@@ -23,8 +23,8 @@ class Grid:
 class Site:
     """One attention, as the graph shows it.
 
-    >>> print(Site("model.layers.3.self_attn", 3, heads=8, kv_heads=2, dim=64, v_dim=64, scale=0.125, pattern="causal-self"))
-    model.layers.3.self_attn: attention[causal-self h=8 kv=2 d=64]
+    >>> print(Site("layers.3.self_attn", 3, heads=8, kv_heads=2, dim=64, v_dim=64, scale=0.125, pattern="causal-self"))
+    layers.3.self_attn: attention[causal-self h=8 kv=2 d=64]
     """
 
     path: str  # module path; "#k" for the k-th attention in (or call of) one module
@@ -43,6 +43,7 @@ class Site:
     queries: str = ""  # N and M as the graph knows them: "197" or "s1"
     keys: str = ""
     window: int | None = None
+    width: int = 0  # C of the hidden state x that feeds the projections; 0 where it is not known
 
     @property
     def causal(self) -> bool:

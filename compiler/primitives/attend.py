@@ -76,7 +76,7 @@ def attend(
     tables = Tables()
     scaled = name("s") * (q.shape[-1] ** -0.5 if scale is None else float(scale))
     main = Segment(k, v, keep, score, k_positions)
-    parts = [_segment_texts(tables, part, scaled, causal) for part in (main, *segments)]
+    parts = [segment_texts(tables, part, scaled, causal) for part in (main, *segments)]
     spec = AttendSpec(
         keep=parts[0][0],
         score=parts[0][1],
@@ -130,7 +130,7 @@ class Tables:
         return "" if function is None else self.settle(read(function, known, what=what)).text
 
 
-def _segment_texts(tables: Tables, part: Segment, scaled: Expr, causal: bool) -> tuple[str, str, str]:
+def segment_texts(tables: Tables, part: Segment, scaled: Expr, causal: bool) -> tuple[str, str, str]:
     keep = TRUE if part.keep is None else read(part.keep, _INDICES, what="keep")
     if causal:
         keep = keep & (_INDICES["j"] <= _INDICES["i"])
