@@ -1,0 +1,137 @@
+"""Facts about each raised attention: from its node, its spec and its ports to a `Site`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from .ports import ATTEND, Ports, find_ports, is_padding, op_name
+from .primitives.attend_spec import CAUSAL, AttendSpec
+from .site import Grid, Site
+from .symbols import Expr, name
+
+MAX_PREFIX = 8  # class, distillation and register tokens in front of a grid
+
+
+def describe(graph_module: fx.GraphModule) -> tuple[tuple[Site, ...], dict[str, Ports]]:
+    """The sites of a raised graph in order, and the ports of each; every attend node learns its site's path."""
+    nodes = [n for n in graph_module.graph.nodes if n.target is ATTEND]
+    paths = _paths(nodes)
+    images = [n for n in graph_module.graph.nodes if op_name(n) in ("conv2d", "convolution", "_convolution")]
+    order = {n: k for k, n in enumerate(graph_module.graph.nodes)}
+    sites, ports = [], {}
+    for index, (node, path) in enumerate(zip(nodes, paths)):
+        found = find_ports(node)
+        before = [n for n in images if order[n] < order[node]]
+        sites.append(_site(node, path, index, found, before))
+        ports[path] = found
+        node.meta["site"] = path
+    return tuple(sites), ports
+
+
+def _paths(nodes: Sequence[fx.Node]) -> list[str]:
+    plain = [module_path(n) for n in nodes]
+    many = Counter(plain)
+    seen: Counter[str] = Counter()
+    paths = []
+    for path in plain:
+        paths.append(f"{path}#{seen[path]}" if many[path] > 1 else path)
+        seen[path] += 1
+    return paths
+
+
+def module_path(node: fx.Node) -> str:
+    stack = node.meta.get("nn_module_stack") or {}
+    return str(list(stack.values())[-1][0]) if stack else ""
+
+
+def _site(node: fx.Node, path: str, index: int, ports: Ports, images: Sequence[fx.Node]) -> Site:
+    spec = AttendSpec.of(str(node.args[3]))
+    q, k, v = (ports.nodes[n].meta["val"] for n in "qkv")
+    tables = [t.meta["val"] for t in node.args[2]]  # type: ignore[union-attr]
+    cross = "x" in ports.nodes and "x_kv" in ports.nodes and ports.nodes["x"] is not ports.nodes["x_kv"]
+    if "x" not in ports.nodes:
+        cross = str(q.shape[2]) != str(k.shape[2]) and spec.align == "start"
+    causal = any(c.text == CAUSAL for c in spec.conjuncts)
+    return Site(
+        path=path,
+        index=index,
+        heads=int(q.shape[1]),
+        kv_heads=int(k.shape[1]),
+        dim=int(q.shape[-1]),
+        v_dim=int(v.shape[-1]),
+        scale=float(spec.scale if spec.scale is not None else q.shape[-1] ** -0.5),
+        pattern=f"{'causal' if causal else 'noncausal'}-{'cross' if cross else 'self'}",
+        mask=spec.keep,
+        features=features(spec, tables) | ({"rope"} if "cos" in ports.nodes else frozenset()),
+        grid=_grid(q.shape[2], images),
+        weights=tuple(sorted(ports.weights.items())),
+        ports=tuple(n for n in ports.nodes if n != "o") + ("o",) + (("y",) if ports.projected is not None else ()),
+        queries=str(q.shape[2]),
+        keys=str(k.shape[2]),
+        window=_window(spec),
+    )
+
+
+def features(spec: AttendSpec, tables: Sequence[torch.Tensor] = ()) -> frozenset[str]:
+    """What a score and mask have besides scale, causality and a window."""
+    found: set[str] = set()
+    score = spec.score_expr
+    if any(e.op == "lookup" or (e.op == "name" and e.args[0] in ("i", "j", "h")) for e in score.walk()):
+        found.add("bias")
+    if any(
+        e.op not in ("name", "const", "mul", "add", "lookup", "sub", "abs") and "s" in e.names for e in score.walk()
+    ):
+        found.add("softcap")
+    if spec.sink:
+        found.add("sinks")
+    if any(e.op == "lookup" for e in _expr(spec.after).walk()):
+        found.add("dropout")
+    elif spec.after:
+        found.add("mask")
+    for condition in spec.conjuncts:
+        if any(e.op == "lookup" for e in condition.walk()):
+            document = condition.op == "eq" and {"i", "j"} <= condition.names
+            found.add("padding" if is_padding(condition) else "packed" if document else "mask")
+        elif condition.text != CAUSAL and _offset(condition) is None:
+            found.add("mask")
+    return frozenset(found)
+
+
+def _expr(text: str) -> Expr:
+    from .symbol_text import parse
+
+    return parse(text) if text else name("w")
+
+
+def _offset(condition: Expr) -> int | None:
+    """w where the condition is i <= j + w, a window of w + 1 keys back."""
+    if condition.op != "le" or condition.args[0].text != "i":
+        return None
+    right = condition.args[1]
+    if right.op == "add" and right.args[0].text == "j" and right.args[1].op == "const":
+        return int(right.args[1].args[0])
+    return None
+
+
+def _window(spec: AttendSpec) -> int | None:
+    offsets = [w for w in map(_offset, spec.conjuncts) if w is not None]
+    return min(offsets) + 1 if offsets else None
+
+
+def _grid(count: Any, images: Sequence[fx.Node]) -> Grid | None:
+    """The grid of a site's tokens, from the last feature map in front of it whose size fits."""
+    if not images or not isinstance(count, int):
+        return None
+    for node in reversed(images):
+        shape = node.meta["val"].shape
+        if len(shape) == 4 and isinstance(shape[2], int) and isinstance(shape[3], int):
+            prefix = count - shape[2] * shape[3]
+            if 0 <= prefix <= MAX_PREFIX and shape[2] * shape[3] > 1:
+                return Grid(shape[2], shape[3], prefix)
+    side = round(count**0.5)
+    return Grid(side, side) if side * side == count and side > 1 else None

@@ -1,0 +1,186 @@
+"""The tensors around a raised attention, by name: found by walking the graph outward from its node.
+
+x ── W_q ── (norm) ── reshape ── q_nope ── rope(cos, sin) ── q ─┐
+x_kv ─ W_k, W_v ─────────────────────────────────────── k, v ─ attend ── o ── reshape ── W_o ── y
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from .primitives.attend import attend_op
+from .primitives.attend_spec import AttendSpec
+from .symbols import Expr
+
+aten = torch.ops.aten
+ATTEND = attend_op.op
+
+RESHAPING = frozenset(  # the same numbers in another order, shape or type
+    {"view", "reshape", "_unsafe_view", "transpose", "permute", "unsqueeze", "squeeze", "slice", "select", "expand"}
+    | {"contiguous", "clone", "to", "_to_copy", "alias", "flatten", "unflatten", "split", "chunk", "unbind", "t"}
+    | {"split_with_sizes", "movedim", "swapaxes", "detach", "numpy_T", "type_as"}
+)
+PROJECTIONS = frozenset({"linear", "addmm", "matmul", "mm", "conv2d", "conv1d", "_convolution", "convolution"})
+
+
+@dataclass
+class Ports:
+    """Nodes by port name, weights by role (q, k, v, o), and the node of the projected output."""
+
+    attend: fx.Node
+    nodes: dict[str, fx.Node] = field(default_factory=dict)
+    weights: dict[str, str] = field(default_factory=dict)
+    projected: fx.Node | None = None  # W_o's output, (B, N, C)
+    padding: Expr | None = None  # the condition on keys alone: t0[b, j] != 0
+
+    def moved(self, mapped: Mapping[fx.Node, fx.Node]) -> Ports:
+        """The same ports in a copy of the graph."""
+        nodes = {n: mapped[x] for n, x in self.nodes.items()}
+        projected = mapped[self.projected] if self.projected is not None else None
+        return Ports(mapped[self.attend], nodes, dict(self.weights), projected, self.padding)
+
+
+def op_name(node: Any) -> str:
+    """aten.view.default -> "view"; anything else -> ""."""
+    return (
+        node.target._overloadpacket.__name__ if isinstance(getattr(node, "target", None), torch._ops.OpOverload) else ""
+    )
+
+
+def find_ports(node: fx.Node) -> Ports:
+    """Every port that the graph offers around one attend node."""
+    q, (k, v), tables, text = node.args[0], node.args[1][:2], node.args[2], node.args[3]  # type: ignore[index,misc]
+    spec = AttendSpec.of(str(text))
+    ports = Ports(node, {"q": q, "k": k, "v": v})  # type: ignore[dict-item]
+    for role, start in (("q", q), ("k", k), ("v", v)):
+        projection = _projection_behind(start)  # type: ignore[arg-type]
+        if projection is not None:
+            weight = _weight_of(projection)
+            if weight:
+                ports.weights[role] = weight
+            if role == "q":
+                ports.nodes["x"] = _input_of(projection)
+            if role == "k":
+                ports.nodes["x_kv"] = _input_of(projection)
+    for role, start in (("q", q), ("k", k)):
+        rotation = _rotation(start)  # type: ignore[arg-type]
+        if rotation:
+            plain, cos, sin = rotation
+            ports.nodes |= {f"{role}_nope": plain, "cos": cos, "sin": sin}
+    ports.nodes["o"] = next((u for u in node.users if u.target is not None and u.args[1:] == (0,)), node)
+    _follow_output(ports)
+    ports.padding = next((c for c in spec.conjuncts if is_padding(c)), None)
+    if ports.padding is not None:
+        ports.nodes["key_padding"] = tables[int(_tables_in(ports.padding)[0][1:])]  # type: ignore[index,assignment]
+    return ports
+
+
+def is_padding(condition: Expr) -> bool:
+    """A condition on (b, j) alone that looks one table up: which keys are real."""
+    return len(_tables_in(condition)) == 1 and "j" in condition.names and condition.names <= {"b", "j"}
+
+
+def _tables_in(e: Expr) -> list[str]:
+    return [x.args[0] for x in e.walk() if x.op == "lookup"]
+
+
+def _tensor_inputs(node: fx.Node) -> Iterator[fx.Node]:
+    for arg in node.args:
+        for part in arg if isinstance(arg, list | tuple) else (arg,):
+            if isinstance(part, fx.Node) and isinstance(part.meta.get("val"), torch.Tensor | list | tuple):
+                yield part
+
+
+def walk_back(start: fx.Node, stop: Callable[[fx.Node], bool], limit: int = 64) -> fx.Node | None:
+    """The first node satisfying `stop` among the data producers of `start`, nearest first."""
+    queue, seen = [start], {start}
+    while queue and len(seen) < limit:
+        node = queue.pop(0)
+        if stop(node):
+            return node
+        for source in _tensor_inputs(node):
+            if source not in seen and source.op == "call_function":
+                seen.add(source)
+                queue.append(source)
+    return None
+
+
+def _projection_behind(start: fx.Node) -> fx.Node | None:
+    return walk_back(start, lambda n: op_name(n) in PROJECTIONS and _weight_of(n) != "")
+
+
+def _weight_of(node: fx.Node) -> str:
+    """The parameter that a projection multiplies with, through views of it; "" where there is none."""
+    for arg in reversed(list(_tensor_inputs(node))):
+        source = arg
+        while source.op == "call_function" and op_name(source) in RESHAPING:
+            source = next(_tensor_inputs(source), source)
+            if source.op != "call_function":
+                break
+        if source.op == "get_attr" and _rank(source) >= 2:
+            return str(source.target)
+    return ""
+
+
+def _rank(node: fx.Node) -> int:
+    value = node.meta.get("val")
+    return value.ndim if isinstance(value, torch.Tensor) else 0
+
+
+def _input_of(projection: fx.Node) -> fx.Node:
+    """The (B, N, C) hidden state of a projection, in front of a flattening view."""
+    at = 1 if op_name(projection) == "addmm" else 0
+    source = projection.args[at]
+    if _rank(source) == 2 and op_name(source) in ("view", "reshape", "_unsafe_view") and _rank(source.args[0]) == 3:  # type: ignore[arg-type]
+        return source.args[0]  # type: ignore[return-value]
+    return source  # type: ignore[return-value]
+
+
+def _bare(node: Any) -> Any:
+    while op_name(node) in ("to", "_to_copy", "slice", "contiguous", "clone") and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
+
+
+def _rotation(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
+    """(plain, cos, sin) where node is plain * cos + rotate(plain) * sin, a cat around it allowed (partial rotary)."""
+    node = _bare(node)
+    if op_name(node) == "cat":
+        parts = [_rotation(p) for p in node.args[0] if isinstance(p, fx.Node)]  # type: ignore[union-attr]
+        return next((p for p in parts if p), None)
+    if op_name(node) != "add":
+        return None
+    products = [_bare(a) for a in node.args[:2]]
+    if not all(op_name(p) == "mul" for p in products):
+        return None
+    for first, second in (products, products[::-1]):
+        for plain, cos in (first.args[:2], first.args[1::-1]):
+            for turned, sin in (second.args[:2], second.args[1::-1]):
+                source = walk_back(turned, lambda n, plain=plain: n is plain, limit=12) if turned is not plain else None  # type: ignore[misc]
+                if source is not None and op_name(turned) in ("cat", "view", "reshape", "flatten"):
+                    return plain, cos, sin
+    return None
+
+
+def _follow_output(ports: Ports) -> None:
+    """Forward from o through reshapes to W_o."""
+    node = ports.nodes["o"]
+    for _ in range(12):
+        users = list(node.users)
+        if len(users) != 1:
+            return
+        user = users[0]
+        if op_name(user) in PROJECTIONS and _weight_of(user):
+            ports.weights["o"] = _weight_of(user)
+            after = list(user.users)
+            flat = len(after) == 1 and _rank(user) == 2 and op_name(after[0]) in ("view", "reshape", "_unsafe_view")
+            ports.projected = after[0] if flat else user
+            return
+        if op_name(user) not in RESHAPING and op_name(user) != "dropout":
+            return
+        node = user

@@ -1,0 +1,126 @@
+"""Putting a mechanism where a site stands: its traced fragment replaces the node, its tensors join the graph."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor, fx
+
+from .facts import features
+from .mechanism import Mechanism
+from .ports import is_padding
+from .primitives.attend_spec import AttendSpec
+from .program import Change, Program, get_attr, insert_before, mount, tensor_name
+from .refusal import Refused
+from .site import Site
+from .symbols import TRUE
+from .tracing import Fragment, Setting, trace
+
+
+def put(program: Program, path: str, mechanism: Mechanism, *, dropped: frozenset[str] = frozenset()) -> Change:
+    """Rewrite one site by a core, gate or region mechanism."""
+    site = program.site(path)
+    reason = mechanism.refuses(site, dropped)
+    if reason:
+        raise Refused(reason, where=str(site))
+    ports = program.ports[path]
+    anchor = _anchor(program, path, mechanism)
+    attend = ports.attend
+    spec = without(AttendSpec.of(str(attend.args[3])), dropped)
+    setting = Setting(replace(site, features=site.features - dropped), spec)
+    inputs = _inputs(program, site, mechanism, attend, anchor)
+    fragment = _fragment(program, mechanism, setting, inputs)
+    anchor.meta |= {"site": path, "mechanism": mechanism.slug}
+    before = anchor.next if mechanism.part == "gate" else anchor  # a gate reads the value that it replaces
+    results, made = insert_before(before, fragment.graph, {n: inputs[n] for n in fragment.inputs}, like=anchor)
+    _same_shape(path, mechanism, anchor.meta["val"], results[0].meta["val"])
+    anchor.replace_all_uses_with(results[0], delete_user_cb=lambda user: user not in made)
+    for name, node in zip(fragment.losses, results[1:], strict=False):
+        program.losses.append((f"{path}.{name}", node))
+    for name, node in zip(fragment.buffers, results[1 + len(fragment.losses) :], strict=True):
+        program.buffers.append((tensor_name(site, mechanism, name), node))
+    targets = {n: str(inputs[n].target) for n in fragment.inputs if n.startswith("param_")}
+    own = {n: program.store.get(target) for n, target in targets.items()}
+    change = Change(site, mechanism, setting, fragment, str(attend.args[3]), own, tuple(targets.values()),
+                    tuple(sorted(dropped)))  # fmt: skip
+    program.changes.append(change)
+    ports.nodes["o"] = results[0] if mechanism.part in ("core", "gate") else ports.nodes["o"]
+    return change
+
+
+def without(spec: AttendSpec, dropped: frozenset[str]) -> AttendSpec:
+    """The site's attention with features left out that the recipe permits to drop."""
+    if not dropped:
+        return spec
+    keep = TRUE
+    for condition in spec.conjuncts:
+        gone = "padding" if is_padding(condition) else "mask"
+        own = features(AttendSpec(score="s", keep=condition.text))
+        if not (own and gone in dropped):
+            keep = keep & condition
+    scale = spec.scale if spec.scale is not None else 1.0
+    plain = {"bias", "softcap"} & dropped
+    return replace(
+        spec,
+        keep="" if keep.text == TRUE.text else keep.text,
+        score=f"s * {scale!r}" if plain else spec.score,
+        sink="" if "sinks" in dropped else spec.sink,
+        after="" if "dropout" in dropped else spec.after,
+    )
+
+
+def _anchor(program: Program, path: str, mechanism: Mechanism) -> fx.Node:
+    """The node whose value the mechanism replaces."""
+    ports = program.ports[path]
+    if mechanism.part in ("core", "gate"):
+        return ports.nodes["o"]
+    if mechanism.part == "region":
+        if ports.projected is None:
+            raise Refused(
+                "the output projection was not found", where=path, fits="a site whose o feeds one linear layer"
+            )
+        return ports.projected
+    raise Refused(f"part {mechanism.part!r}", where=path, fits="core, gate or region mechanisms stand at a site")
+
+
+def _inputs(program: Program, site: Site, mechanism: Mechanism, attend: fx.Node, anchor: fx.Node) -> dict[str, fx.Node]:
+    """The fragment's inputs: the ports it asks for, the site's tables, its own tensors."""
+    ports = program.ports[site.path].nodes
+    must, may = mechanism.wanted_ports()
+    inputs = {n: ports[n] for n in (*must, *may) if n in ports}
+    inputs |= {f"table_{k}": node for k, node in enumerate(attend.args[2])}  # type: ignore[arg-type]
+    like = anchor.meta["val"]
+    fake = program.fake_mode.from_tensor
+    for name, declared in mechanism.params(site).items():
+        target = tensor_name(site, mechanism, name)
+        value: Tensor = program.store.parameter(target, declared, like)
+        inputs[f"param_{name}"] = _own_tensor(program, anchor, target, value, fake)
+    for name, declared in mechanism.buffers(site).items():
+        target = tensor_name(site, mechanism, name)
+        inputs[f"param_{name}"] = _own_tensor(
+            program, anchor, target, program.store.buffer(target, declared, like), fake
+        )
+    return inputs
+
+
+def _own_tensor(program: Program, anchor: fx.Node, target: str, value: Tensor, fake: Any) -> fx.Node:
+    mount(program.graph, target, value)
+    return get_attr(program.graph.graph, anchor, target, value, fake)
+
+
+def _fragment(program: Program, mechanism: Mechanism, setting: Setting, inputs: dict[str, fx.Node]) -> Fragment:
+    """Traced once per distinct site signature."""
+    values = {name: node.meta["val"] for name, node in inputs.items()}
+    shapes = tuple((n, str(tuple(v.shape)), str(v.dtype), str(v.stride())) for n, v in values.items())
+    key = (repr(mechanism), setting.signature, shapes)
+    if key not in program.fragments:
+        program.fragments[key] = trace(mechanism, setting, values)
+    found: Fragment = program.fragments[key]
+    return found
+
+
+def _same_shape(path: str, mechanism: Mechanism, old: Tensor, new: Tensor) -> None:
+    if str(tuple(old.shape)) != str(tuple(new.shape)):
+        found = f"{mechanism.slug} gives {tuple(new.shape)}"
+        raise Refused(found, where=path, fits=f"the shape that stands here, {tuple(old.shape)}")

@@ -1,0 +1,84 @@
+"""A mechanism's `forward` as a piece of graph: run once on a site's fake tensors, in the captured model's dialect."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from .live import LiveSite
+from .mechanism import Aux, Mechanism, Tensors
+from .primitives.attend_spec import AttendSpec
+from .refusal import Refused
+from .site import Site
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """The traced piece: its inputs by name ("q", "table_0", "param_w"), and what its outputs are."""
+
+    graph: fx.GraphModule
+    inputs: tuple[str, ...]
+    losses: tuple[str, ...] = ()
+    buffers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a mechanism is traced against; equal settings give equal fragments."""
+
+    site: Site
+    spec: AttendSpec
+
+    @property
+    def signature(self) -> Any:
+        """The site without its name and place."""
+        return replace(self.site, path="", index=0, weights=()), self.spec
+
+
+def trace(mechanism: Mechanism, setting: Setting, values: Mapping[str, Tensor]) -> Fragment:
+    """The graph of mechanism.forward at a site; values are fake tensors named as the fragment's inputs."""
+    names = tuple(values)
+    told: dict[str, tuple[str, ...]] = {}
+
+    def run(*tensors: Tensor) -> tuple[Tensor, ...]:
+        output, aux = forward(mechanism, setting, dict(zip(names, tensors, strict=True)))
+        told["losses"], told["buffers"] = tuple(aux.losses), tuple(aux.buffers)
+        return (output, *aux.losses.values(), *aux.buffers.values())
+
+    try:
+        with torch.no_grad():
+            graph = make_fx(run, pre_dispatch=True, tracing_mode="symbolic")(*values.values())
+    except Refused as refused:
+        raise refused.at(f"{setting.site.path}: {mechanism.slug}") from None
+    for node, name in zip(graph.graph.find_nodes(op="placeholder"), names, strict=True):
+        node.name = node.target = name
+    for node in list(graph.graph.nodes):
+        if "_assert_tensor_metadata" in str(node.target):
+            graph.graph.erase_node(node)
+    graph.graph.eliminate_dead_code()
+    graph.recompile()
+    return Fragment(graph, names, told["losses"], told["buffers"])
+
+
+def forward(mechanism: Mechanism, setting: Setting, values: Mapping[str, Tensor]) -> tuple[Tensor, Aux]:
+    """mechanism.forward on named tensors: ports, table_k, param_<name>; drawn tensors are drawn here."""
+    tables = _numbered(values, "table_")
+    own = {n.removeprefix("param_"): t for n, t in values.items() if n.startswith("param_")}
+    live = LiveSite(setting.site, setting.spec, tuple(tables), {n: t for n, t in values.items() if "_" not in n})
+    like = next(iter(values.values()))
+    for name, declared in mechanism.draws(setting.site).items():
+        own[name] = declared.init(torch.empty(declared.shape, dtype=declared.dtype or like.dtype, device=like.device))
+    must, may = mechanism.wanted_ports()
+    ports = {n: values[n] for n in (*must, *may) if n in values}
+    answer = mechanism.forward(live, Tensors(own), **ports)
+    output, aux = answer if isinstance(answer, tuple) else (answer, Aux())
+    return output, aux
+
+
+def _numbered(values: Mapping[str, Tensor], prefix: str) -> list[Tensor]:
+    return [values[f"{prefix}{k}"] for k in range(sum(n.startswith(prefix) for n in values))]

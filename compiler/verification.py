@@ -1,0 +1,156 @@
+"""What each rewrite changed: per site on the values that really arrive there, and at the model's output.
+
+An `exact` rewrite must match in float64 and in the model's own dtype; every other gets a measured deviation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from .primitives.attend_meaning import attend_meaning
+from .program import Change, Program
+from .refusal import Refused
+from .taps import stream_groups
+from .tracing import forward
+
+EXACT_FLOAT64 = 1e-9  # relative to the largest output: float64 through other orders of summation
+EXACT_OWN = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 4e-3}  # a few last places
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """How far `got` is from `expected`."""
+
+    max_abs: float
+    relative: float  # ||got - expected|| / ||expected||
+    cosine: float
+    top1: float | None = None  # agreement of the largest entry of the last axis, where it is wide enough to be a choice
+    kl: float | None = None  # KL(expected || got) of softmax over the last axis, mean
+
+    def __str__(self) -> str:
+        tail = "" if self.top1 is None else f" top-1 {self.top1:.4f} KL {self.kl:.3g}"
+        return f"max {self.max_abs:.3g} relative {self.relative:.3g} cosine {self.cosine:.6f}{tail}"
+
+
+CHOICE_WIDTH = 16  # from here on the last axis of a 2-D or 3-D output is read as logits
+
+
+def compare(got: Tensor, expected: Tensor) -> Deviation:
+    a, b = got.detach().double(), expected.detach().double()
+    if a.shape != b.shape:
+        raise Refused(f"shapes {tuple(a.shape)} and {tuple(b.shape)}", where="compare")
+    if a.numel() == 0:
+        return Deviation(0.0, 0.0, 1.0)
+    difference = torch.nan_to_num(a - b, nan=math.inf, posinf=math.inf, neginf=math.inf)
+    same = (a == b) | (a.isnan() & b.isnan())
+    difference = torch.where(same, torch.zeros_like(difference), difference)
+    size, gap = b.norm().item(), difference.norm().item()
+    product = a.norm().item() * size
+    cosine = (a * b).sum().item() / product if product > 0 else 1.0
+    choice: dict[str, float] = {}
+    if a.ndim in (2, 3) and a.shape[-1] >= CHOICE_WIDTH:
+        p, q = b.log_softmax(-1), a.log_softmax(-1)
+        choice["top1"] = (a.argmax(-1) == b.argmax(-1)).double().mean().item()
+        choice["kl"] = (p.exp() * (p - q)).sum(-1).mean().item()
+    return Deviation(difference.abs().max().item(), gap / size if size > 0 else gap, cosine, **choice)
+
+
+def compare_outputs(got: Any, expected: Any) -> Deviation:
+    """Two whole outputs: the first floating tensor is what a model is about (logits, last hidden state)."""
+    tensors = [t for t in pytree.tree_leaves(got) if isinstance(t, Tensor)]
+    others = [t for t in pytree.tree_leaves(expected) if isinstance(t, Tensor)]
+    if len(tensors) != len(others):
+        raise Refused(f"{len(tensors)} tensors come out instead of {len(others)}", where="output")
+    for a, b in zip(tensors, others):
+        if b.is_floating_point() and b.ndim > 0:
+            return compare(a, b)
+    return compare(tensors[0], others[0]) if tensors else Deviation(0.0, 0.0, 1.0)
+
+
+@dataclass(frozen=True)
+class SiteResult:
+    path: str
+    mechanism: str
+    kind: str
+    deviation: Deviation
+    exact_error: float | None = None  # float64, relative to the largest output; exact rewrites only
+    failed: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass
+class Verification:
+    """Everything that was checked, and on what."""
+
+    data: str
+    sites: list[SiteResult] = field(default_factory=list)
+    output: Deviation | None = None
+
+    @property
+    def failures(self) -> list[SiteResult]:
+        return [s for s in self.sites if s.failed]
+
+
+def check_sites(reference: Program, changes: Sequence[Change], inputs: Sequence[Tensor]) -> list[SiteResult]:
+    """Run the unchanged graph once; at each changed site feed the new piece with what the old one saw."""
+    by_path = {change.site.path: change for change in changes if change.fragment is not None}
+    groups = {path: _wanted(reference, change) for path, change in by_path.items()}
+    results: dict[str, SiteResult] = {}
+
+    def judge(path: str, values: dict[str, Tensor]) -> None:
+        results[path] = _judge(by_path[path], values)
+
+    if groups:
+        stream_groups(reference.graph, inputs, groups, judge)
+    return [results[path] for path in by_path if path in results]
+
+
+def _wanted(reference: Program, change: Change) -> dict[str, Any]:
+    ports = reference.ports[change.site.path]
+    nodes = {name: ports.nodes[name] for name in change.fragment.inputs if name in ports.nodes}
+    tables = {f"table_{k}": node for k, node in enumerate(ports.attend.args[2])}  # type: ignore[arg-type]
+    target = ports.projected if change.mechanism.part == "region" else ports.nodes["o"]
+    return {**nodes, **tables, "q": ports.nodes["q"], "k": ports.nodes["k"], "v": ports.nodes["v"], "expected": target}
+
+
+def _judge(change: Change, values: dict[str, Tensor]) -> SiteResult:
+    values = values | change.own
+    expected = values.pop("expected")
+    with torch.no_grad():
+        got = change.fragment.graph(*(values[name] for name in change.fragment.inputs))
+        got = got[0] if isinstance(got, tuple | list) else got
+    deviation = compare(got, expected)
+    kind, exact_error, failed = change.mechanism.kind, None, ""
+    if kind == "exact" and change.mechanism.part == "core":
+        exact_error = _float64_error(change, values)
+        largest = expected.detach().abs().max().item() if expected.numel() else 0.0
+        if exact_error > EXACT_FLOAT64:
+            failed = f"exact in name only: float64 error {exact_error:.3g} of the largest output"
+        elif deviation.max_abs > EXACT_OWN.get(expected.dtype, 1e-4) * max(largest, 1.0):
+            failed = f"exact in float64, off by {deviation.max_abs:.3g} in {expected.dtype}"
+    if not math.isfinite(deviation.max_abs):
+        failed = "values that are not finite come out where the original's are"
+    return SiteResult(change.site.path, change.mechanism.slug, kind, deviation, exact_error, failed)
+
+
+def _float64_error(change: Change, values: Mapping[str, Tensor]) -> float:
+    wide = {n: t.double() if t.is_floating_point() else t for n, t in values.items()}
+    tables = [wide[f"table_{k}"] for k in range(sum(n.startswith("table_") for n in wide))]
+    with torch.no_grad():
+        got, _ = forward(change.mechanism, change.setting, {n: wide[n] for n in change.fragment.inputs})
+        (expected,) = attend_meaning([[wide["q"]], [wide["k"], wide["v"]], tables], change.before)
+    largest = expected.abs().max().item() if expected.numel() else 0.0
+    return compare(got, expected).max_abs / max(largest, 1e-30)
+
+
+def worst_first(results: Iterable[SiteResult]) -> list[SiteResult]:
+    return sorted(results, key=lambda r: -r.deviation.relative)
