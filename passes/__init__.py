@@ -1,1 +1,5 @@
 """What changes a graph: one file per published mechanism or rewrite, in families."""
+
+from .linear import linear as linear
+from .score import softmax as softmax
+from .sparse import window as window

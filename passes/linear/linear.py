@@ -1,0 +1,74 @@
+"""Linear attention: o_i = phi(q_i) . sum_j phi(k_j) v_j / phi(q_i) . sum_j phi(k_j) (arXiv 2006.16236)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...compiler.functional import attention
+from ...compiler.mechanism import Limit, Mechanism, register
+from ...compiler.primitives.attend import attend
+from ...compiler.problem import problem
+from ...compiler.refusal import Refused, nearest
+
+FEATURES: dict[str, Callable[[Tensor], Tensor]] = {
+    "elu": lambda x: torch.nn.functional.elu(x) + 1.0,
+    "relu": torch.relu,
+    "exp": torch.exp,
+    "identity": lambda x: x,
+}
+
+
+@register("linear")
+@dataclass(frozen=True)
+class Linear(Mechanism):
+    """Softmax's exp(q . k) replaced by phi(q) . phi(k), so that a state of D x Dv stands for all keys seen so far.
+
+    >>> q, k, v = problem(5)
+    >>> phi_q, phi_k = torch.nn.functional.elu(q) + 1, torch.nn.functional.elu(k) + 1
+    >>> weights = (phi_q @ phi_k.mT).tril()
+    >>> plain = weights @ v / weights.sum(-1, keepdim=True)
+    >>> torch.allclose(attention(q, k, v, "linear", causal=True), plain, atol=1e-5)
+    True
+
+    The site's scale is not used: phi decides what a long vector means. A row whose weights sum to 0 (relu) gives 0.
+    """
+
+    feature_map: str = "elu"
+    normalize: bool = True
+    eps: float = 0.0
+
+    part = "core"
+    kind = "needs recovery"
+    honours = {"padding"}
+    paper = "arXiv 2006.16236"
+    tries = ({}, {"feature_map": "relu", "eps": 1e-3}, {"feature_map": "identity", "normalize": False})
+
+    def __post_init__(self) -> None:
+        if self.feature_map not in FEATURES:
+            raise Refused(f"feature_map {self.feature_map!r}", where="linear", fits=nearest(self.feature_map, FEATURES))
+
+    def forward(  # type: ignore[override]
+        self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor | None = None
+    ) -> Tensor:
+        phi = FEATURES[self.feature_map]
+        q, k = phi(q), phi(k)
+        if key_padding is not None:
+            k = k * key_padding[:, None, :, None].to(k.dtype)  # a key without features adds nothing to the state
+        rule = "sum" if self.normalize else "none"
+        return attend(q, k, v, causal=site.causal, scale=1.0, weight=lambda s: s, normaliser=rule, eps=self.eps)
+
+    def limits(self) -> Iterable[Limit]:
+        q, k, v = problem(7)
+        equal = k[:, :, :1].expand_as(k)
+        yield Limit("equal keys give the mean value", lambda: attention(q, equal, v, Linear())[:, :, :1],
+                    lambda: v.mean(2, keepdim=True))  # fmt: skip
+        yield Limit("the last causal row is the noncausal one",
+                    lambda: attention(q, k, v, self, causal=True)[:, :, -1:],
+                    lambda: attention(q[:, :, -1:], k, v, self))  # fmt: skip
+        yield Limit("identity without a normaliser is (q kᵀ) v",
+                    lambda: attention(q, k, v, Linear("identity", normalize=False)), lambda: q @ k.mT @ v)  # fmt: skip
