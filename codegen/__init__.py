@@ -1,1 +1,3 @@
-"""What becomes a kernel: loop skeletons, printers, targets, launch, cache and tuning; it knows no mechanism by name."""
+"""What becomes a kernel: implementations registered for the primitives, per device; no mechanism is known here."""
+
+from . import sdpa as sdpa

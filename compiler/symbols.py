@@ -1,7 +1,7 @@
 """Index predicates and score functions as expressions: ordinary Python functions, run once on symbols.
 
-`keep = lambda i, j: (j <= i) & (i - j < 1024)` run on the names `i` and `j` gives an `Expr`; its text is canonical, so two
-spellings of one mask are one mask:
+`keep = lambda i, j: (j <= i) & (i - j < 1024)` run on the names `i` and `j` gives an `Expr`; its text is canonical, so
+two spellings of one mask are one mask:
 
 >>> i, j = name("i"), name("j")
 >>> (i - j >= 0) & (i - j < 1024)
@@ -9,9 +9,9 @@ spellings of one mask are one mask:
 >>> (j < i + 1) & (i - 1024 < j)
 (i <= j + 1023) & (j <= i)
 
-Why a tree of our own and not sympy's: `doc[i] == doc[j]` must be an expression (sympy compares structure and answers False),
-the printed order must not depend on a library's version, and `exp(a - b)` must never be expanded. `symbol_math.to_sympy`
-hands an expression over where algebra is wanted.
+Why a tree of our own and not sympy's: `doc[i] == doc[j]` must be an expression (sympy compares structure and answers
+False), the printed order must not depend on a library's version, and `exp(a - b)` must never be expanded.
+`symbol_math.to_sympy` hands an expression over where algebra is wanted.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ BOOLEAN = frozenset({"and", "or", "not", *COMPARE})
 
 
 class Table:
-    """A tensor that an expression looks up: `bias[h, i - j]`, `doc[b, i] == doc[b, j]`. Indices are clamped to its sizes."""
+    """A tensor that an expression looks up: `bias[h, i - j]`, `doc[b, i] == doc[b, j]`; indices are clamped to its sizes."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor
@@ -356,6 +356,8 @@ def _compare(op: str, a: Expr, b: Expr) -> Expr:
         return const({"le": x <= y, "lt": x < y, "eq": x == y, "ne": x != y}[op])
     if a.text == b.text and not _may_be_nan(a):
         return const(op in ("le", "eq"))
+    if op in ("le", "lt") and a.op == "abs" and a.args[0].is_integer and b.is_integer:
+        return _and(_compare(op, a.args[0], b), _compare(op, _mul(a.args[0], const(-1)), b))
     if a.is_integer and b.is_integer:
         return _compare_affine(op, *_linear(_sub(a, b)))
     if op in ("eq", "ne") and b.text < a.text:
@@ -368,7 +370,7 @@ def _may_be_nan(e: Expr) -> bool:
 
 
 def _compare_affine(op: str, terms: dict[str, tuple[Expr, Any]], constant: Any) -> Expr:
-    """Integers: everything on one side, then positive terms left, negative ones and the constant right; `<` becomes `<=`."""
+    """Integers: all on one side, then positive terms left, negative ones and the constant right; `<` becomes `<=`."""
     terms = {k: v for k, v in terms.items() if v[1] != 0}
     if op == "lt":
         op, constant = "le", constant + 1
