@@ -1,0 +1,152 @@
+"""The stages on one page: a captured graph is raised, rewritten by steps, checked, and lowered to what runs."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor, fx
+
+from .capture import Captured
+from .facts import describe
+from .leaves import restore_leaves
+from .masks import fold_masks
+from .mechanism import Mechanism
+from .program import Program, Store
+from .raising import raise_sites
+from .refusal import Refused
+from .rewrite import put
+from .verification import SiteResult, check_sites, compare_outputs, worst_first
+
+log = logging.getLogger("reattend")
+ORDER = ("core", "region", "gate", "insert", "model", "cache")  # parts, in the order of their stages
+
+
+@dataclass(frozen=True)
+class Step:
+    """One mechanism at one site, or (path "") one whole-model pass over an ordered list of sites."""
+
+    path: str
+    mechanism: Mechanism
+    dropped: frozenset[str] = frozenset()
+    rule: str = ""
+    paths: tuple[str, ...] = ()
+
+
+@dataclass
+class Outcome:
+    """A rewritten program, what it was made from, and what was refused on the way."""
+
+    reference: Program
+    program: Program
+    refused: list[tuple[Step, Refused]] = field(default_factory=list)
+    misses: tuple[str, ...] = ()
+
+
+def raise_program(captured: Captured, store: Store) -> tuple[Program, tuple[str, ...]]:
+    """Every attention as one node, masks as predicates, facts and ports of each; and what looked like attention only."""
+    raised = raise_sites(captured.graph)
+    fold_masks(captured.graph)
+    sites, ports = describe(captured.graph)
+    misses = tuple(f"{miss.where}: {miss.reason} (%{miss.node})" for miss in raised.misses)
+    return Program(captured.graph, sites, ports, store, notes=list(captured.notes)), misses
+
+
+def rewrite(raised: Program, steps: Iterable[Step], *, without: frozenset[str] = frozenset()) -> Outcome:
+    """Replay the steps on a copy of the raised program; a refused step leaves its site as it was."""
+    program = raised.copy()
+    outcome = Outcome(raised, program)
+    for step in sorted(steps, key=lambda s: ORDER.index(s.mechanism.part)):
+        if step.path in without:
+            continue
+        try:
+            _apply(program, step)
+        except Refused as refused:
+            outcome.refused.append((step, refused))
+            continue
+        program.graph.graph.lint()
+    program.graph.graph.eliminate_dead_code()
+    program.graph.recompile()
+    return outcome
+
+
+def _apply(program: Program, step: Step) -> None:
+    if step.mechanism.part == "model":
+        step.mechanism.apply(program, step.paths or tuple(s.path for s in program.sites))
+    else:
+        put(program, step.path, step.mechanism, dropped=step.dropped)
+
+
+def lower(program: Program, captured: Captured, model: object) -> Captured:
+    """The graph that runs: leaf modules back under their own paths, named losses and buffers as further outputs."""
+    graph = program.graph.graph
+    extra = [*program.losses, *program.buffers]
+    if extra:
+        output = next(iter(graph.find_nodes(op="output")))
+        output.args = ((*output.args[0], *(node for _, node in extra)),)  # type: ignore[misc]
+    restore_leaves(program.graph, model)
+    graph.eliminate_dead_code()
+    graph.lint()
+    program.graph.recompile()
+    return captured.with_graph(
+        program.graph,
+        losses=tuple(name for name, _ in program.losses),
+        buffers=tuple(name for name, _ in program.buffers),
+    )
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """What the recipe's `verify` demands of the output; None demands nothing."""
+
+    max_kl: float | None = None
+    min_top1: float | None = None
+    max_error: float | None = None  # relative error of the output
+    otherwise: str = "rollback"
+
+    def broken_by(self, deviation: object) -> str:
+        relative, kl, top1 = (getattr(deviation, n) for n in ("relative", "kl", "top1"))
+        if self.max_error is not None and relative > self.max_error:
+            return f"relative error {relative:.3g} > max_error {self.max_error}"
+        if self.max_kl is not None and kl is not None and kl > self.max_kl:
+            return f"KL {kl:.3g} > max_kl {self.max_kl}"
+        if self.min_top1 is not None and top1 is not None and top1 < self.min_top1:
+            return f"top-1 {top1:.4f} < min_top1 {self.min_top1}"
+        return ""
+
+
+@dataclass
+class Checked:
+    outcome: Outcome
+    sites: list[SiteResult]
+    deviation: object
+    rolled_back: dict[str, str]
+
+
+def checked_rewrite(
+    raised: Program,
+    steps: Sequence[Step],
+    inputs: Sequence[Tensor],
+    bounds: Bounds,
+    *,
+    run: Callable[[fx.GraphModule, Sequence[Tensor]], object] = lambda graph, inputs: graph(*inputs),
+) -> Checked:
+    """Rewrite, measure, and where a check fails replay without the site that is to blame, until everything holds."""
+    rolled_back: dict[str, str] = {}
+    while True:
+        outcome = rewrite(raised, steps, without=frozenset(rolled_back))
+        results = check_sites(raised, outcome.program.changes, inputs)
+        wrong = {r.path: r.failed for r in results if r.failed}
+        deviation = compare_outputs(run(outcome.program.graph, inputs), run(raised.graph, inputs))
+        broken = bounds.broken_by(deviation)
+        if not wrong and broken and results:
+            if bounds.otherwise == "refuse":
+                raise Refused(broken, where="verify", fits="loosen the bound, rewrite fewer sites, or `else: rollback`")
+            if bounds.otherwise == "rollback":
+                wrong = {worst_first(results)[0].path: f"rolled back: {broken}"}
+        if not wrong:
+            return Checked(outcome, results, deviation, rolled_back)
+        for path, reason in wrong.items():
+            log.warning("%s: %s", path, reason)
+        rolled_back |= wrong

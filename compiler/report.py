@@ -1,0 +1,179 @@
+"""The report of one optimization: the verdict first, then what changed where, what was refused, and on what data."""
+
+from __future__ import annotations
+
+import html
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .cost import Cost
+from .site import Site
+from .verification import Deviation
+
+_COLUMNS = ("site", "status", "mechanism", "deviation", "note")
+NO_DATA = "random inputs: correctness only, not quality"
+
+
+@dataclass(frozen=True)
+class Row:
+    """What happened at one site."""
+
+    site: Site
+    status: str  # rewritten | kept | refused | rolled back
+    mechanism: str = ""
+    kind: str = ""
+    reason: str = ""
+    deviation: Deviation | None = None
+    exact_error: float | None = None
+    before: Cost = field(default_factory=Cost)
+    after: Cost = field(default_factory=Cost)
+    rule: str = ""
+    dropped: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Medians of interleaved runs on this machine, in milliseconds."""
+
+    before: float
+    after: float
+    runs: int
+    sizes: str
+
+    @property
+    def ratio(self) -> float:
+        return self.before / self.after
+
+
+@dataclass
+class Report:
+    model: str
+    recipe: str
+    rows: tuple[Row, ...] = ()
+    passes: tuple[str, ...] = ()
+    misses: tuple[str, ...] = ()
+    output: Deviation | None = None
+    data: str = NO_DATA
+    timing: Timing | None = None
+    predicted: tuple[Cost, Cost] = (Cost(), Cost())
+    warnings: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def verdict(self) -> str:
+        """One line: sites, deviation and on what, time measured here, cost predicted."""
+        count = Counter(row.status for row in self.rows)
+        parts = [f"{count['rewritten']} of {len(self.rows)} sites rewritten"]
+        parts += [f"{count[s]} {s}" for s in ("refused", "rolled back") if count[s]]
+        if self.output is not None:
+            parts.append(f"output {self.output} ({self.data})")
+        if self.timing is not None:
+            slower = " SLOWER THAN THE ORIGINAL" if self.timing.ratio < 0.97 else ""
+            parts.append(f"measured {self.timing.ratio:.2f} x as fast here{slower}")
+        if any(row.status == "rewritten" and row.kind == "needs recovery" for row in self.rows):
+            parts.append("UNTRAINED: needs recovery")
+        return "; ".join(parts)
+
+    def text(self) -> str:
+        lines = [self.verdict(), "", f"model   {self.model}", f"recipe  {self.recipe}"]
+        if self.timing is not None:
+            t = self.timing
+            lines.append(
+                f"time    {t.before:.2f} ms -> {t.after:.2f} ms, median of {t.runs} interleaved runs, {t.sizes}"
+            )
+        lines.append(
+            f"cost    {self.predicted[0]} -> {self.predicted[1]}, predicted for the whole model at these sizes"
+        )
+        lines += ["", *_table([_cells(row) for row in self.rows], _COLUMNS)]
+        for title, entries in self._lists():
+            lines += ["", title, *(f"  {entry}" for entry in entries)]
+        return "\n".join(lines)
+
+    __str__ = text
+
+    def _lists(self) -> list[tuple[str, Sequence[str]]]:
+        named = [
+            ("whole-model passes", self.passes),
+            ("places that look like attention and were not raised", self.misses),
+            ("warnings", self.warnings),
+            ("notes", self.notes),
+        ]
+        return [(title, entries) for title, entries in named if entries]
+
+    def to_dict(self) -> dict[str, Any]:
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self), default=_plain))
+        return {"verdict": self.verdict()} | plain
+
+    def html(self) -> str:
+        """One plain page, self-contained."""
+        rows = "".join(
+            f"<tr class='{row.status.split()[0]}'>"
+            + "".join(f"<td>{html.escape(c)}</td>" for c in _cells(row))
+            + "</tr>"
+            for row in self.rows
+        )
+        facts = {
+            "model": self.model,
+            "recipe": self.recipe,
+            "cost, predicted": f"{self.predicted[0]} → {self.predicted[1]}",
+        }
+        if self.timing is not None:
+            facts["time, measured here"] = (
+                f"{self.timing.before:.2f} ms → {self.timing.after:.2f} ms ({self.timing.sizes})"
+            )
+        listed = "".join(
+            f"<h2>{html.escape(title)}</h2><ul>{''.join(f'<li>{html.escape(e)}</li>' for e in entries)}</ul>"
+            for title, entries in self._lists()
+        )
+        known = "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in facts.items())
+        return (
+            f"<!doctype html><html lang='en'><meta charset='utf-8'><meta name='viewport' content='width=device-width'>"
+            f"<title>reattend: {html.escape(self.model)}</title><style>{_STYLE}</style>"
+            f"<h1>{html.escape(self.verdict())}</h1><dl>{known}</dl>"
+            f"<div class='wide'><table><tr>{''.join(f'<th>{c}</th>' for c in _COLUMNS)}</tr>"
+            f"{rows}</table></div>{listed}</html>"
+        )
+
+    def write(self, path: str | Path) -> Path:
+        """Write the page (.html), the facts (.json) or the text (anything else)."""
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        content = {".html": self.html, ".json": lambda: json.dumps(self.to_dict(), indent=1)}.get(
+            target.suffix, self.text
+        )
+        target.write_text(content(), encoding="utf-8")
+        return target
+
+    def _repr_html_(self) -> str:
+        return self.html()
+
+
+def _cells(row: Row) -> tuple[str, str, str, str, str]:
+    note = row.reason or (f"drop={','.join(row.dropped)}" if row.dropped else "")
+    if row.exact_error is not None:
+        note = f"exact: float64 error {row.exact_error:.2g}" + (f"; {note}" if note else "")
+    deviation = f"{row.deviation.relative:.3g} cos {row.deviation.cosine:.5f}" if row.deviation else ""
+    return (str(row.site), row.status, row.mechanism, deviation, note)
+
+
+def _table(rows: Sequence[Sequence[str]], head: Sequence[str]) -> list[str]:
+    widths = [max(len(r[k]) for r in (head, *rows)) for k in range(len(head))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in (head, *rows)]
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, frozenset | set) else str(value)
+
+
+_STYLE = """
+:root{color-scheme:light dark;--line:#8884;--ok:#2a7d4f;--no:#b3261e}
+body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:70rem;padding:0 1rem}
+h1{font-size:1.15rem}h2{font-size:1rem}dt{font-weight:600}dd{margin:0 0 .5rem;overflow-wrap:anywhere}
+.wide{overflow-x:auto}table{border-collapse:collapse;font-size:.9em}
+td,th{border-bottom:1px solid var(--line);padding:.3rem .6rem;text-align:left}
+tr.rewritten td:nth-child(2){color:var(--ok)}
+tr.refused td:nth-child(2),tr.rolled td:nth-child(2){color:var(--no)}
+"""
