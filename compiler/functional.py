@@ -2,24 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from .facts import features
-from .mechanism import Aux, Mechanism, Param, mechanism
-from .primitives.attend import Tables
-from .primitives.attend_spec import AttendSpec
-from .refusal import Refused, nearest
-from .site import Grid, Site
-from .symbols import TRUE, Expr, name, table
-from .tracing import Setting, forward
-
-GridLike = Grid | tuple[int, int] | tuple[int, int, int] | None
-_PLACE = "attention"
+from .layers import Attention as Attention
+from .layers import module as module
+from .mechanism import Aux, Mechanism, mechanism
+from .place import GridLike, as_mechanism, run, stand
+from .refusal import Refused
 
 
 def attention(
@@ -39,18 +31,19 @@ def attention(
 ) -> Tensor:
     """The output o (B, H, N, Dv) of a mechanism on q (B, H, N, D), k (B, Hkv, M, D), v (B, Hkv, M, Dv).
 
-    params  the mechanism's own tensors by name. A learned tensor that is not given starts as in a rewritten model: closest
-            to softmax attention, and the same at every call; drawn tensors likewise.
-    ports   further tensors by port: x, x_kv (B, N, C), o, positions, ... A gate reads o; plain softmax where o is not given.
+    params  the mechanism's own tensors by name. A learned tensor that is not given starts as in a rewritten model:
+            closest to softmax attention, and the same at every call. One given without its leading dimensions is
+            shared along them.
+    ports   further tensors by port: x, x_kv (B, N, C), o, positions, ... A gate reads o; without it, softmax attention.
     causal  keeps j <= i, both counted from the start.
-    mask    boolean, true where a key is seen: (B, M) is padding, anything of four dimensions broadcasts to (B, H, N, M).
+    mask    boolean, true where a key is seen: (B, M) is padding, four dimensions broadcast to (B, H, N, M).
     bias    a tensor that broadcasts to (B, H, N, M) is added to the scores; a number or text is the knob of that name.
     grid    (h, w) or (h, w, prefix) where the tokens are a picture.
 
     >>> from .problem import problem
     >>> q, k, v = problem()
     >>> o = attention(q, k, v, "window", causal=True, window=4, sinks=1)
-    >>> torch.allclose(o[:, :, :4], attention(q, k, v, "softmax", causal=True)[:, :, :4])
+    >>> bool((o[:, :, :4] - attention(q, k, v, "softmax", causal=True)[:, :, :4]).abs().max() < 1e-6)
     True
     """
     return attention_and_aux(q, k, v, slug, params=params, ports=ports, causal=causal, scale=scale, grid=grid,
@@ -77,147 +70,8 @@ def attention_and_aux(
         knobs["bias"], bias = bias, None
     chosen = as_mechanism(slug, **knobs)
     if chosen.part not in ("core", "gate"):
-        raise Refused(f"{chosen.slug} is a {chosen.part}", where=_PLACE, fits=f"reattend.module({chosen.slug!r})")
+        raise Refused(f"{chosen.slug} is a {chosen.part}", where="attention", fits=f"reattend.module({chosen.slug!r})")
     place = stand(q, k, v, ports=ports, causal=causal, scale=scale, grid=grid, mask=mask, bias=bias)
     if chosen.part == "gate" and "o" not in ports:
         place = place.with_port("o", run(mechanism("softmax"), place)[0])
     return run(chosen, place, params)
-
-
-@dataclass(frozen=True)
-class Place:
-    """A site with its tensors, made by hand: what raising finds in a graph."""
-
-    site: Site
-    spec: AttendSpec
-    tables: tuple[Tensor, ...]
-    ports: Mapping[str, Tensor]
-
-    def with_port(self, port: str, tensor: Tensor) -> Place:
-        return Place(self.site, self.spec, self.tables, {**self.ports, port: tensor})
-
-
-def stand(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    ports: Mapping[str, Tensor] = {},
-    causal: bool = False,
-    scale: float | None = None,
-    grid: GridLike = None,
-    mask: Tensor | None = None,
-    bias: Tensor | None = None,
-) -> Place:
-    """The site that q, k, v, a mask and a bias describe."""
-    tables = Tables()
-    given = dict(ports) | {"q": q, "k": k, "v": v}
-    i, j = name("i"), name("j")
-    factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    keep, score = (j <= i) if causal else TRUE, name("s") * factor
-    if mask is not None:
-        _check_mask(mask, q, k)
-        padding = mask.ndim == 2
-        given |= {"key_padding": mask} if padding else {}
-        seen = table(mask)[name("b"), j] if padding else _broadcast(mask)
-        keep = keep & tables.settle(seen != 0)
-    if bias is not None:
-        _check_broadcast("bias", bias, q, k)
-        given["bias"] = bias
-        score = score + tables.settle(_broadcast(bias))
-    spec = AttendSpec(keep="" if keep.text == TRUE.text else keep.text, score=score.text)
-    pattern = f"{'causal' if causal else 'noncausal'}-{'self' if str(q.shape[2]) == str(k.shape[2]) else 'cross'}"
-    site = Site(
-        path=_PLACE,
-        index=0,
-        heads=q.shape[1],
-        kv_heads=k.shape[1],
-        dim=q.shape[3],
-        v_dim=v.shape[3],
-        scale=factor,
-        pattern=pattern,
-        mask=spec.keep,
-        features=features(spec, tables.tensors),
-        grid=as_grid(grid),
-        ports=tuple({**given, "o": q}),
-        queries=str(q.shape[2]),
-        keys=str(k.shape[2]),
-        width=given["x"].shape[-1] if "x" in given else 0,
-    )
-    return Place(site, spec, tuple(tables.tensors), given)
-
-
-def run(chosen: Mechanism, place: Place, params: Mapping[str, Tensor] = {}) -> tuple[Tensor, Aux]:
-    """A mechanism's meaning at a place; what it lacks or cannot honour is refused."""
-    reason = chosen.refuses(place.site)
-    if reason:
-        raise Refused(reason, where=str(place.site))
-    own = own_tensors(chosen, place.site, params, like=next(iter(place.ports.values())))
-    values = dict(place.ports)
-    values |= {f"table_{index}": t for index, t in enumerate(place.tables)}
-    values |= {f"param_{own_name}": t for own_name, t in own.items()}
-    return forward(chosen, Setting(place.site, place.spec), values)
-
-
-def own_tensors(chosen: Mechanism, site: Site, params: Mapping[str, Tensor], *, like: Tensor) -> dict[str, Tensor]:
-    """The mechanism's tensors: those given, checked, and the others as they start."""
-    declared = {**chosen.params(site), **chosen.buffers(site)}
-    for given, tensor in params.items():
-        if given not in declared:
-            raise Refused(f"params {given!r}", where=chosen.slug, fits=nearest(given, declared, kind="its params"))
-        if tuple(tensor.shape) != tuple(declared[given].shape):
-            found = f"params[{given!r}] of shape {tuple(tensor.shape)}"
-            raise Refused(found, where=chosen.slug, fits=f"shape {tuple(declared[given].shape)}")
-    missing = {n: d for n, d in declared.items() if n not in params}
-    return {**started(missing, like), **params}
-
-
-def started(declared: Mapping[str, Param], like: Tensor) -> dict[str, Tensor]:
-    """Tensors as their mechanism wants them to start; random starts are the same at every call."""
-    made: dict[str, Tensor] = {}
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(0)
-        for own_name, one in declared.items():
-            made[own_name] = torch.empty(one.shape, dtype=one.dtype or like.dtype, device=like.device)
-            one.init(made[own_name])
-    return made
-
-
-def as_mechanism(slug: str | Mechanism, **knobs: Any) -> Mechanism:
-    if isinstance(slug, str):
-        return mechanism(slug, **knobs)
-    if knobs:
-        raise Refused(f"knobs {', '.join(knobs)} beside {slug!r}", fits="its own knobs, or a name with knobs")
-    return slug
-
-
-def as_grid(grid: GridLike) -> Grid | None:
-    return grid if grid is None or isinstance(grid, Grid) else Grid(*grid)
-
-
-def _broadcast(tensor: Tensor) -> Expr:
-    """A lookup in a tensor of four dimensions; dimensions of size one are not indexed."""
-    sizes: Sequence[Any] = tensor.shape
-    return table(tensor)[
-        tuple(0 if isinstance(s, int) and s == 1 else name(n) for s, n in zip(sizes, "bhij", strict=True))
-    ]
-
-
-def _check_mask(mask: Tensor, q: Tensor, k: Tensor) -> None:
-    if mask.dtype != torch.bool:
-        raise Refused(f"mask of {mask.dtype}", where=_PLACE, fits="a boolean mask, or bias= for numbers to be added")
-    if mask.ndim == 2:
-        if tuple(mask.shape) != (q.shape[0], k.shape[2]):
-            found, fits = (
-                f"mask of shape {tuple(mask.shape)}",
-                f"(B, M) = {(q.shape[0], k.shape[2])}, or four dimensions",
-            )
-            raise Refused(found, where=_PLACE, fits=fits)
-    else:
-        _check_broadcast("mask", mask, q, k)
-
-
-def _check_broadcast(what: str, tensor: Tensor, q: Tensor, k: Tensor) -> None:
-    full = (*q.shape[:3], k.shape[2])
-    if tensor.ndim != 4 or any(s != 1 and s != f for s, f in zip(tensor.shape, full, strict=True)):
-        raise Refused(f"{what} of shape {tuple(tensor.shape)}", where=_PLACE, fits=f"broadcastable to {tuple(full)}")

@@ -91,7 +91,8 @@ def _weights(
         top = masked.amax(-1, keepdim=True)
         virtual = None
         if spec.sink:
-            virtual = evaluate(parse(spec.sink), names, tables, whole=whole).to(logits.dtype).expand(top.shape)
+            logit = torch.as_tensor(evaluate(parse(spec.sink), names, tables, whole=whole), device=logits.device)
+            virtual = logit.to(logits.dtype).expand(top.shape)
             top = torch.maximum(top, virtual)
         top = torch.where(torch.isfinite(top), top, torch.zeros_like(top)).detach()
         raw = torch.exp(masked - top)

@@ -1,4 +1,4 @@
-"""Sliding window with sinks: a query sees the first `sinks` and the latest `window` keys (StreamingLLM, arXiv 2309.17453)."""
+"""Sliding window with sinks: a query sees the `sinks` first and `window` latest keys (StreamingLLM, arXiv 2309.17453)."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ...compiler.site import Site
 @register("window")
 @dataclass(frozen=True)
 class Window(Mechanism):
-    """o_i = softmax over the keys with i - j < window or j < sinks; a noncausal site looks `window` - 1 tokens both ways.
+    """o_i = softmax over the keys with i - j < window or j < sinks; a noncausal site looks as far the other way.
 
     >>> q, k, v = problem(6)
     >>> o = attention(q, k, v, "window", causal=True, window=2, sinks=1)
@@ -60,11 +60,15 @@ class Window(Mechanism):
     def limits(self) -> Iterable[Limit]:
         q, k, v = problem(7)
         for causal in (True, False):
-            whole = attention(q, k, v, "softmax", causal=causal)
-            yield Limit("window >= n is full attention",
-                        lambda causal=causal: attention(q, k, v, Window(7, 0), causal=causal),
-                        lambda whole=whole: whole)  # fmt: skip
-            yield Limit("sinks >= n is full attention",
-                        lambda causal=causal: attention(q, k, v, Window(1, 7), causal=causal),
-                        lambda whole=whole: whole)  # fmt: skip
+            yield _whole("window >= n is full attention", Window(7, 0), causal)
+            yield _whole("sinks >= n is full attention", Window(1, 7), causal)
         yield Limit("window 1 without sinks sees the token itself", lambda: attention(q, k, v, Window(1, 0)), lambda: v)
+
+
+def _whole(says: str, window: Window, causal: bool) -> Limit:
+    q, k, v = problem(7)
+    return Limit(
+        f"{says} (causal)" if causal else says,
+        lambda: attention(q, k, v, window, causal=causal),
+        lambda: attention(q, k, v, "softmax", causal=causal),
+    )

@@ -1,0 +1,179 @@
+"""Mechanisms as layers to build a model from: `Attention` with its own projections, `module` for what is no attention."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .mechanism import Aux, Mechanism, mechanism
+from .place import GridLike, Place, as_grid, as_mechanism, run, stand, started
+from .primitives.attend_spec import AttendSpec
+from .refusal import Refused
+from .site import Grid, Site
+
+
+class Own(nn.Module):
+    """A mechanism's tensors: learned ones as parameters, state as buffers, and what the last forward left beside them."""
+
+    def __init__(self, chosen: Mechanism, site: Site) -> None:
+        super().__init__()
+        like = torch.empty(0)
+        for own_name, tensor in started(chosen.params(site), like).items():
+            self.register_parameter(own_name, nn.Parameter(tensor))
+        for own_name, tensor in started(chosen.buffers(site), like).items():
+            self.register_buffer(own_name, tensor)
+        self.losses: dict[str, Tensor] = {}
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        return {**self._parameters, **self._buffers}  # type: ignore[dict-item]
+
+    def take(self, aux: Aux) -> None:
+        """Keep the losses of this forward; in train() also the new values of buffers."""
+        self.losses = dict(aux.losses)
+        if self.training:
+            for own_name, value in aux.buffers.items():
+                self.get_buffer(own_name).copy_(value.detach())
+
+
+class Attention(nn.Module):
+    """A trainable attention layer x (B, N, C) -> (B, N, C) around any core, gate or region mechanism.
+
+    Projections q_proj, k_proj, v_proj, o_proj; the mechanism's own tensors under `.reattend`. A gate stands on softmax
+    attention, a region stands alone, without projections.
+
+    >>> layer = Attention("window", 32, heads=4, causal=True, window=8)
+    >>> layer(torch.randn(2, 10, 32)).shape
+    torch.Size([2, 10, 32])
+    """
+
+    def __init__(
+        self,
+        slug: str | Mechanism,
+        dim: int,
+        heads: int,
+        *,
+        kv_heads: int | None = None,
+        causal: bool = False,
+        grid: GridLike = None,
+        bias: bool = True,
+        **knobs: Any,
+    ) -> None:
+        super().__init__()
+        kv_heads = kv_heads or heads
+        if dim % heads or heads % kv_heads:
+            fits = "dim a multiple of heads, heads a multiple of kv_heads"
+            raise Refused(f"dim={dim}, heads={heads}, kv_heads={kv_heads}", where="Attention", fits=fits)
+        self.mechanism = as_mechanism(slug, **knobs)
+        self.heads, self.kv_heads, self.causal, self.grid = heads, kv_heads, causal, as_grid(grid)
+        if self.mechanism.part not in ("core", "gate", "region"):
+            fits = f"reattend.module({self.mechanism.slug!r})"
+            raise Refused(f"{self.mechanism.slug} is of part {self.mechanism.part}", where="Attention", fits=fits)
+        site = _site(dim, heads, kv_heads, causal=causal, grid=self.grid)
+        reason = self.mechanism.refuses(site)
+        if reason:
+            raise Refused(reason, where="Attention")
+        if self.mechanism.part != "region":
+            size = dim // heads
+            self.q_proj = nn.Linear(dim, heads * size, bias)
+            self.k_proj = nn.Linear(dim, kv_heads * size, bias)
+            self.v_proj = nn.Linear(dim, kv_heads * size, bias)
+            self.o_proj = nn.Linear(heads * size, dim, bias)
+        self.reattend = Own(self.mechanism, site)
+
+    def forward(self, x: Tensor, x_kv: Tensor | None = None, key_padding: Tensor | None = None) -> Tensor:
+        """x_kv: where keys come from, if not from x; key_padding (B, M): true where a key is real."""
+        source = x if x_kv is None else x_kv
+        if self.mechanism.part == "region":
+            site = _site(x.shape[2], self.heads, self.kv_heads, causal=self.causal, grid=self.grid)
+            y, aux = run(self.mechanism, _region(site, x, key_padding), self.reattend.tensors)
+            self.reattend.take(aux)
+            return y
+        q, k, v = self._heads(self.q_proj(x)), self._heads(self.k_proj(source)), self._heads(self.v_proj(source))
+        place = stand(q, k, v, ports={"x": x, "x_kv": source}, causal=self.causal, grid=self.grid, mask=key_padding)
+        if self.mechanism.part == "gate":
+            place = place.with_port("o", run(mechanism("softmax"), place)[0])
+        o, aux = run(self.mechanism, place, self.reattend.tensors)
+        self.reattend.take(aux)
+        return self.o_proj(o.transpose(1, 2).flatten(2))
+
+    def losses(self) -> dict[str, Tensor]:
+        """The auxiliary losses of the last forward, by name."""
+        return dict(self.reattend.losses)
+
+    def extra_repr(self) -> str:
+        return f"{self.mechanism!r}, heads={self.heads}, causal={self.causal}"
+
+    def _heads(self, t: Tensor) -> Tensor:
+        return t.unflatten(2, (-1, self.q_proj.out_features // self.heads)).transpose(1, 2)  # (B, H, N, D)
+
+
+class Module(nn.Module):
+    """A region or inserted mechanism on x (B, N, C), or on a feature map (B, C, h, w) whose grid is read from its shape."""
+
+    def __init__(self, chosen: Mechanism, *, dim: int, heads: int, causal: bool, grid: Grid | None) -> None:
+        super().__init__()
+        self.mechanism, self.heads, self.causal, self.grid = chosen, heads, causal, grid
+        site = _site(dim, heads, heads, causal=causal, grid=grid)
+        self.reattend = Own(chosen, site)
+
+    def forward(self, x: Tensor, grid: GridLike = None, key_padding: Tensor | None = None) -> Tensor:
+        image = x.ndim == 4
+        chosen_grid = Grid(*x.shape[2:]) if image else as_grid(grid) or self.grid
+        tokens = x.flatten(2).mT if image else x
+        site = _site(tokens.shape[2], self.heads, self.heads, causal=self.causal, grid=chosen_grid)
+        y, aux = run(self.mechanism, _region(site, tokens, key_padding), self.reattend.tensors)
+        self.reattend.take(aux)
+        return y.mT.unflatten(2, x.shape[2:]) if image else y
+
+    def losses(self) -> dict[str, Tensor]:
+        """The auxiliary losses of the last forward, by name."""
+        return dict(self.reattend.losses)
+
+    def extra_repr(self) -> str:
+        return repr(self.mechanism)
+
+
+def module(
+    slug: str | Mechanism, *, dim: int = 0, heads: int = 1, causal: bool = False, grid: GridLike = None, **knobs: Any
+) -> Module:
+    """A region or inserted mechanism as a module; `dim` is its width C where it has learned tensors that depend on it.
+
+    >>> module("poolformer", pool_size=3)(torch.ones(1, 8, 4, 4)).abs().max()
+    tensor(0.)
+    """
+    chosen = as_mechanism(slug, **knobs)
+    if chosen.part not in ("region", "insert"):
+        fits = f"reattend.attention(q, k, v, {chosen.slug!r}) or reattend.Attention({chosen.slug!r}, dim, heads)"
+        raise Refused(f"{chosen.slug} is of part {chosen.part}", where="module", fits=fits)
+    return Module(chosen, dim=dim, heads=heads, causal=causal, grid=as_grid(grid))
+
+
+def _site(dim: int, heads: int, kv_heads: int, *, causal: bool, grid: Grid | None) -> Site:
+    size = dim // heads
+    return Site(
+        path="layer",
+        index=0,
+        heads=heads,
+        kv_heads=kv_heads,
+        dim=size,
+        v_dim=size,
+        scale=size**-0.5 if size else 1.0,
+        pattern="causal-self" if causal else "noncausal-self",
+        grid=grid,
+        ports=("q", "k", "v", "o", "x", "x_kv"),
+        queries="N",
+        keys="N",
+        width=dim,
+    )
+
+
+def _region(site: Site, x: Tensor, key_padding: Tensor | None) -> Place:
+    ports = {"x": x} if key_padding is None else {"x": x, "key_padding": key_padding}
+    features = frozenset[str]() if key_padding is None else frozenset({"padding"})
+    return Place(
+        replace(site, ports=tuple(ports), features=features), AttendSpec(score=f"s * {site.scale!r}"), (), ports
+    )

@@ -1,0 +1,164 @@
+"""A place to attend, made by hand: the site that bare tensors describe, and a mechanism's meaning there."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .facts import features
+from .mechanism import Aux, Mechanism, Param, mechanism
+from .primitives.attend import Tables
+from .primitives.attend_spec import AttendSpec
+from .refusal import Refused, nearest
+from .site import Grid, Site
+from .symbols import TRUE, Expr, name, table
+from .tracing import Setting, forward
+
+GridLike = Grid | tuple[int, int] | tuple[int, int, int] | None
+_PLACE = "attention"
+
+
+@dataclass(frozen=True)
+class Place:
+    """A site with its tensors, made by hand: what raising finds in a graph."""
+
+    site: Site
+    spec: AttendSpec
+    tables: tuple[Tensor, ...]
+    ports: Mapping[str, Tensor]
+
+    def with_port(self, port: str, tensor: Tensor) -> Place:
+        return Place(self.site, self.spec, self.tables, {**self.ports, port: tensor})
+
+
+def stand(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    ports: Mapping[str, Tensor] = {},
+    causal: bool = False,
+    scale: float | None = None,
+    grid: GridLike = None,
+    mask: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Place:
+    """The site that q, k, v, a mask and a bias describe."""
+    tables = Tables()
+    given = dict(ports) | {"q": q, "k": k, "v": v}
+    i, j = name("i"), name("j")
+    factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    keep, score = (j <= i) if causal else TRUE, name("s") * factor
+    if mask is not None:
+        _check_mask(mask, q, k)
+        padding = mask.ndim == 2
+        given |= {"key_padding": mask} if padding else {}
+        seen = table(mask)[name("b"), j] if padding else _broadcast(mask)
+        keep = keep & tables.settle(seen != 0)
+    if bias is not None:
+        _check_broadcast("bias", bias, q, k)
+        given["bias"] = bias
+        score = score + tables.settle(_broadcast(bias))
+    spec = AttendSpec(keep="" if keep.text == TRUE.text else keep.text, score=score.text)
+    pattern = f"{'causal' if causal else 'noncausal'}-{'self' if str(q.shape[2]) == str(k.shape[2]) else 'cross'}"
+    site = Site(
+        path=_PLACE,
+        index=0,
+        heads=q.shape[1],
+        kv_heads=k.shape[1],
+        dim=q.shape[3],
+        v_dim=v.shape[3],
+        scale=factor,
+        pattern=pattern,
+        mask=spec.keep,
+        features=features(spec, tables.tensors),
+        grid=as_grid(grid),
+        ports=tuple({**given, "o": q}),
+        queries=str(q.shape[2]),
+        keys=str(k.shape[2]),
+        width=given["x"].shape[-1] if "x" in given else 0,
+    )
+    return Place(site, spec, tuple(tables.tensors), given)
+
+
+def run(chosen: Mechanism, place: Place, params: Mapping[str, Tensor] = {}) -> tuple[Tensor, Aux]:
+    """A mechanism's meaning at a place; what it lacks or cannot honour is refused."""
+    reason = chosen.refuses(place.site)
+    if reason:
+        raise Refused(reason, where=str(place.site))
+    own = own_tensors(chosen, place.site, params, like=next(iter(place.ports.values())))
+    values = dict(place.ports)
+    values |= {f"table_{index}": t for index, t in enumerate(place.tables)}
+    values |= {f"param_{own_name}": t for own_name, t in own.items()}
+    return forward(chosen, Setting(place.site, place.spec), values)
+
+
+def own_tensors(chosen: Mechanism, site: Site, params: Mapping[str, Tensor], *, like: Tensor) -> dict[str, Tensor]:
+    """The mechanism's tensors: those given, checked, and the others as they start."""
+    declared = {**chosen.params(site), **chosen.buffers(site)}
+    checked: dict[str, Tensor] = {}
+    for given, tensor in params.items():
+        if given not in declared:
+            raise Refused(f"params {given!r}", where=chosen.slug, fits=nearest(given, declared, kind="its params"))
+        shape = tuple(declared[given].shape)
+        if tuple(tensor.shape) != shape[len(shape) - tensor.ndim :]:
+            found = f"params[{given!r}] of shape {tuple(tensor.shape)}"
+            raise Refused(found, where=chosen.slug, fits=f"shape {shape}")
+        checked[given] = tensor.expand(shape)
+    missing = {n: d for n, d in declared.items() if n not in params}
+    return {**started(missing, like), **checked}
+
+
+def started(declared: Mapping[str, Param], like: Tensor) -> dict[str, Tensor]:
+    """Tensors as their mechanism wants them to start; random starts are the same at every call."""
+    made: dict[str, Tensor] = {}
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        for own_name, one in declared.items():
+            made[own_name] = torch.empty(one.shape, dtype=one.dtype or like.dtype, device=like.device)
+            one.init(made[own_name])
+    return made
+
+
+def as_mechanism(slug: str | Mechanism, **knobs: Any) -> Mechanism:
+    if isinstance(slug, str):
+        return mechanism(slug, **knobs)
+    if knobs:
+        raise Refused(f"knobs {', '.join(knobs)} beside {slug!r}", fits="its own knobs, or a name with knobs")
+    return slug
+
+
+def as_grid(grid: GridLike) -> Grid | None:
+    return grid if grid is None or isinstance(grid, Grid) else Grid(*grid)
+
+
+def _broadcast(tensor: Tensor) -> Expr:
+    """A lookup in a tensor of four dimensions; dimensions of size one are not indexed."""
+    sizes: Sequence[Any] = tensor.shape
+    return table(tensor)[
+        tuple(0 if isinstance(s, int) and s == 1 else name(n) for s, n in zip(sizes, "bhij", strict=True))
+    ]
+
+
+def _check_mask(mask: Tensor, q: Tensor, k: Tensor) -> None:
+    if mask.dtype != torch.bool:
+        raise Refused(f"mask of {mask.dtype}", where=_PLACE, fits="a boolean mask, or bias= for numbers to be added")
+    if mask.ndim == 2:
+        if tuple(mask.shape) != (q.shape[0], k.shape[2]):
+            found, fits = (
+                f"mask of shape {tuple(mask.shape)}",
+                f"(B, M) = {(q.shape[0], k.shape[2])}, or four dimensions",
+            )
+            raise Refused(found, where=_PLACE, fits=fits)
+    else:
+        _check_broadcast("mask", mask, q, k)
+
+
+def _check_broadcast(what: str, tensor: Tensor, q: Tensor, k: Tensor) -> None:
+    full = (*q.shape[:3], k.shape[2])
+    if tensor.ndim != 4 or any(s != 1 and s != f for s, f in zip(tensor.shape, full, strict=True)):
+        raise Refused(f"{what} of shape {tuple(tensor.shape)}", where=_PLACE, fits=f"broadcastable to {tuple(full)}")
