@@ -9,6 +9,7 @@ os.environ |= {
     "TRANSFORMERS_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # deterministic products on a GPU, where there is one
 }
 
 import random
