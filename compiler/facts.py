@@ -74,6 +74,7 @@ def _site(node: fx.Node, path: str, index: int, ports: Ports, images: Sequence[f
         queries=str(q.shape[2]),
         keys=str(k.shape[2]),
         window=_window(spec),
+        width=int(ports.nodes["x"].meta["val"].shape[-1]) if "x" in ports.nodes else 0,
     )
 
 

@@ -1,4 +1,4 @@
-"""Mechanisms as layers to build a model from: `Attention` with its own projections, `module` for what is no attention."""
+"""Mechanisms as layers to build a model from: `Attention` with its projections, `module` for what is no attention."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .site import Grid, Site
 
 
 class Own(nn.Module):
-    """A mechanism's tensors: learned ones as parameters, state as buffers, and what the last forward left beside them."""
+    """A mechanism's tensors: learned ones as parameters, state as buffers, and the losses of the last forward."""
 
     def __init__(self, chosen: Mechanism, site: Site) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ class Attention(nn.Module):
 
 
 class Module(nn.Module):
-    """A region or inserted mechanism on x (B, N, C), or on a feature map (B, C, h, w) whose grid is read from its shape."""
+    """A region or inserted mechanism on x (B, N, C), or on a feature map (B, C, h, w), which is its own grid."""
 
     def __init__(self, chosen: Mechanism, *, dim: int, heads: int, causal: bool, grid: Grid | None) -> None:
         super().__init__()

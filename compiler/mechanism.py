@@ -100,6 +100,10 @@ class Mechanism:
     def forward(self, site: Any, p: Any, **ports: Tensor) -> Any:
         raise Refused(f"{self.slug} has no forward", fits="define forward(self, site, p, q, k, v)")
 
+    def apply(self, program: Any, paths: Any) -> None:
+        """Whole-model mechanisms (part "model") change the program themselves, at an ordered list of sites."""
+        raise Refused(f"{self.slug} is no whole-model pass", fits="define apply(self, program, paths) for part = 'model'")
+
     @classmethod
     def knobs(cls) -> dict[str, tuple[Any, Any]]:
         """name -> (type text, default); MISSING where there is no default."""

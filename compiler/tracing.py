@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -51,18 +51,24 @@ def trace(mechanism: Mechanism, setting: Setting, values: Mapping[str, Tensor]) 
         return (output, *aux.losses.values(), *aux.buffers.values())
 
     try:
-        with torch.no_grad():
-            graph = make_fx(run, pre_dispatch=True, tracing_mode="symbolic")(*values.values())
+        graph = trace_function(run, values)
     except Refused as refused:
         raise refused.at(f"{setting.site.path}: {mechanism.slug}") from None
-    for node, name in zip(graph.graph.find_nodes(op="placeholder"), names, strict=True):
+    return Fragment(graph, names, told["losses"], told["buffers"])
+
+
+def trace_function(run: Callable[..., Any], values: Mapping[str, Tensor]) -> fx.GraphModule:
+    """A function of tensors as a graph whose placeholders have the names of its values."""
+    with torch.no_grad():
+        graph = make_fx(run, pre_dispatch=True, tracing_mode="symbolic")(*values.values())
+    for node, name in zip(graph.graph.find_nodes(op="placeholder"), values, strict=True):
         node.name = node.target = name
     for node in list(graph.graph.nodes):
         if "_assert_tensor_metadata" in str(node.target):
             graph.graph.erase_node(node)
     graph.graph.eliminate_dead_code()
     graph.recompile()
-    return Fragment(graph, names, told["losses"], told["buffers"])
+    return graph
 
 
 def forward(mechanism: Mechanism, setting: Setting, values: Mapping[str, Tensor]) -> tuple[Tensor, Aux]:

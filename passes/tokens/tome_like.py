@@ -1,0 +1,187 @@
+"""Token merging: similar tokens of an encoder are merged between attention and MLP (ToMe, arXiv 2210.09461).
+
+    u = metric / |metric|;  A = even, B = odd positions;  each a in A points to its most similar b in B
+    the r best-matched tokens of A join their b:   x' = P(x * size) / size',   size' = P size,   P in {0,1}^(N-r x N)
+    next layer: softmax(q k^T * scale + log size_j) v       (proportional attention)
+
+The metric is the mean of the keys over heads. Lengths depend on the layer alone, so the graph stays static.
+
+>>> x = torch.tensor([[[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]])
+>>> plan = match(x, r=1, class_token=False, distill_token=False)
+>>> merged, size = merge(plan, x, torch.ones(1, 4, 1))
+>>> size.flatten().tolist()        # token 0 joined token 1
+[1.0, 2.0, 1.0]
+>>> unmerge(plan, merged).tolist() == x.tolist()
+True
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, fx
+
+from ...compiler.mechanism import Limit, Mechanism, register
+from ...compiler.primitives.attend_spec import AttendSpec
+from ...compiler.program import Program
+from ...compiler.refusal import Refused
+from ...compiler.surgery import block_end, carry_lengths, insert, residual_add
+from ...compiler.symbol_text import parse
+
+
+class Plan(NamedTuple):
+    """rows (B, N): the row of the output that each token goes to; count: rows of the output."""
+
+    rows: Tensor
+    count: int
+
+
+@register("tome_like")
+@dataclass(frozen=True)
+class TomeLike(Mechanism):
+    r: int | tuple[int, ...] = 0  # tokens removed per layer, or a list (padded with zeros)
+    r_inflect: float = 0.0  # -1 linearly decreasing, 0 constant, +1 increasing
+    class_token: bool = True  # row 0 is protected
+    distill_token: bool = False  # row 1 is protected
+    prop_attn: bool = True  # proportional attention, for models that were not trained with merging
+    unmerge: bool = False  # give every original token its row back after the last site
+
+    part = "model"
+    kind = "approximate"
+    paper = "arXiv 2210.09461"
+
+    def schedule(self, layers: int) -> tuple[int, ...]:
+        """Tokens to remove after each layer."""
+        if isinstance(self.r, tuple | list):
+            return (*self.r, *(0 for _ in range(layers - len(self.r))))[:layers]
+        low = int(self.r * (1 - self.r_inflect))
+        step = (2 * self.r - 2 * low) / (layers - 1) if layers > 1 else 0.0
+        return tuple(int(low + step * layer) for layer in range(layers))
+
+    def apply(self, program: Program, paths: Sequence[str]) -> None:
+        protected = int(self.class_token) + int(self.distill_token)
+        size: fx.Node | None = None
+        stream: fx.Node | None = None
+        plans: list[tuple[fx.Node, int]] = []
+        for path, wanted in zip(paths, self.schedule(len(paths))):
+            site, ports = program.site(path), program.ports[path]
+            if site.causal or not site.self_attention:
+                raise Refused(
+                    f"tome_like merges tokens of noncausal self-attention, this is {site.pattern}", where=path
+                )
+            if size is not None and self.prop_attn:
+                _weigh_keys(program, ports.attend, size)
+            length = ports.nodes["k"].meta["val"].shape[2]
+            if not isinstance(length, int):
+                raise Refused(f"{length} tokens", where=path, fits="a static number of tokens (an image encoder)")
+            r = min(wanted, (length - protected) // 2)
+            if r <= 0:
+                continue
+            add = residual_add(program, path)
+            inputs = {"k": ports.nodes["k"], "x": add} | ({"size": size} if size is not None else {})
+            rows, merged, size = insert(program, add.next, lambda r=r, **t: self._step(r, **t), inputs, like=add)
+            order = {node: position for position, node in enumerate(program.graph.graph.nodes)}
+            later = partial(_comes_later, order=order, than=merged)
+            add.replace_all_uses_with(merged, delete_user_cb=later)
+            plans.append((rows, length - r))
+            stream = merged
+            carry_lengths(program, merged, length, length - r)
+        if self.unmerge and stream is not None:
+            _unmerge_at_end(program, stream, plans)
+
+    def _step(self, r: int, k: Tensor, x: Tensor, size: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        plan = match(k.mean(1), r, class_token=self.class_token, distill_token=self.distill_token)
+        merged, grown = merge(plan, x, torch.ones_like(x[..., :1]) if size is None else size)
+        return plan.rows, merged, grown
+
+    def limits(self) -> Iterable[Limit]:
+        x = torch.randn(2, 9, 4, generator=torch.Generator().manual_seed(0))
+        ones = torch.ones(2, 9, 1)
+        plan = match(x, 3, class_token=True, distill_token=False)
+        yield Limit("sizes sum to the number of tokens", lambda: merge(plan, x, ones)[1].sum(1), lambda: ones.sum(1))
+        yield Limit("a constant stays", lambda: merge(plan, ones, ones)[0], lambda: torch.ones(2, 6, 1))
+        yield Limit("the class token stays first", lambda: merge(plan, x, ones)[0][:, 0], lambda: x[:, 0])
+
+
+def match(metric: Tensor, r: int, *, class_token: bool, distill_token: bool) -> Plan:
+    """Bipartite soft matching: ties go to the lower index; the kept tokens of A come first, then all of B."""
+    with torch.no_grad():
+        unit = torch.nn.functional.normalize(metric, dim=-1)
+        a, b = unit[:, ::2], unit[:, 1::2]
+        scores = a @ b.mT  # (B, |A|, |B|)
+        if class_token:
+            scores = torch.cat([torch.full_like(scores[:, :1], -torch.inf), scores[:, 1:]], 1)
+        if distill_token:
+            scores = torch.cat([torch.full_like(scores[..., :1], -torch.inf), scores[..., 1:]], 2)
+        best, to = scores.max(-1)
+        order = best.argsort(dim=-1, descending=True, stable=True)
+        source, kept = order[:, :r], order[:, r:]
+        if class_token:
+            kept = kept.sort(-1).values
+        split = kept.shape[1]
+        rank = torch.arange(split, device=metric.device).expand_as(kept)
+        head = int(distill_token)  # with a distillation token: class, distillation, the other kept ones, the rest of B
+        rank = torch.where(rank < 1, rank, rank + head) if head else rank
+        of_b = torch.arange(b.shape[1], device=metric.device).expand(metric.shape[0], -1) + split
+        of_b = torch.where(of_b == split, torch.full_like(of_b, 1), of_b) if head else of_b
+        of_a = torch.zeros_like(order).scatter(1, kept, rank).scatter(1, source, of_b.gather(1, to.gather(1, source)))
+        rows = torch.zeros(metric.shape[:2], dtype=torch.long, device=metric.device)
+        rows = torch.cat([of_a, of_b], 1).gather(1, _interleaved(rows.shape[1], of_a.shape[1], rows))
+    return Plan(rows, metric.shape[1] - r)
+
+
+def _interleaved(total: int, evens: int, like: Tensor) -> Tensor:
+    """Positions in [A, B] of tokens 0, 1, 2, ...: A holds the even ones, B the odd ones."""
+    token = torch.arange(total, device=like.device)
+    return torch.where(token % 2 == 0, token // 2, evens + token // 2).expand_as(like)
+
+
+def merge(plan: Plan, x: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
+    """Size-weighted means of the tokens that share a row, and the sizes of the rows."""
+    grown = _sum(plan, size)
+    return _sum(plan, x * size) / grown, grown
+
+
+def _sum(plan: Plan, x: Tensor) -> Tensor:
+    out = x.new_zeros(x.shape[0], plan.count, x.shape[2])
+    return out.scatter_add(1, plan.rows.unsqueeze(-1).expand_as(x), x)
+
+
+def unmerge(plan: Plan, x: Tensor) -> Tensor:
+    """Every original token receives the value of the row it went to."""
+    return x.gather(1, plan.rows.unsqueeze(-1).expand(-1, -1, x.shape[2]))
+
+
+def _weigh_keys(program: Program, attend: fx.Node, size: fx.Node) -> None:
+    """score + log(size of key j)."""
+    (logs,) = insert(program, attend, lambda size: size.squeeze(-1).log(), {"size": size}, like=attend)
+    tables = list(attend.args[2])  # type: ignore[arg-type]
+    spec = AttendSpec.of(str(attend.args[3]))
+    score = spec.score_expr + parse(f"t{len(tables)}[b, j]")
+    attend.args = (attend.args[0], attend.args[1], [*tables, logs], replace(spec, score=score.text).text)
+
+
+def _comes_later(user: fx.Node, *, order: Mapping[fx.Node, int], than: fx.Node) -> bool:
+    """Users of the residual stream behind the merge read the merged one; those before it stay."""
+    return order[user] > order[than]
+
+
+def _unmerge_at_end(program: Program, stream: fx.Node, plans: Sequence[tuple[fx.Node, int]]) -> None:
+    """Behind the last block every original token gets its row back, through all merges in reverse."""
+    end = block_end(stream)
+    rows = {f"rows_{k}": node for k, (node, _) in enumerate(plans)}
+    counts = [count for _, count in plans]
+
+    def restore(x: Tensor, **rows: Tensor) -> Tensor:
+        for k in reversed(range(len(counts))):
+            x = unmerge(Plan(rows[f"rows_{k}"], counts[k]), x)
+        return x
+
+    (restored,) = insert(program, end.next, restore, {"x": end, **rows}, like=end)
+    order = {node: position for position, node in enumerate(program.graph.graph.nodes)}
+    end.replace_all_uses_with(restored, delete_user_cb=partial(_comes_later, order=order, than=restored))
+    carry_lengths(program, restored, counts[-1], restored.meta["val"].shape[1])
