@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .mechanism import Aux, Mechanism, mechanism
-from .place import GridLike, Place, as_grid, as_mechanism, run, stand, started
-from .primitives.attend_spec import AttendSpec
+from .place import GridLike, as_grid, as_mechanism, layer_site, run, stand, stand_alone, started
 from .refusal import Refused
 from .site import Grid, Site
 
@@ -72,7 +70,7 @@ class Attention(nn.Module):
         if self.mechanism.part not in ("core", "gate", "region"):
             fits = f"reattend.module({self.mechanism.slug!r})"
             raise Refused(f"{self.mechanism.slug} is of part {self.mechanism.part}", where="Attention", fits=fits)
-        site = _site(dim, heads, kv_heads, causal=causal, grid=self.grid)
+        site = layer_site(dim, heads, kv_heads, causal=causal, grid=self.grid)
         reason = self.mechanism.refuses(site)
         if reason:
             raise Refused(reason, where="Attention")
@@ -88,8 +86,8 @@ class Attention(nn.Module):
         """x_kv: where keys come from, if not from x; key_padding (B, M): true where a key is real."""
         source = x if x_kv is None else x_kv
         if self.mechanism.part == "region":
-            site = _site(x.shape[2], self.heads, self.kv_heads, causal=self.causal, grid=self.grid)
-            y, aux = run(self.mechanism, _region(site, x, key_padding), self.reattend.tensors)
+            place = stand_alone(x, self.heads, causal=self.causal, grid=self.grid, key_padding=key_padding)
+            y, aux = run(self.mechanism, place, self.reattend.tensors)
             self.reattend.take(aux)
             return y
         q, k, v = self._heads(self.q_proj(x)), self._heads(self.k_proj(source)), self._heads(self.v_proj(source))
@@ -117,15 +115,15 @@ class Module(nn.Module):
     def __init__(self, chosen: Mechanism, *, dim: int, heads: int, causal: bool, grid: Grid | None) -> None:
         super().__init__()
         self.mechanism, self.heads, self.causal, self.grid = chosen, heads, causal, grid
-        site = _site(dim, heads, heads, causal=causal, grid=grid)
+        site = layer_site(dim, heads, heads, causal=causal, grid=grid)
         self.reattend = Own(chosen, site)
 
     def forward(self, x: Tensor, grid: GridLike = None, key_padding: Tensor | None = None) -> Tensor:
         image = x.ndim == 4
         chosen_grid = Grid(*x.shape[2:]) if image else as_grid(grid) or self.grid
         tokens = x.flatten(2).mT if image else x
-        site = _site(tokens.shape[2], self.heads, self.heads, causal=self.causal, grid=chosen_grid)
-        y, aux = run(self.mechanism, _region(site, tokens, key_padding), self.reattend.tensors)
+        place = stand_alone(tokens, self.heads, causal=self.causal, grid=chosen_grid, key_padding=key_padding)
+        y, aux = run(self.mechanism, place, self.reattend.tensors)
         self.reattend.take(aux)
         return y.mT.unflatten(2, x.shape[2:]) if image else y
 
@@ -150,30 +148,3 @@ def module(
         fits = f"reattend.attention(q, k, v, {chosen.slug!r}) or reattend.Attention({chosen.slug!r}, dim, heads)"
         raise Refused(f"{chosen.slug} is of part {chosen.part}", where="module", fits=fits)
     return Module(chosen, dim=dim, heads=heads, causal=causal, grid=as_grid(grid))
-
-
-def _site(dim: int, heads: int, kv_heads: int, *, causal: bool, grid: Grid | None) -> Site:
-    size = dim // heads
-    return Site(
-        path="layer",
-        index=0,
-        heads=heads,
-        kv_heads=kv_heads,
-        dim=size,
-        v_dim=size,
-        scale=size**-0.5 if size else 1.0,
-        pattern="causal-self" if causal else "noncausal-self",
-        grid=grid,
-        ports=("q", "k", "v", "o", "x", "x_kv"),
-        queries="N",
-        keys="N",
-        width=dim,
-    )
-
-
-def _region(site: Site, x: Tensor, key_padding: Tensor | None) -> Place:
-    ports = {"x": x} if key_padding is None else {"x": x, "key_padding": key_padding}
-    features = frozenset[str]() if key_padding is None else frozenset({"padding"})
-    return Place(
-        replace(site, ports=tuple(ports), features=features), AttendSpec(score=f"s * {site.scale!r}"), (), ports
-    )

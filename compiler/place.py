@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -83,6 +83,39 @@ def stand(
         width=given["x"].shape[-1] if "x" in given else 0,
     )
     return Place(site, spec, tuple(tables.tensors), given)
+
+
+def stand_alone(
+    x: Tensor, heads: int = 1, *, causal: bool = False, grid: Grid | None = None, key_padding: Tensor | None = None
+) -> Place:
+    """The site of a region or an inserted mechanism, which sees nothing but x (B, N, C)."""
+    ports = {"x": x} if key_padding is None else {"x": x, "key_padding": key_padding}
+    site = replace(
+        layer_site(x.shape[2], heads, heads, causal=causal, grid=grid),
+        ports=tuple(ports),
+        features=frozenset() if key_padding is None else frozenset({"padding"}),
+    )
+    return Place(site, AttendSpec(score=f"s * {site.scale!r}"), (), ports)
+
+
+def layer_site(width: int, heads: int, kv_heads: int, *, causal: bool, grid: Grid | None) -> Site:
+    """What is known of a layer's site before it has seen a tensor."""
+    size = width // heads
+    return Site(
+        path="layer",
+        index=0,
+        heads=heads,
+        kv_heads=kv_heads,
+        dim=size,
+        v_dim=size,
+        scale=size**-0.5 if size else 1.0,
+        pattern="causal-self" if causal else "noncausal-self",
+        grid=grid,
+        ports=("q", "k", "v", "o", "x", "x_kv"),
+        queries="N",
+        keys="N",
+        width=width,
+    )
 
 
 def run(chosen: Mechanism, place: Place, params: Mapping[str, Tensor] = {}) -> tuple[Tensor, Aux]:

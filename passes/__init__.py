@@ -1,5 +1,8 @@
 """What changes a graph: one file per published mechanism or rewrite, in families."""
 
+from .heads import moh as moh
+from .linear import agent as agent
+from .linear import agent_sd as agent_sd
 from .linear import linear as linear
 from .mixers import poolformer as poolformer
 from .score import sigmoid as sigmoid

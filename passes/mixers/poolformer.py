@@ -21,8 +21,8 @@ from ...compiler.refusal import Refused
 class PoolFormer(Mechanism):
     """The mixer of PoolFormer, projections included: the mean over the real tokens of a window, minus the token itself.
 
-    On a grid the window is pool_size x pool_size and prefix tokens get 0; on a sequence it is pool_size tokens, trailing
-    where the site is causal (a causal picture is a sequence in raster order).
+    On a grid the window is pool_size x pool_size and prefix tokens get 0; on a sequence it is pool_size tokens,
+    trailing where the site is causal (a causal picture is a sequence in raster order).
 
     >>> x = torch.arange(5.0).view(1, 5, 1)
     >>> module("poolformer")(x).flatten()

@@ -30,7 +30,7 @@ NORMALISED = (False, True, "position", "sqrt_position")
 @register("sigmoid")
 @dataclass(frozen=True)
 class Sigmoid(Mechanism):
-    """w_ij = g(scale * q_i . k_j + bias), o_i = sum_j w_ij v_j: rows need not sum to 1, so that no key must take the rest.
+    """w_ij = g(scale * q_i . k_j + bias), o_i = sum_j w_ij v_j: rows need not sum to 1, no key must take the rest.
 
     >>> q, k, v = problem()
     >>> plain = torch.sigmoid(q @ k.mT * 8**-0.5 - 2.0) @ v
@@ -41,9 +41,9 @@ class Sigmoid(Mechanism):
     normalize  divide by the row's sum + eps; "position" and "sqrt_position" divide by i + 1 and its root instead.
     bias       a number, or "-ln(M)" for as many keys as there are; `length` fixes M to a training length.
     sink       k_bias: one more key k_sink, of value 0, that every query sees; kv_bias: of value v_sink; v_bias: v_sink
-               added to every output; off_by_one: a key of logit 0 and value 0; logit: of a learned logit z_sink per head.
-    kernel     w_ij = scale * phi(q_i) . phi(k_j), phi the identity, elu + 1, or one MLP for q, k and all heads; normalize
-               then divides by the sum + eps (elu) or by max(|sum|, 1) (linear, mlp). Replaces sim.
+               added to every output; off_by_one: a key of logit 0, value 0; logit: of a learned logit z_sink per head.
+    kernel     w_ij = scale * phi(q_i) . phi(k_j) instead of sim, phi the identity, elu + 1, or one MLP for q, k and all
+               heads; normalize then divides by the sum + eps (elu) or by max(|sum|, 1) (linear, mlp).
     """
 
     sim: str = "sigmoid"
@@ -86,6 +86,10 @@ class Sigmoid(Mechanism):
             )
         if self.sink in ("off_by_one", "logit") and self.sim != "softmax":
             raise Refused(f"sink={self.sink!r}, sim={self.sim!r}", where="sigmoid", fits="sim='softmax'")
+
+    def fits(self, site: Site) -> str | None:
+        strange = sorted(site.features & {"bias", "softcap"}) if self.kernel else []
+        return f"sigmoid: a kernel has no score for {', '.join(strange)} to act on" if strange else None
 
     def params(self, site: Site) -> Mapping[str, Param]:
         heads, dim = site.heads, site.dim

@@ -1,4 +1,4 @@
-"""Sliding window with sinks: a query sees the `sinks` first and `window` latest keys (StreamingLLM, arXiv 2309.17453)."""
+"""Sliding window with sinks: a query sees the `sinks` first and `window` last keys (StreamingLLM, arXiv 2309.17453)."""
 
 from __future__ import annotations
 
