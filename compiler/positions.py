@@ -3,8 +3,8 @@
 The layer is the number in the path (`model.layers.3.self_attn`: 3), counted per stack (`encoder.layers` and
 `decoder.layers` each have a last one). A path with several numbers (swin: layers.1.blocks.0.attn) has its first one as
 stage, and as layer the running number of its block in graph order. A last number that only tells unlike modules of one
-list apart does not count (T5: block.0.layer.0.SelfAttention and block.0.layer.1.EncDecAttention are both layer 0). A path
-without a number has no layer.
+list apart does not count (T5: block.0.layer.0.SelfAttention and block.0.layer.1.EncDecAttention are both layer 0). A
+path without a number has no layer.
 """
 
 from __future__ import annotations

@@ -144,12 +144,24 @@ def insert_before(
                 mapped[inner] = inputs[inner.name]
             elif inner.op == "output":
                 outputs = inner.args[0]
+            elif inner.op == "get_attr":
+                constant = getattr(fragment, str(inner.target))
+                mapped[inner] = graph.get_attr(_mount_constant(graph.owning_module, constant))
+                mapped[inner].meta = dict(inner.meta)
             else:
                 copy = mapped[inner] = graph.node_copy(inner, lambda n: mapped[n])
                 copy.meta = dict(inner.meta) | {k: like.meta[k] for k in _PLACE if k in like.meta}
                 made.add(copy)
     results = outputs if isinstance(outputs, list | tuple) else (outputs,)
     return tuple(mapped[r] for r in results), made
+
+
+def _mount_constant(root: nn.Module, constant: Tensor) -> str:
+    """A constant of a fragment, held by the target graph; equal ones are held once."""
+    content = hashlib.sha256(repr((constant.dtype, constant.tolist())).encode()).hexdigest()[:12]
+    target = f"_reattend_constants.c_{content}"
+    mount(root, target, constant)
+    return target
 
 
 def get_attr(graph: fx.Graph, before: fx.Node, target: str, value: Tensor, fake: Callable[[Tensor], Any]) -> fx.Node:

@@ -1,4 +1,4 @@
-"""What a recipe asks for, as values: rules over sites, whole-model passes, bounds, recovery; equal however it was written.
+"""What a recipe asks for, as values: rules over sites, whole-model passes, bounds; equal however it was written.
 
 Reading one is `recipe_load.py`, matching it with sites `decisions.py`; here is only what it is and how it prints.
 """
@@ -13,12 +13,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeAlias
 
-from .knob_types import thaw
+from .knob_types import Table, thaw
 from .path_glob import glob
 from .recipe_yaml import resolve
 from .refusal import Refused
 from .selectors import Selector
-from .vocabulary import SITE_KEYS
 
 VERSIONS = (1,)
 TARGETS = ("auto", "eager", "cpu", "triton")
@@ -210,7 +209,7 @@ class Recipe:
 
 
 def guard(recipe: Recipe, facts: Mapping[str, Any]) -> None:
-    """Refuses a model that is not the one the recipe was made for, before any work; a list in the guard means any of it."""
+    """Refuses a model that the recipe was not made for, before any work; a list in the guard means any of it."""
     for name, wanted in recipe.model:
         if name not in facts:
             known = ", ".join(sorted(facts)) or "nothing"
@@ -233,7 +232,7 @@ def head_numbers(text: str) -> set[int]:
     """The heads that "0-3" or "0,2,4-5" means; refused where that is no such text."""
     found: set[int] = set()
     for part in text.split(","):
-        span = re.fullmatch(r"\s*(\d{1,5})(?:-(\d{1,5}))?\s*", part)
+        span = re.fullmatch(r"\s*(\d{1,4})(?:-(\d{1,4}))?\s*", part)
         if not span or int(span[1]) > int(span[2] or span[1]):
             raise Refused(f"heads {text!r}", fits='"0-3", "0,2,4-5" or rest')
         found.update(range(int(span[1]), int(span[2] or span[1]) + 1))
@@ -277,8 +276,7 @@ def _whole_groups(parts: list[tuple[int, ...]], heads: int, kv_heads: int) -> No
 
 
 def _argument(value: Any) -> Any:
-    plain = thaw(value)
-    return value if isinstance(value, tuple) and isinstance(plain, list) else plain
-
-
-SITE_ORDER = {key: n for n, key in enumerate(SITE_KEYS)}
+    """As a dataclass field holds it: lists stay tuples, tables become mappings."""
+    if isinstance(value, Table):
+        return {key: _argument(item) for key, item in value.items}
+    return tuple(map(_argument, value)) if isinstance(value, tuple) else value

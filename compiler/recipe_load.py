@@ -2,7 +2,7 @@
 
     recipe = load_recipe("recipe.yaml", vocabulary)
 
-`include` names further recipes: their rules and passes come after one's own, their settings where one's own say nothing.
+`include` names further recipes: their rules and passes come after one's own, their settings fill in what is left out.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ _declared: list[torch.library.Library] = []  # a Library takes its definitions a
 
 def declare_missing_vision_ops() -> bool:
     """Declare the operators that torchvision's failed extension would have; true if there was anything to do."""
-    if _declared or not importlib.util.find_spec("torchvision") or torch.cuda.is_available():
+    if _declared or not importlib.util.find_spec("torchvision") or torch.version.cuda is not None:
         return False
     library = torch.library.Library("torchvision", "FRAGMENT")
     for name, schema in _SCHEMAS.items():
