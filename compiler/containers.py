@@ -1,0 +1,194 @@
+"""Values taken apart into flat tensors and a layout, and put together again: what goes into a call and comes out of it.
+
+Tuples, lists, dicts, dataclasses, Hugging Face outputs and caches are containers; everything else that is no tensor is
+a constant. A cache that is still empty has the layout of a filled one, its tensors missing.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .refusal import Refused
+
+PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, enum.Enum, type, torch.Size)
+_FILLED_IN = ("is_initialized", "dtype", "device")  # attributes of a cache layer that its tensors say again
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a value is made: "tensor", "value" (a constant), "items", "mapping", "fields", "object", "argument"."""
+
+    kind: str
+    type: Any = None
+    names: tuple[Any, ...] = ()
+    parts: tuple[Layout, ...] = ()
+    value: Any = None
+
+    def __str__(self) -> str:
+        if self.kind == "tensor":
+            return "tensor" if self.value is None else str(self.value)
+        if self.kind in ("value", "argument"):
+            return _text(self.value)
+        if self.kind == "items":
+            inside = ", ".join(map(str, self.parts))
+            return f"[{inside}]" if self.type is list else f"({inside}{',' if len(self.parts) == 1 else ''})"
+        if self.kind == "object":
+            return f"{self.type.__name__}[{self.count} tensors]"
+        inside = ", ".join(f"{n}: {p}" for n, p in zip(self.names, self.parts))
+        return f"{{{inside}}}" if self.kind == "mapping" else f"{self.type.__name__}({inside})"
+
+    @property
+    def count(self) -> int:
+        """How many tensors stand in it."""
+        return int(self.kind == "tensor") + sum(p.count for p in self.parts)
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One tensor of a value, or the place of one that is missing, and where it stands: `past_key_values.layers.0.keys`."""
+
+    path: str
+    tensor: Tensor | None
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, PLAIN):
+        return value.__name__ if isinstance(value, type) else repr(value)
+    return f"<{type(value).__name__}>"
+
+
+def take_apart(value: Any, path: str, known: Mapping[int, str] | None = None) -> tuple[list[Leaf], Layout]:
+    """The tensors of a value in order, and its layout; `known` objects (by id) are named instead of taken apart."""
+    leaves: list[Leaf] = []
+    return leaves, _apart(value, path, leaves, known or {})
+
+
+def _apart(value: Any, path: str, leaves: list[Leaf], known: Mapping[int, str]) -> Layout:
+    if id(value) in known and not isinstance(value, PLAIN):
+        return Layout("argument", value=known[id(value)])
+    if isinstance(value, Tensor | torch.SymInt | torch.SymFloat | torch.SymBool):
+        leaves.append(Leaf(path, value))  # type: ignore[arg-type]
+        return Layout("tensor")
+    if isinstance(value, PLAIN):
+        return Layout("value", value=value)
+    if is_cache(value):
+        return _apart_object(value, path, leaves, known)
+    if is_dataclass(value) and not isinstance(value, type):
+        given = {f.name: getattr(value, f.name) for f in fields(value)}
+        if isinstance(value, Mapping):  # a Hugging Face ModelOutput: what is None is not there
+            given = {n: v for n, v in given.items() if v is not None}
+        return _named("fields", value, given, path, leaves, known)
+    if isinstance(value, Mapping):
+        return _named("mapping", value, dict(value), path, leaves, known)
+    if isinstance(value, tuple | list):
+        parts = tuple(_apart(v, f"{path}.{k}" if path else str(k), leaves, known) for k, v in enumerate(value))
+        return Layout("items", type(value), parts=parts)
+    try:
+        hash(value)
+    except TypeError:
+        fits = "tensors, numbers, text, lists, tuples, dicts and dataclasses of them"
+        raise Refused(f"a {type(value).__name__}", where=path, fits=fits) from None
+    return Layout("value", value=value)
+
+
+def _named(
+    kind: str, value: Any, given: Mapping[Any, Any], path: str, leaves: list[Leaf], known: Mapping[int, str]
+) -> Layout:
+    parts = tuple(_apart(v, f"{path}.{n}" if path else str(n), leaves, known) for n, v in given.items())
+    return Layout(kind, type(value), tuple(given), parts)
+
+
+def put_together(layout: Layout, leaves: Sequence[Any], known: Mapping[str, Any] | None = None) -> Any:
+    """The value again, around other tensors; arguments that were named are looked up in `known`."""
+    remaining = iter(leaves)
+    return _together(layout, lambda: next(remaining), known or {})
+
+
+def _together(layout: Layout, take: Callable[[], Any], known: Mapping[str, Any]) -> Any:
+    if layout.kind == "tensor":
+        return take()
+    if layout.kind == "value":
+        return layout.value
+    if layout.kind == "argument":
+        return known[layout.value]
+    parts = [_together(p, take, known) for p in layout.parts]
+    if layout.kind == "items":
+        return layout.type(*parts) if hasattr(layout.type, "_fields") else layout.type(parts)
+    named = dict(zip(layout.names, parts))
+    if layout.kind == "object":
+        return _object(layout.type, named)
+    if layout.kind == "fields":
+        return layout.type(**named)
+    return named if layout.type is dict else layout.type(named)
+
+
+# --- caches -----------------------------------------------------------------------------------------------------------
+
+
+def is_cache(value: Any) -> bool:
+    """A Hugging Face cache, or one of its layers."""
+    bases = type(value).__mro__
+    return any(b.__name__ in ("Cache", "CacheLayerMixin") and b.__module__ == "transformers.cache_utils" for b in bases)
+
+
+def is_layer(value: Any) -> bool:
+    return is_cache(value) and hasattr(value, "is_initialized") and not hasattr(value, "layers")
+
+
+def _apart_object(value: Any, path: str, leaves: list[Leaf], known: Mapping[int, str]) -> Layout:
+    given = dict(vars(value))
+    if not is_layer(value):
+        return _named("object", value, given, path, leaves, known)
+    if type(value).__name__ not in ("DynamicLayer", "DynamicSlidingWindowLayer"):
+        raise Refused(f"a cache layer {type(value).__name__}", where=path, fits="DynamicCache: its layers grow by cat")
+    states = [given.pop("keys", None), given.pop("values", None)]
+    names, parts = [], []
+    for name, state in zip(("keys", "values"), states):
+        leaves.append(Leaf(f"{path}.{name}", state if state is not None and state.numel() else None))
+        names.append(name)
+        parts.append(Layout("tensor"))
+    for name, part in given.items():
+        if name == "cumulative_length":  # a number that grows with every call: the size of an empty tensor says it
+            leaves.append(Leaf(f"{path}.{name}", torch.empty(part, 0)))
+            names.append(name)
+            parts.append(Layout("tensor"))
+        elif name not in _FILLED_IN:
+            names.append(name)
+            parts.append(_apart(part, f"{path}.{name}", leaves, known))
+    return Layout("object", type(value), tuple(names), tuple(parts))
+
+
+def _object(made_of: type, named: dict[str, Any]) -> Any:
+    value = made_of.__new__(made_of)
+    value.__dict__.update(named)
+    if "keys" in named and "values" in named and is_cache(value):
+        keys = named["keys"]
+        value.__dict__ |= {"is_initialized": True, "dtype": keys.dtype, "device": keys.device}
+        if "cumulative_length" in named:
+            value.__dict__["cumulative_length"] = named["cumulative_length"].shape[0]
+    return value
+
+
+def absorb(old: Any, new: Any) -> None:
+    """Make a mutable container what it became during the call: a cache grows, a dict or list is refilled."""
+    if is_cache(old):
+        for name, part in vars(new).items():
+            before = vars(old).get(name)
+            if isinstance(before, list) and len(before) == len(part):
+                for one, other in zip(before, part):
+                    absorb(one, other)
+            elif is_cache(before):
+                absorb(before, part)
+            else:
+                setattr(old, name, part)
+    elif isinstance(old, dict):
+        old.clear()
+        old.update(new)
+    elif isinstance(old, list):
+        old[:] = new
