@@ -347,10 +347,11 @@ def _filled(own: Section, other: Section) -> Section:
 
 def _beside(data: Data, folder: Path) -> Data:
     """An included recipe's files, as seen from the one that includes it."""
-    if folder == Path():
-        return data
-    paths = {"calibrate": data.calibrate, "verify": data.verify}
-    return replace(data, **{name: path and (folder / path).as_posix() for name, path in paths.items()})
+
+    def seen(file: str | None) -> str | None:
+        return (folder / file).as_posix() if file else file
+
+    return replace(data, calibrate=seen(data.calibrate), verify=seen(data.verify))
 
 
 def _locate(source: str | Path, folder: Path) -> Path:

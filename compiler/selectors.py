@@ -99,7 +99,7 @@ def condition(key: str, value: Any) -> tuple[str, ...]:
     if key in _SETS or key == "kind":
         return tuple(sorted({_known(key, text) for text in texts}))
     for text in texts:
-        _ = glob(text) if key == "path" else _part(text)  # for what they refuse
+        _check_path(key, text)
     return ("*",) if key == "path" and "*" in texts else tuple(dict.fromkeys(texts))
 
 
@@ -181,8 +181,10 @@ def _known(key: str, text: str) -> str:
     return text
 
 
-def _part(text: str) -> None:
-    if not re.fullmatch(r"[^.*?{}\[\]]+(\.[^.*?{}\[\]]+)*", text):
+def _check_path(key: str, text: str) -> None:
+    if key == "path":
+        _ = glob(text)  # refuses what is no glob
+    elif not re.fullmatch(r"[^.*?{}\[\]]+(\.[^.*?{}\[\]]+)*", text):
         raise Refused(f"part: {text!r}", fits=KEYS["part"])
 
 
