@@ -1,0 +1,127 @@
+"""An exported program as a plain graph: tensors under the model's own names, constants as buffers, no asserts left."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export.graph_signature import InputKind
+
+from .refusal import Refused
+
+CONSTANTS = "_reattend_constants"
+_CHECKS = ("_assert", "sym_constrain_range", "_assert_async")
+_NOWHERE = "_empty_nn_module_stack_from_metadata_hook"
+_OWN = {InputKind.PARAMETER, InputKind.BUFFER}
+_NORMS = {"batch_norm": (3, 4, 5), "instance_norm": (3, 4, 5)}  # running mean and variance, written where the flag is set
+
+
+def plain(program: torch.export.ExportedProgram, model: nn.Module, inputs: Sequence[str]) -> fx.GraphModule:
+    """The program's graph over the model's own parameters and buffers, its inputs named after the arguments."""
+    graph, root = fx.Graph(), {}
+    specs = {s.arg.name: s for s in program.graph_signature.input_specs}
+    placed: dict[fx.Node, fx.Node] = {}
+    kept: dict[fx.Node, str] = {}
+    names = iter(inputs)
+    for node in program.graph.nodes:
+        if node.op == "placeholder" and specs[node.name].kind is InputKind.USER_INPUT:
+            placed[node] = graph.placeholder(_identifier(next(names)))
+            placed[node].meta = _meta(node)
+        elif node.op == "placeholder":
+            kept[node] = _own_name(specs[node.name], program, model, root)
+        elif node.op == "get_attr":
+            root[node.target] = _resolve(program.graph_module, node.target)
+            placed[node] = graph.node_copy(node)
+        elif not (node.op == "call_function" and any(c in str(node.target) for c in _CHECKS) and not node.users):
+            for source in node.all_input_nodes:
+                if source in kept and source not in placed:
+                    placed[source] = graph.get_attr(kept[source])
+                    placed[source].meta = _meta(source)
+            placed[node] = graph.node_copy(node, lambda n: placed[n])
+            placed[node].meta = _meta(node)
+    used = {n.target for n in graph.nodes if n.op == "get_attr"}
+    module = fx.GraphModule({t: v for t, v in root.items() if t in used}, graph)
+    return module.train(model.training)
+
+
+def _own_name(spec: Any, program: Any, model: nn.Module, root: dict[str, Any]) -> str:
+    """Where a lifted tensor lives: the model's own attribute, or one more constant."""
+    target: str = spec.target
+    if spec.kind in _OWN:
+        root[target] = _resolve(model, target)
+        return target
+    value = program.constants[target]
+    if _same(model, target, value):
+        root[target] = value
+        return target
+    name = f"{CONSTANTS}.c{sum(t.startswith(CONSTANTS) for t in root)}"
+    root[name] = value
+    return name
+
+
+def _same(model: nn.Module, target: str, value: Any) -> bool:
+    try:
+        return _resolve(model, target) is value
+    except AttributeError:
+        return False
+
+
+def _resolve(module: Any, target: str) -> Any:
+    for part in target.split("."):
+        module = getattr(module, part)
+    return module
+
+
+def _meta(node: fx.Node) -> dict[str, Any]:
+    meta = {k: v for k, v in node.meta.items() if k in ("val", "nn_module_stack", "stack_trace")}
+    stack = meta.get("nn_module_stack")
+    if stack:
+        meta["nn_module_stack"] = {k: v for k, v in stack.items() if _NOWHERE not in k}
+    return meta
+
+
+def _identifier(path: str) -> str:
+    return "".join(c if c.isalnum() else "_" for c in path)
+
+
+def written(module: fx.GraphModule) -> tuple[str, ...]:
+    """Buffers that running the graph writes to; a graph that writes to its inputs is refused."""
+    found: dict[str, None] = {}
+    for node in module.graph.nodes:
+        for target in _written_by(node):
+            source = _base(target)
+            if source.op == "placeholder":
+                line = (node.meta.get("stack_trace") or "").strip().rsplit("File ", 1)[-1]
+                raise Refused(
+                    f"the model writes to its input {source.name} ({node.target})",
+                    where=" ".join(line.split()),
+                    fits="a forward that leaves its tensors alone, e.g. x = x + 1 instead of x += 1",
+                )
+            if source.op == "get_attr":
+                found[str(source.target)] = None
+    return tuple(found)
+
+
+def _written_by(node: fx.Node) -> list[fx.Node]:
+    schema = getattr(node.target, "_schema", None)
+    if node.op != "call_function" or schema is None:
+        return []
+    marked = [a for a, s in zip(node.args, schema.arguments) if s.alias_info is not None and s.alias_info.is_write]
+    name = schema.name.removeprefix("aten::")
+    if name in _NORMS:
+        *running, flag = _NORMS[name]
+        if node.args[flag]:
+            marked += [node.args[k] for k in running]
+    return [a for a in marked if isinstance(a, fx.Node)]
+
+
+def _base(node: fx.Node) -> fx.Node:
+    """Whose memory a node's value is, through views."""
+    while node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+        returns = node.target._schema.returns
+        if not (returns and returns[0].alias_info is not None and node.args and isinstance(node.args[0], fx.Node)):
+            return node
+        node = node.args[0]
+    return node
