@@ -234,7 +234,7 @@ def head_numbers(text: str) -> set[int]:
     for part in text.split(","):
         span = re.fullmatch(r"\s*(\d{1,4})(?:-(\d{1,4}))?\s*", part)
         if not span or int(span[1]) > int(span[2] or span[1]):
-            raise Refused(f"heads {text!r}", fits='"0-3", "0,2,4-5" or rest')
+            raise Refused(f"heads {text!r}", fits='expected "0-3", "0,2,4-5" or rest')
         found.update(range(int(span[1]), int(span[2] or span[1]) + 1))
     return found
 

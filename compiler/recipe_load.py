@@ -79,10 +79,11 @@ class _Loader:
         self.opened: set[Path] = set()
 
     def open(self, path: Path) -> Recipe:
-        node = read_bytes(_bytes(path), str(path))
+        source = f"recipes/{path.name}" if path.parent == _shipped_folder() else str(path)
+        node = read_bytes(_bytes(path), source)
         self.opening.append(path.resolve())
         self.opened.add(path.resolve())
-        recipe = self.read(node, str(path), path.parent)
+        recipe = self.read(node, source, path.parent)
         self.opening.pop()
         return recipe
 
@@ -108,7 +109,7 @@ class _Loader:
 
     def include(self, item: Node, folder: Path) -> Recipe:
         if not isinstance(item.value, str):
-            raise item.refuse(item.says(), "include: [other.yaml], a path beside this file or a shipped name")
+            raise item.refuse(item.says(), "expected a path beside this file or a shipped name")
         try:
             path = _locate(item.value, folder)
         except Refused as refusal:
@@ -133,7 +134,7 @@ class _Loader:
         if "split" in table:
             wishes = {"attention": self.split(table["split"]), **wishes}
         if not wishes:
-            raise node.refuse("a rule that decides nothing", f"one of {', '.join(SITE_KEYS)}, split")
+            raise node.refuse("a rule that decides nothing", f"add one of {', '.join(SITE_KEYS)}, split")
         where = node.where.rpartition(":")[0] or node.path
         return Rule(_selector(table["match"]), tuple(wishes.items()), _drop(table.get("drop")), where)
 
@@ -146,7 +147,7 @@ class _Loader:
 
     def split(self, node: Node) -> Split:
         if not isinstance(node.value, dict) or not node.value:
-            raise node.refuse(node.says(), 'split: {"0-3": window, rest: keep}')
+            raise node.refuse(node.says(), 'expected {"0-3": window, rest: keep}')
         parts, taken = [], set[int]()
         for text, item in node.value.items():
             heads = _located(item, lambda text=text: head_numbers(text) if text != "rest" else set())  # type: ignore[misc]
@@ -185,7 +186,7 @@ class _Loader:
         elif isinstance(value, str):
             name, knobs = value, replace(node, value={})
         else:
-            raise node.refuse(node.says(), f"{key}: keep, a mechanism, or {{mechanism: {{knob: value}}}}")
+            raise node.refuse(node.says(), "expected keep, a mechanism, or {mechanism: {knob: value}}")
         facts = self.vocabulary.fitting(key).get(name)
         if facts is None or (core and facts.part != "core"):
             raise self.unknown(key, name, node if isinstance(value, str) else knobs)
@@ -207,7 +208,7 @@ class _Loader:
 
 def _knobs(node: Node, name: str, known: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
     if not isinstance(node.value, dict):
-        raise node.refuse(node.says(), f"{name}: {{{', '.join(known)}}}" if known else f"{name} has no knobs")
+        raise node.refuse(node.says(), f"expected a mapping of {', '.join(known)}" if known else f"{name} has no knobs")
     found = {}
     for knob, item in node.value.items():
         if knob not in known:
@@ -215,7 +216,7 @@ def _knobs(node: Node, name: str, known: Mapping[str, Any]) -> tuple[tuple[str, 
         found[knob] = _admitted(item, known[knob].type)
     missing = [knob for knob, facts in known.items() if facts.default is MISSING and knob not in found]
     if missing:
-        raise node.refuse(f"{name} without {', '.join(missing)}", f"{name}: {{{missing[0]}: ...}}")
+        raise node.refuse(f"{name} without {', '.join(missing)}", f"write {{{name}: {{{missing[0]}: ...}}}}")
     return tuple(sorted(found.items()))
 
 
@@ -224,7 +225,7 @@ def _admitted(node: Node, annotation: object) -> Any:
     try:
         return kind.admit(node.plain())
     except Misfit:
-        raise node.refuse(f"found {node.says()}", kind.says) from None
+        raise node.refuse(f"found {node.says()}", f"expected {kind.says}") from None
 
 
 def _section(cls: type[Section], node: Node | None) -> Section | None:
@@ -238,18 +239,20 @@ def _section(cls: type[Section], node: Node | None) -> Section | None:
         value = _admitted(item, f.metadata.get("type", f.type))
         least, most = f.metadata.get("least"), f.metadata.get("most")
         if value is not None and ((least is not None and value < least) or (most is not None and value > most)):
-            raise item.refuse(f"found {value}", f"at least {least}" + (f", at most {most}" if most is not None else ""))
+            raise item.refuse(
+                f"found {value}", f"expected at least {least}" + (f", at most {most}" if most is not None else "")
+            )
         values[f.name] = value
     return cls(**values)
 
 
 def _model(node: Node) -> tuple[tuple[str, Any], ...]:
     if not isinstance(node.value, dict):
-        raise node.refuse(node.says(), "model: {type: llama, layers: 32}")
+        raise node.refuse(node.says(), "expected facts, like {type: llama, layers: 32}")
     for item in node.value.values():
         several = item.value if isinstance(item.value, tuple) else (item,)
         if not several or any(isinstance(one.value, tuple | dict) or one.value is None for one in several):
-            raise item.refuse(item.says(), "a text, a number, or a list of those, any of which may hold")
+            raise item.refuse(item.says(), "expected a text, a number, or a list of those, any of which may hold")
     return tuple(sorted((key, freeze(item.plain())) for key, item in node.value.items()))
 
 
@@ -257,7 +260,7 @@ def _selector(node: Node) -> Selector:
     if isinstance(node.value, str):
         return _located(node, lambda: selector(str(node.value)))
     if not isinstance(node.value, dict) or not node.value:
-        raise node.refuse(f"match is {node.says()}", '"*", a path, or {layer: "2-31", kind: causal-self}')
+        raise node.refuse(f"match is {node.says()}", 'expected "*", a path, or {layer: "2-31", kind: causal-self}')
     for key, item in node.value.items():
         _located(item, lambda key=key, item=item: selector({key: item.plain()}))  # type: ignore[misc]
     return selector(node.plain())
@@ -281,14 +284,20 @@ def _target(node: Node) -> str:
 def _version(table: Mapping[str, Node], node: Node) -> None:
     known = ", ".join(map(str, VERSIONS))
     if "version" not in table:
-        raise Refused("a recipe without version", where=node.where or "recipe", fits=f"version: {VERSIONS[-1]}")
+        raise Refused(
+            "a recipe without version",
+            where=node.where or node.path or "recipe",
+            fits=f"write `version: {VERSIONS[-1]}`",
+        )
     if isinstance(table["version"].value, bool) or table["version"].value not in VERSIONS:
         raise table["version"].refuse(f"found {table['version'].says()}", f"known versions: {known}")
 
 
 def _table(node: Node, known: tuple[str, ...], what: str) -> dict[str, Node]:
     if not isinstance(node.value, dict):
-        raise Refused(f"{what} is {node.says()}", where=node.place or "recipe", fits=f"a mapping of {', '.join(known)}")
+        raise Refused(
+            f"{what} is {node.says()}", where=node.place or "recipe", fits=f"expected a mapping of {', '.join(known)}"
+        )
     for key, item in node.value.items():
         if key not in known:
             raise _at_key(item, f"key {key!r}", nearest(key, known, kind=f"{what} takes"))
@@ -299,7 +308,7 @@ def _items(node: Node | None) -> tuple[Node, ...]:
     if node is None or node.value is None:
         return ()
     if not isinstance(node.value, tuple):
-        raise node.refuse(node.says(), f"a list: {node.path.rpartition('.')[2]}: [...]")
+        raise node.refuse(node.says(), f"expected a list: `{node.path.rpartition('.')[2]}: [...]`")
     return node.value
 
 
@@ -366,7 +375,7 @@ def _locate(source: str | Path, folder: Path) -> Path:
         found = "is a folder" if path.is_dir() else "no regular file" if path.exists() else "no such file"
     except (OSError, ValueError):  # a name too long, a NUL in it
         found = "no file name"
-    beside = sorted(p.name for p in path.parent.glob("*.y*ml")) if found == "no such file" else []
+    beside = sorted(p.name for p in path.parent.glob("[!.]*.y*ml"))[:20] if found == "no such file" else []
     hint = nearest(text, [*shipped(), *beside], kind="shipped and here")
     raise Refused(found, where=text[:200], fits=f"{hint}; a YAML text holds a newline")
 

@@ -90,7 +90,7 @@ def condition(key: str, value: Any) -> tuple[str, ...]:
         raise Refused(f"key {key!r}", fits=nearest(key, KEYS, kind="a match takes"))
     values = value if isinstance(value, list | tuple) else [value]
     if not values or any(isinstance(one, bool) or not isinstance(one, str | int) for one in values):
-        raise Refused(f"{key}: {value!r}", fits=KEYS[key])
+        raise Refused(f"{key}: {value!r}", fits=f"expected {KEYS[key]}")
     texts = [str(one).strip() for one in values]
     if key in _PLACES:
         return (_spans_text(key, texts),)
@@ -127,7 +127,7 @@ def _spans_text(key: str, texts: Sequence[str]) -> str:
     for part in parts:
         span = _SPAN.fullmatch(part)
         if part not in ("even", "odd") and (not span or not _in_order(span)):
-            raise Refused(f"{key}: {part!r}", fits=KEYS["layer"])
+            raise Refused(f"{key}: {part!r}", fits=f"expected {KEYS['layer']}")
         first, last = span.groups() if span else (part, None)
         found.append(first if last is None else f"{first}-{last}")
     return ",".join(found)
@@ -156,13 +156,13 @@ def _number_parts(key: str, text: str) -> Iterable[str]:
     if re.match("[<>=!]", text):
         compared = _COMPARE.findall(text)
         if "".join(f"{sign}{number}" for sign, number in compared) != re.sub(r"\s", "", text):
-            raise Refused(f"{key}: {text!r}", fits=KEYS["heads"])
+            raise Refused(f"{key}: {text!r}", fits=f"expected {KEYS['heads']}")
         return [" ".join(f"{sign}{number}" for sign, number in compared)]
     parts = [part.strip() for part in text.split(",")]
     for part in parts:
         span = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part)
         if not span or int(span[1]) > int(span[2] or span[1]):
-            raise Refused(f"{key}: {text!r}", fits=KEYS["heads"])
+            raise Refused(f"{key}: {text!r}", fits=f"expected {KEYS['heads']}")
     return parts
 
 
@@ -185,7 +185,7 @@ def _check_path(key: str, text: str) -> None:
     if key == "path":
         _ = glob(text)  # refuses what is no glob
     elif not re.fullmatch(r"[^.*?{}\[\]]+(\.[^.*?{}\[\]]+)*", text):
-        raise Refused(f"part: {text!r}", fits=KEYS["part"])
+        raise Refused(f"part: {text!r}", fits=f"expected {KEYS['part']}")
 
 
 def _shown(value: Any) -> str:

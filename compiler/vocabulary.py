@@ -35,7 +35,7 @@ class Knob:
     """One setting: its annotation (`int`, `"float | None"`, `"Literal['a', 'b']"`), default and meaning."""
 
     type: object
-    default: object = MISSING
+    default: object = field(default_factory=lambda: MISSING)  # dataclasses.MISSING: must be given
     doc: str = ""
 
 
