@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 from .capture import Captured
 from .facts import describe
@@ -15,9 +15,10 @@ from .masks import fold_masks
 from .mechanism import Mechanism
 from .program import Program, Store
 from .raising import raise_sites
+from .recipe import Verify
 from .refusal import Refused
 from .rewrite import put
-from .verification import SiteResult, check_sites, compare_outputs, worst_first
+from .verification import Deviation, SiteResult, check_sites, compare_outputs, worst_first
 
 log = logging.getLogger("reattend")
 ORDER = ("core", "region", "gate", "insert", "model", "cache")  # parts, in the order of their stages
@@ -78,7 +79,7 @@ def _apply(program: Program, step: Step) -> None:
         put(program, step.path, step.mechanism, dropped=step.dropped)
 
 
-def lower(program: Program, captured: Captured, model: object) -> Captured:
+def lower(program: Program, captured: Captured, model: nn.Module) -> Captured:
     """The graph that runs: leaf modules back under their own paths, named losses and buffers as further outputs."""
     graph = program.graph.graph
     extra = [*program.losses, *program.buffers]
@@ -89,38 +90,34 @@ def lower(program: Program, captured: Captured, model: object) -> Captured:
     graph.eliminate_dead_code()
     graph.lint()
     program.graph.recompile()
-    return captured.with_graph(
-        program.graph,
+    return replace(
+        captured,
+        graph=program.graph,
         losses=tuple(name for name, _ in program.losses),
         buffers=tuple(name for name, _ in program.buffers),
     )
 
 
-@dataclass(frozen=True)
-class Bounds:
-    """What the recipe's `verify` demands of the output; None demands nothing."""
-
-    max_kl: float | None = None
-    min_top1: float | None = None
-    max_error: float | None = None  # relative error of the output
-    otherwise: str = "rollback"
-
-    def broken_by(self, deviation: object) -> str:
-        relative, kl, top1 = (getattr(deviation, n) for n in ("relative", "kl", "top1"))
-        if self.max_error is not None and relative > self.max_error:
-            return f"relative error {relative:.3g} > max_error {self.max_error}"
-        if self.max_kl is not None and kl is not None and kl > self.max_kl:
-            return f"KL {kl:.3g} > max_kl {self.max_kl}"
-        if self.min_top1 is not None and top1 is not None and top1 < self.min_top1:
-            return f"top-1 {top1:.4f} < min_top1 {self.min_top1}"
-        return ""
+def broken_bound(verify: Verify, deviation: Deviation) -> str:
+    """Which of the recipe's bounds the output breaks, or ""."""
+    measured = {
+        "max_error": deviation.relative,
+        "min_cosine": deviation.cosine,
+        "max_kl": deviation.kl,
+        "min_top1": deviation.top1,
+    }
+    for name, bound in verify.bounds.items():
+        value = measured[name]
+        if value is not None and (value > bound if name.startswith("max") else value < bound):
+            return f"{name}: {value:.4g} is beyond {bound}"
+    return ""
 
 
 @dataclass
 class Checked:
     outcome: Outcome
     sites: list[SiteResult]
-    deviation: object
+    deviation: Deviation
     rolled_back: dict[str, str]
 
 
@@ -128,7 +125,7 @@ def checked_rewrite(
     raised: Program,
     steps: Sequence[Step],
     inputs: Sequence[Tensor],
-    bounds: Bounds,
+    verify: Verify,
     *,
     run: Callable[[fx.GraphModule, Sequence[Tensor]], object] = lambda graph, inputs: graph(*inputs),
 ) -> Checked:
@@ -139,11 +136,11 @@ def checked_rewrite(
         results = check_sites(raised, outcome.program.changes, inputs)
         wrong = {r.path: r.failed for r in results if r.failed}
         deviation = compare_outputs(run(outcome.program.graph, inputs), run(raised.graph, inputs))
-        broken = bounds.broken_by(deviation)
+        broken = broken_bound(verify, deviation)
         if not wrong and broken and results:
-            if bounds.otherwise == "refuse":
+            if verify.otherwise == "refuse":
                 raise Refused(broken, where="verify", fits="loosen the bound, rewrite fewer sites, or `else: rollback`")
-            if bounds.otherwise == "rollback":
+            if verify.otherwise == "rollback":
                 wrong = {worst_first(results)[0].path: f"rolled back: {broken}"}
         if not wrong:
             return Checked(outcome, results, deviation, rolled_back)

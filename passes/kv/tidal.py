@@ -1,12 +1,12 @@
 """Position-persistent sparse decoding: two layers select tokens, the layers behind them read only those (TidalDecode,
 arXiv 2410.05076).
 
-    layer < sparse_layer_start                 full attention
+    layer < sparse_layer_start                      full attention
     layer = sparse_layer_start, correction_layer    full attention, and idx = top_k of s = q k^T * scale
-    every other layer                          softmax over the stored idx only
+    every other layer                               softmax over the stored idx only
 
-The selection is made anew for every generated token and handed from layer to layer: an edge between sites. Prefill (more
-than one query row) is full attention in every layer.
+The selection is made anew for every generated token and handed from layer to layer: an edge between sites. Prefill
+(more than one query row) is full attention in every layer.
 """
 
 from __future__ import annotations
@@ -68,8 +68,10 @@ class Tidal(Mechanism):
         return selected
 
 
-def top_keys(q: Tensor, k: Tensor, tables: Sequence[Tensor], spec: AttendSpec, top_k: int, *, force_last: bool) -> Tensor:
-    """The top_k kept keys of every row by their logits, lowest index first among equals; all keys where there are fewer."""
+def top_keys(
+    q: Tensor, k: Tensor, tables: Sequence[Tensor], spec: AttendSpec, top_k: int, *, force_last: bool
+) -> Tensor:
+    """The top_k kept keys of every row by their logits, lowest index first among equals; all where there are fewer."""
     logits_of = replace(spec, outputs=("logits",))
     (logits,) = attend_meaning([[q], [k, k], list(tables)], logits_of.text)
     if force_last:  # the last key that a row keeps beats all others

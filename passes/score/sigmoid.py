@@ -146,17 +146,21 @@ class Sigmoid(Mechanism):
         return (Segment(p.k_sink[None, :, None], value[None, :, None]),)
 
     def _kernel(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor, after: Any) -> Tensor:
-        q, k = (self._phi(p, t) for t in (q, k))
+        wide = torch.promote_types(v.dtype, torch.float32)  # signed weights cancel: rounding waits until the end
+        q, k, v, narrow = self._phi(p, q, wide), self._phi(p, k, wide), v.to(wide), v.dtype
         if self.normalize is not True or self.kernel == "elu":
             rule = "sum" if self.normalize is True else "none"
-            return attend(q, k, v, weight=lambda s: s, normaliser=rule, eps=self.eps, after=after, site=site)
+            o: Tensor = attend(q, k, v, weight=lambda s: s, normaliser=rule, eps=self.eps, after=after, site=site)
+            return o.to(narrow)
         ones = v.new_ones((*v.shape[:3], 1))  # a value of 1 carries the row's sum along
         both = attend(q, k, torch.cat((v, ones), -1), weight=lambda s: s, normaliser="none", site=site)
-        return both[..., :-1] / both[..., -1:].abs().clamp(min=1.0)
+        return (both[..., :-1] / both[..., -1:].abs().clamp(min=1.0)).to(narrow)
 
-    def _phi(self, p: Any, t: Tensor) -> Tensor:
+    def _phi(self, p: Any, t: Tensor, wide: torch.dtype) -> Tensor:
+        t = t.to(wide)
         if self.kernel == "mlp":
-            return linear(torch.relu(linear(t, p.kernel_w1, p.kernel_b1)), p.kernel_w2, p.kernel_b2)
+            w1, b1, w2, b2 = (w.to(wide) for w in (p.kernel_w1, p.kernel_b1, p.kernel_w2, p.kernel_b2))
+            return linear(torch.relu(linear(t, w1, b1)), w2, b2)
         return elu(t) + 1.0 if self.kernel == "elu" else t
 
     def limits(self) -> Iterable[Limit]:

@@ -1,0 +1,174 @@
+"""One recipe at work on one model: the first call decides and is verified, every further signature replays the decisions."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .capture import Captured, capture
+from .cost import Cost, graph_cost, site_costs
+from .pipeline import Checked, Outcome, Step, checked_rewrite, lower, raise_program, rewrite
+from .program import Program, Store
+from .recipe import Recipe
+from .refusal import Refused
+from .report import NO_DATA, Report, Row
+from .signature import Call
+from .steps import fitting, steps_of
+from .verification import SiteResult
+
+log = logging.getLogger("reattend")
+
+
+@dataclass
+class Rewriting:
+    """Holds what all signatures share: the recipes, the new tensors, what was decided and rolled back."""
+
+    recipes: tuple[Recipe, ...]
+    name: str
+    store: Store = field(default_factory=Store)
+    notes: list[str] = field(default_factory=list)
+    first: Checked | None = None
+    captured: Captured | None = None
+    misses: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+    report: Report | None = None
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.recipes[-1]
+
+    def program_for(self, model: nn.Module, call: Call) -> Captured:
+        """The lowered graph of one call's signature."""
+        captured = capture(model, call.args, dict(call.kwargs))
+        raised, misses = raise_program(captured, self.store)
+        steps, warnings = self._steps(raised)
+        if self.first is None:
+            return self._decide(model, captured, raised, steps, misses, warnings, call)
+        outcome = rewrite(raised, steps, without=frozenset(self.first.rolled_back))
+        self._holds_as_before(outcome, captured)
+        return lower(outcome.program, captured, model)
+
+    def _steps(self, raised: Program) -> tuple[list[Step], tuple[str, ...]]:
+        """The steps of every recipe in turn; a later recipe's wish for a part of a site replaces an earlier one's."""
+        found: dict[tuple[str, str], Step] = {}
+        warnings: list[str] = []
+        for number, recipe in enumerate(self.recipes):
+            steps, decisions = steps_of(recipe, raised.sites)
+            for step in steps:
+                part = "core" if step.mechanism.part == "region" else step.mechanism.part
+                found[(step.path or f"{number}:{step.mechanism.slug}", part)] = step
+            warnings += [*decisions.warnings, *map(str, decisions.refusals)]
+        return list(found.values()), tuple(warnings)
+
+    def _decide(
+        self,
+        model: nn.Module,
+        captured: Captured,
+        raised: Program,
+        steps: Sequence[Step],
+        misses: tuple[str, ...],
+        warnings: tuple[str, ...],
+        call: Call,
+    ) -> Captured:
+        if not raised.sites:
+            nearest = "; ".join(misses) or "nothing in it multiplies a softmax of a product with values"
+            raise Refused("no attention found", where=self.name, fits=nearest)
+        inputs = captured.inputs(call)
+        self.first = checked_rewrite(raised, steps, inputs, self.recipe.verify)
+        self.captured, self.misses = captured, misses
+        self.warnings = (*warnings, *_half_on_cpu(inputs, model))
+        self.report = self._report(raised, steps)
+        self._some_step_holds(steps)
+        return lower(self.first.outcome.program, captured, model)
+
+    def _some_step_holds(self, steps: Sequence[Step]) -> None:
+        """A recipe of which nothing could be done is refused with what would fit."""
+        assert self.first is not None
+        refused = self.first.outcome.refused
+        if refused and len(refused) == len(steps):
+            step, refusal = refused[0]
+            others = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
+            site = next((s for s in self.first.outcome.reference.sites if s.path == step.path), None)
+            fits = f"fits here: {', '.join(fitting(site))} (reattend mechanisms --for MODEL@SITE)" if site else ""
+            raise Refused(f"{refusal}{others}", fits=fits)
+
+    def _holds_as_before(self, outcome: Outcome, captured: Captured) -> None:
+        """A signature in which a rewritten site cannot be rewritten would be another model: refused."""
+        assert self.first is not None
+        done = {c.site.path for c in self.first.outcome.program.changes}
+        lost = done - {c.site.path for c in outcome.program.changes}
+        if lost:
+            why = next((str(r) for s, r in outcome.refused if s.path in lost), "the site is not there")
+            raise Refused(
+                f"the recipe does not hold at {', '.join(sorted(lost))} for the call {captured.key}: {why}",
+                where=self.name,
+                fits="call it as it was optimized, or optimize with these inputs",
+            )
+
+    def _report(self, raised: Program, steps: Sequence[Step]) -> Report:
+        assert self.first is not None
+        program, results = self.first.outcome.program, {r.path: r for r in self.first.sites}
+        before, after = site_costs(raised.graph), site_costs(program.graph)
+        refused = {step.path: str(refusal) for step, refusal in self.first.outcome.refused}
+        changes = {c.site.path: c for c in program.changes}
+        rules = {step.path: step.rule for step in steps}
+        rows = []
+        for site in raised.sites:
+            path = site.path
+            change, result = changes.get(path), results.get(path)
+            costs = before.get(path, Cost()), after.get(path, Cost())
+            if path in self.first.rolled_back:
+                rows.append(Row(site, "rolled back", reason=self.first.rolled_back[path], rule=rules.get(path, "")))
+            elif change is not None:
+                m = change.mechanism
+                rows.append(Row(site, "rewritten", _called(m), m.kind, "", *_measured(result), *costs,
+                                rules.get(path, ""), change.dropped))  # fmt: skip
+            elif path in refused:
+                rows.append(Row(site, "refused", reason=refused[path], rule=rules.get(path, "")))
+            else:
+                rows.append(Row(site, "kept", before=costs[0], after=costs[1]))
+        passes = tuple(repr(s.mechanism) for s in steps if not s.path and s.path not in refused)
+        return Report(
+            model=self.name,
+            recipe=" + ".join(r.source or r.digest[:8] for r in self.recipes),
+            rows=tuple(rows),
+            passes=passes,
+            misses=self.misses,
+            output=self.first.deviation,
+            data=NO_DATA,
+            predicted=(graph_cost(raised.graph), graph_cost(program.graph)),
+            warnings=(*self.warnings, *(f"whole-model pass refused: {refused['']}" for _ in [0] if "" in refused)),
+            notes=(*self.notes, *raised.notes),
+        )
+
+
+def _called(mechanism: Any) -> str:
+    text = repr(mechanism)
+    inside = text.partition("(")[2]
+    return f"{mechanism.slug}({inside}" if "(" in text and "groups=" not in text else mechanism.slug
+
+
+def _measured(result: SiteResult | None) -> tuple[Any, Any]:
+    return (result.deviation, result.exact_error) if result else (None, None)
+
+
+def _half_on_cpu(inputs: Sequence[Tensor], model: nn.Module) -> tuple[str, ...]:
+    half = any(p.dtype == torch.float16 and p.device.type == "cpu" for p in model.parameters())
+    return ("float16 on a CPU runs several times slower than bfloat16 or float32",) if half else ()
+
+
+def model_facts(model: nn.Module) -> Mapping[str, Any]:
+    """What a recipe's `model:` guard can ask for."""
+    config = getattr(model, "config", None)
+    facts: dict[str, Any] = {"class": type(model).__name__}
+    for name, attribute in (("type", "model_type"), ("layers", "num_hidden_layers"), ("heads", "num_attention_heads"),
+                            ("width", "hidden_size")):  # fmt: skip
+        value = getattr(config, attribute, None)
+        if value is not None:
+            facts[name] = value
+    return facts

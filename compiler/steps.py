@@ -1,0 +1,78 @@
+"""From a recipe and the sites it meets to the steps that are taken, in the order of their stages."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from .decisions import Decided, Decisions, decide
+from .mechanism import Mechanism, mechanism, mechanisms
+from .pipeline import Step
+from .recipe import KEEP, Choice, Keep, Recipe, Split
+from .refusal import Refused
+from .site import Site
+from .split import Split as SplitCore
+from .vocabulary import Knob, MechanismFacts, Vocabulary
+
+
+def vocabulary() -> Vocabulary:
+    """The words that recipes may use now: every registered mechanism with its knobs."""
+    return Vocabulary(
+        {
+            slug: MechanismFacts(
+                slug,
+                cls.part,
+                {n: Knob(kind, default) for n, (kind, default) in cls.knobs().items()},
+                doc=cls.summary(),
+            )
+            for slug, cls in mechanisms().items()
+        }
+    )
+
+
+def steps_of(recipe: Recipe, sites: Sequence[Site]) -> tuple[list[Step], Decisions]:
+    """One step per decided key and site, then the whole-model passes; `keep` decides that nothing happens."""
+    decisions = decide(recipe, sites)
+    by_path = {site.path: site for site in sites}
+    steps = [
+        Step(decision.path, chosen, one.drop, one.where)
+        for decision in decisions
+        for one in decision.decided
+        if (chosen := _chosen(one, by_path[decision.path])) is not None and not one.refused
+    ]
+    steps += [Step("", mechanism(choice.mechanism, **choice.settings), rule="passes") for choice in recipe.passes]
+    if recipe.quantize and any(choice != KEEP for _, choice in recipe.quantize):
+        raise Refused("quantize", where=recipe.source or "recipe", fits="no quantization scheme is registered yet")
+    return steps, decisions
+
+
+def _chosen(one: Decided, site: Site) -> Mechanism | None:
+    wish: Any = one.wish
+    if isinstance(wish, Keep):
+        return None
+    if isinstance(wish, Split):
+        if one.refused:
+            return None
+        groups = tuple((heads, _core(choice)) for heads, choice in wish.over(site.heads, site.kv_heads))
+        return SplitCore(groups)
+    return _core(wish)
+
+
+def _core(choice: Choice | Keep) -> Mechanism:
+    """The mechanism of a choice; `keep` inside a split is the attention that stands there."""
+    return mechanism("softmax") if isinstance(choice, Keep) else mechanism(choice.mechanism, **choice.settings)
+
+
+def fitting(site: Site) -> tuple[str, ...]:
+    """Names of mechanisms that can stand at a site with their default knobs."""
+    found = []
+    for slug, cls in mechanisms().items():
+        if cls.part not in ("core", "gate", "region"):
+            continue
+        try:
+            reason = cls().refuses(site)
+        except (Refused, TypeError):
+            continue
+        if reason is None:
+            found.append(slug)
+    return tuple(found)

@@ -1,0 +1,57 @@
+"""Small models that tests share: attention blocks written with plain torch, sizes that differ from one another."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Attend(nn.Module):
+    """Grouped-query self-attention over torch's own fused op."""
+
+    def __init__(self, dim: int = 32, heads: int = 4, kv_heads: int = 2, *, causal: bool = True) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.size, self.causal = heads, kv_heads, dim // heads, causal
+        self.q_proj = nn.Linear(dim, dim)
+        self.k_proj = nn.Linear(dim, kv_heads * self.size)
+        self.v_proj = nn.Linear(dim, kv_heads * self.size)
+        self.o_proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, N, C = x.shape
+        q = self.q_proj(x).view(B, N, self.heads, self.size).transpose(1, 2)
+        k = self.k_proj(x).view(B, N, self.kv_heads, self.size).transpose(1, 2)
+        v = self.v_proj(x).view(B, N, self.kv_heads, self.size).transpose(1, 2)
+        o = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal, enable_gqa=self.heads != self.kv_heads)
+        return self.o_proj(o.transpose(1, 2).reshape(B, N, C))
+
+
+class Block(nn.Module):
+    def __init__(self, dim: int = 32, heads: int = 4, kv_heads: int = 2, *, causal: bool = True) -> None:
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(dim), nn.LayerNorm(dim)
+        self.attn = Attend(dim, heads, kv_heads, causal=causal)
+        self.mlp = nn.Sequential(nn.Linear(dim, 2 * dim), nn.GELU(), nn.Linear(2 * dim, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class Stack(nn.Module):
+    """Blocks over hidden states (B, N, C)."""
+
+    def __init__(self, layers: int = 3, *, causal: bool = True) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Block(causal=causal) for _ in range(layers)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def stack(layers: int = 3, *, causal: bool = True) -> Stack:
+    torch.manual_seed(0)
+    return Stack(layers, causal=causal).eval()
