@@ -33,6 +33,7 @@ from .recipe import (
 )
 from .recipe_yaml import MAX_BYTES, Node, read_bytes, read_python, read_text
 from .refusal import Refused, nearest
+from .selectors import KEYS as MATCH_KEYS
 from .selectors import Selector, selector
 from .site import FEATURES
 from .vocabulary import SITE_KEYS, Vocabulary
@@ -261,7 +262,7 @@ def _selector(node: Node) -> Selector:
         return _located(node, lambda: selector(str(node.value)))
     if not isinstance(node.value, dict) or not node.value:
         raise node.refuse(f"match is {node.says()}", 'expected "*", a path, or {layer: "2-31", kind: causal-self}')
-    for key, item in node.value.items():
+    for key, item in _table(node, tuple(MATCH_KEYS), "a match").items():
         _located(item, lambda key=key, item=item: selector({key: item.plain()}))  # type: ignore[misc]
     return selector(node.plain())
 

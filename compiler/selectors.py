@@ -135,7 +135,9 @@ def _spans_text(key: str, texts: Sequence[str]) -> str:
 
 def _in_order(span: re.Match[str]) -> bool:
     first, last = int(span[1]), int(span[2] or span[1])
-    return first <= last or first >= 0 > last  # 2--1: from the third to the last
+    if (first < 0) == (last < 0):
+        return first <= last
+    return last < 0  # 2--1 is from the third to the last; -1-3 is nothing
 
 
 @lru_cache(maxsize=4096)
