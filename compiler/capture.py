@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from .containers import Layout, Leaf, absorb, put_together, take_apart
+from .graph_state import graph_from, state_of
+from .leaves import plain_calls, stamp_leaves
 from .plain_graph import plain, written
 from .ranges import Sizes, Symbol
 from .refusal import Refused
@@ -43,6 +45,12 @@ class Captured:
         start = self.output.count + sum(layout.count for _, layout in self.grown)
         middle = start + len(self.losses)
         return dict(zip(self.losses, flat[start:middle])), dict(zip(self.buffers, flat[middle:]))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"graph": state_of(self.graph)}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state | {"graph": graph_from(state["graph"])})
 
     def check(self, tensors: Sequence[Tensor]) -> None:
         """Raise Refused where the sizes of a call are outside the captured range."""
@@ -227,11 +235,12 @@ def _export(model: nn.Module, call: Call, attempt: Attempt) -> Captured:
     tensors = tuple(t.detach() for t in attempt.tensors)  # one object passed twice would become one input
     grad = torch.is_grad_enabled()
     try:
-        with torch.no_grad(), _unchanged(model), _quiet():
+        with torch.no_grad(), _unchanged(model), _quiet(), plain_calls(model) as leaves:
             program = torch.export.export(flat, tensors, dynamic_shapes=(shapes,), strict=False)
     finally:
         torch.set_grad_enabled(grad)
     graph = plain(program, model, [leaf.path for leaf in call.leaves])
+    stamp_leaves(graph, leaves)
     return Captured(
         graph=graph,
         key=call.key(setting(model)),
@@ -363,5 +372,3 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
-
-

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from types import CodeType
 from typing import Any
@@ -41,6 +41,9 @@ class Sizes:
     dtypes: tuple[torch.dtype, ...]
     symbols: dict[str, Symbol] = field(default_factory=dict)
     guards: tuple[str, ...] = ()  # Python conditions on L['tensors'][k].size()[d]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self)}  # compiled guards stay behind
 
     def __str__(self) -> str:
         shown = [f"{n} ({', '.join(map(str, s))})" for n, s in zip(self.inputs, self.shapes)]

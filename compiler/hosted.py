@@ -1,0 +1,276 @@
+"""A model whose forward runs captured graphs: still an instance of the user's own class, one graph per call signature."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from .capture import Captured, setting
+from .leaves import restore_leaves
+from .ownership import own, own_all, twin
+from .plain_graph import CONSTANTS
+from .refusal import Refused
+from .signature import Call, SignatureKey, forward_signature
+
+log = logging.getLogger("reattend")
+ProgramFor = Callable[[nn.Module, Call], Captured]
+_STATE = "_reattend"
+
+
+@dataclass
+class Hosting:
+    """What a hosted model knows beside its modules: who makes its graphs, and those made so far."""
+
+    program_for: ProgramFor
+    graphs: dict[SignatureKey, Captured] = field(default_factory=dict)
+    limit: int = 8
+    frozen: bool = False
+    config: Mapping[str, Any] = field(default_factory=dict)  # config values when it was hosted
+    current: SignatureKey | None = None
+    losses: dict[str, Tensor] = field(default_factory=dict)
+    about: Any = None  # who rewrites: its report and sites are the hosted model's
+
+
+def host(model: nn.Module, program_for: ProgramFor, *, limit: int = 8, about: Any = None) -> nn.Module:
+    """A twin of the model whose forward runs the graph that `program_for` makes for each call signature."""
+    hosted = twin(original(model))
+    hosted.__class__ = hosted_class(type(hosted))
+    hosted.__dict__.pop("forward", None)
+    hosted.__dict__[_STATE] = Hosting(program_for, limit=limit, config=_config_values(hosted), about=about)
+    return hosted
+
+
+def original(model: nn.Module) -> nn.Module:
+    """The same model, over the same modules and tensors, with its own class's forward."""
+    made_from = getattr(type(model), "_reattend_made_from", None)
+    if made_from is None:
+        return model
+    view: nn.Module = object.__new__(made_from)
+    view.__dict__ = {n: v for n, v in model.__dict__.items() if n != _STATE}
+    return view
+
+
+def about(model: nn.Module) -> Any:
+    """Who rewrote a hosted model; None where it is not one."""
+    return _state(model).about if is_hosted(model) else None
+
+
+def is_hosted(model: nn.Module) -> bool:
+    return hasattr(type(model), "_reattend_made_from")
+
+
+class HostedModel:
+    """What a hosted model can do beside being the user's model; stands before the user's class in the generated one."""
+
+    @property
+    def graph(self) -> fx.GraphModule:
+        """The rewritten graph of the signature called last, or the first one captured."""
+        state = _state(self)
+        if not state.graphs:
+            raise Refused("no call has been captured yet", where="graph", fits="call the model once, or give inputs")
+        captured = state.graphs[state.current or next(iter(state.graphs))]
+        _mount(captured, self)  # type: ignore[arg-type]
+        return captured.graph
+
+    @property
+    def report(self) -> Any:
+        """What changed where, what was refused and why, deviation, time and cost."""
+        return _state(self).about.report
+
+    @property
+    def sites(self) -> Any:
+        """Where the model attends, and what stands there now."""
+        return _state(self).about.sites
+
+    def prepare(self, *args: Any, **kwargs: Any) -> None:
+        """Make the graph of a call's signature without running it."""
+        state = _state(self)
+        call = Call.of(forward_signature(self), args, kwargs)  # type: ignore[arg-type]
+        key = call.key((*setting(self), *_changed_config(self, state)))  # type: ignore[arg-type]
+        if key not in state.graphs:
+            _captured(self, state, call, key)
+
+    @property
+    def signatures(self) -> tuple[SignatureKey, ...]:
+        return tuple(_state(self).graphs)
+
+    def freeze(self) -> None:
+        """Capture no further signatures: a call that would need one is refused."""
+        _state(self).frozen = True
+
+    def own_weights(self) -> None:
+        """Copy every tensor that still shares memory with the original."""
+        own_all(self)  # type: ignore[arg-type]
+
+    def losses(self) -> dict[str, Tensor]:
+        """The auxiliary losses of the last call, by name."""
+        return dict(_state(self).losses)
+
+    def new_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """The parameters that the recipe added."""
+        return ((n, p) for n, p in self.named_parameters() if "reattend" in n.split("."))  # type: ignore[attr-defined]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _empty_hosted, (type(self)._reattend_made_from,), self.__dict__  # type: ignore[attr-defined]
+
+
+@functools.cache
+def hosted_class(made_from: type) -> type:
+    """The subclass that hosts a class: same name and module, so that what asks for the name finds the user's own."""
+    forward = made_from.forward  # type: ignore[attr-defined]
+
+    @functools.wraps(forward)
+    def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return _run(self, args, kwargs)
+
+    body = {
+        "forward": run,
+        "__module__": made_from.__module__,
+        "__qualname__": made_from.__qualname__,
+        "__doc__": made_from.__doc__,
+        "_reattend_made_from": made_from,
+    }
+    return type(made_from)(made_from.__name__, (HostedModel, made_from), body)
+
+
+def _empty_hosted(made_from: type) -> Any:
+    return object.__new__(hosted_class(made_from))
+
+
+def _state(model: Any) -> Hosting:
+    state: Hosting = model.__dict__[_STATE]
+    return state
+
+
+# --- a call -----------------------------------------------------------------------------------------------------------
+
+
+def _run(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    state = _state(model)
+    call = Call.of(forward_signature(model), args, kwargs)
+    key = call.key((*setting(model), *_changed_config(model, state)))
+    captured = state.graphs.get(key) or _captured(model, state, call, key)
+    state.current = key
+    tensors = captured.inputs(call)
+    captured.check(tensors)
+    flat = type(captured.graph).forward(model, *tensors)
+    _keep_extras(model, state, captured, flat)
+    return captured.result(call, flat)
+
+
+def _captured(model: Any, state: Hosting, call: Call, key: SignatureKey) -> Captured:
+    known = "; ".join(map(str, state.graphs)) or "none"
+    if state.frozen:
+        raise Refused(f"the call {key}", where="frozen", fits=f"captured signatures: {known}")
+    if len(state.graphs) >= state.limit:
+        fits = f"call it as one of: {known}; or optimize(..., max_signatures={2 * state.limit})"
+        raise Refused(f"the call {key} would be signature {state.limit + 1} of at most {state.limit}", fits=fits)
+    view = original(model)
+    captured = state.program_for(view, call)
+    restore_leaves(captured.graph, view)
+    _mount(captured, model)
+    state.graphs[key] = captured
+    log.log(logging.INFO if len(state.graphs) == 1 else logging.WARNING, "captured new signature %s", key)
+    for note in captured.notes:
+        log.info("%s", note)
+    return captured
+
+
+def _keep_extras(model: Any, state: Hosting, captured: Captured, flat: tuple[Any, ...]) -> None:
+    """Named losses of this call, and new values of buffers, which are written in train() only."""
+    start = captured.output.count + sum(layout.count for _, layout in captured.grown)
+    state.losses = dict(zip(captured.losses, flat[start:]))
+    if model.training:
+        for name, value in zip(captured.buffers, flat[start + len(captured.losses) :]):
+            path, _, last = name.rpartition(".")
+            model.get_submodule(path)._buffers[last].copy_(value.detach())
+
+
+# --- the graph's tensors and modules on the hosted tree ---------------------------------------------------------------
+
+
+def _mount(captured: Captured, model: nn.Module) -> None:
+    """Graph and model name the same objects: what is new in the graph joins the model, everything else is the model's."""
+    for node in captured.graph.graph.nodes:
+        if node.op not in ("get_attr", "call_module"):
+            continue
+        if node.target.startswith(f"{CONSTANTS}."):
+            node.target = _constant(node.target, captured.graph, model)
+        mine, theirs = _find(model, node.target), _find(captured.graph, node.target)
+        if mine is None:
+            _place(model, node.target, theirs)
+        elif mine is not theirs:
+            _place(captured.graph, node.target, mine)
+    captured.graph.recompile()
+    for name in captured.writes:
+        own(_find(model, name))
+
+
+def _constant(target: str, graph: fx.GraphModule, model: nn.Module) -> str:
+    """A name for a constant of this graph: that of an equal one, or the next free one."""
+    value = _find(graph, target)
+    known = _find(model, CONSTANTS)
+    held: dict[str, Any] = dict(known.named_buffers()) if known is not None else {}
+    same = next((n for n, other in held.items() if other is value or _equal(other, value)), None)
+    name = f"{CONSTANTS}.{same or f'c{len(held)}'}"
+    if name != target and _find(graph, name) is not value:
+        _place(graph, name, value)
+    if same is None:
+        _place(model, name, value)
+    return name
+
+
+def _equal(one: Any, other: Any) -> bool:
+    real = isinstance(one, Tensor) and isinstance(other, Tensor) and type(one) is type(other) is Tensor
+    if not real or one.dtype is not other.dtype or one.shape != other.shape or one.device != other.device:
+        return False
+    return not one.is_meta and torch.equal(one, other)
+
+
+def _find(root: nn.Module, target: str) -> Any:
+    found: Any = root
+    for part in target.split("."):
+        found = getattr(found, part, None)
+        if found is None:
+            return None
+    return found
+
+
+def _place(root: nn.Module, target: str, value: Any) -> None:
+    *parents, last = target.split(".")
+    module = root
+    for part in parents:
+        if not isinstance(getattr(module, part, None), nn.Module):
+            module.add_module(part, nn.Module().train(root.training))
+        module = getattr(module, part)
+    if isinstance(value, nn.Module):
+        module.add_module(last, value)
+    elif isinstance(value, nn.Parameter):
+        module.register_parameter(last, value)
+    elif isinstance(value, Tensor):
+        module.__dict__.pop(last, None)
+        module.register_buffer(last, value, persistent=not target.startswith(f"{CONSTANTS}."))
+    else:
+        setattr(module, last, value)
+
+
+# --- config values that a forward reads -------------------------------------------------------------------------------
+
+
+def _config_values(model: nn.Module) -> dict[str, Any]:
+    config = getattr(model, "config", None)
+    values = getattr(config, "__dict__", {})
+    return {n: v for n, v in values.items() if isinstance(v, bool | int | float | str | type(None))}
+
+
+def _changed_config(model: nn.Module, state: Hosting) -> tuple[str, ...]:
+    now = _config_values(model)
+    if now == state.config:
+        return ()
+    return tuple(f"config.{n}={v!r}" for n, v in sorted(now.items()) if n not in state.config or state.config[n] != v)

@@ -1,0 +1,136 @@
+"""Leaf modules (linear, embedding, norm, convolution ...) put back into a graph as calls of the module under its own path.
+
+Capture stamps the nodes of every call of a leaf module that takes one tensor and gives one; where a rewrite left all of
+them as they were, they become one `call_module`. So an adapter, a quantized layer or a hook put there later is used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.nn.modules.module import register_module_forward_hook
+
+
+@dataclass(frozen=True)
+class Stamp:
+    """What a node of a leaf's call was when captured: which call, how many nodes it has, the node's own text."""
+
+    call: str
+    path: str
+    count: int
+    text: str
+
+
+@contextmanager
+def plain_calls(model: nn.Module) -> Iterator[set[str]]:
+    """Collects the paths of leaf modules whose every call took one tensor and gave one."""
+    paths = {m: n for n, m in model.named_modules() if n and _is_leaf(m)}
+    found: set[str] = set()
+    others: set[str] = set()
+
+    def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        if module in paths:
+            plain = len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and isinstance(output, Tensor)
+            (found if plain else others).add(paths[module])
+
+    handle = register_module_forward_hook(watch, with_kwargs=True)  # type: ignore[arg-type]
+    try:
+        yield found
+    finally:
+        handle.remove()
+        found -= others
+
+
+def stamp_leaves(graph_module: fx.GraphModule, paths: set[str]) -> None:
+    """Mark the nodes of each call of these modules, so that they can be put back after rewriting."""
+    for (call, path), nodes in _calls(graph_module.graph):
+        if path in paths and _whole(nodes, path) is not None:
+            for node in nodes:
+                node.meta["leaf"] = Stamp(call, path, len(nodes), _text(node))
+
+
+def restore_leaves(graph_module: fx.GraphModule, model: nn.Module) -> None:
+    """Stamped nodes that no rewrite touched become calls of the model's own leaf modules."""
+    groups: dict[str, list[fx.Node]] = {}
+    for node in graph_module.graph.nodes:
+        if "leaf" in node.meta:
+            groups.setdefault(node.meta["leaf"].call, []).append(node)
+    for nodes in groups.values():
+        stamp: Stamp = nodes[0].meta["leaf"]
+        untouched = len(nodes) == stamp.count and all(_text(n) == n.meta["leaf"].text for n in nodes)
+        ends = _whole(nodes, stamp.path) if untouched else None
+        module = _submodule(model, stamp.path)
+        if ends is not None and module is not None and not _has_own_children(graph_module, stamp.path):
+            graph_module.add_submodule(stamp.path, module)
+            _replace(nodes, *ends, stamp.path)
+    for node in list(graph_module.graph.find_nodes(op="get_attr")):
+        if not node.users:
+            graph_module.graph.erase_node(node)
+    graph_module.graph.lint()
+    graph_module.recompile()
+
+
+def _is_leaf(module: nn.Module) -> bool:
+    return not any(True for _ in module.children()) and any(True for _ in module.parameters(recurse=False))
+
+
+def _calls(graph: fx.Graph) -> Iterable[tuple[tuple[str, str], list[fx.Node]]]:
+    groups: dict[tuple[str, str], list[fx.Node]] = {}
+    for node in graph.nodes:
+        stack = node.meta.get("nn_module_stack")
+        if node.op == "call_function" and stack:
+            call, (path, *_) = list(stack.items())[-1]
+            groups.setdefault((call, path), []).append(node)
+    return groups.items()
+
+
+def _whole(nodes: Sequence[fx.Node], path: str) -> tuple[fx.Node, fx.Node] | None:
+    """The one tensor that enters these nodes and the one that leaves, where all else are the module's own tensors."""
+    inside = set(nodes)
+    entering: dict[fx.Node, None] = {}
+    for node in nodes:
+        for source in node.all_input_nodes:
+            if source.op == "get_attr":
+                if str(source.target).rpartition(".")[0] != path:
+                    return None
+            elif source not in inside and isinstance(source.meta.get("val"), Tensor):
+                entering[source] = None
+    leaving = [n for n in nodes if any(user not in inside for user in n.users)]
+    if len(entering) != 1 or len(leaving) != 1 or not isinstance(leaving[0].meta.get("val"), Tensor):
+        return None
+    return next(iter(entering)), leaving[0]
+
+
+def _text(node: fx.Node) -> str:
+    def shown(value: Any) -> Any:
+        return "%" if isinstance(value, fx.Node) and value.op != "get_attr" else value
+
+    args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), shown)  # type: ignore[misc]
+    return f"{node.target} {args} {kwargs}"
+
+
+def _submodule(model: nn.Module, path: str) -> nn.Module | None:
+    try:
+        return model.get_submodule(path)
+    except AttributeError:
+        return None
+
+
+def _has_own_children(graph_module: fx.GraphModule, path: str) -> bool:
+    """New tensors of a rewrite live below this module of the graph."""
+    holder = _submodule(graph_module, path)
+    return holder is not None and any(True for _ in holder.children())
+
+
+def _replace(nodes: Sequence[fx.Node], entering: fx.Node, leaving: fx.Node, path: str) -> None:
+    graph = leaving.graph
+    with graph.inserting_after(leaving):
+        call = graph.call_module(path, (entering,))
+    call.meta = {k: v for k, v in leaving.meta.items() if k != "leaf"}
+    leaving.replace_all_uses_with(call)
+    for node in reversed([n for n in graph.nodes if n in set(nodes)]):
+        graph.erase_node(node)
