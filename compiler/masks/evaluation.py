@@ -1,0 +1,243 @@
+"""The numeric check: the mask that the graph computes and the one that was read, on the same sizes and random data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
+
+from ..primitives.attend_spec import AttendSpec
+from ..symbol_eval import evaluate
+from ..symbols import Expr
+from .frame import formula
+from .reading import attribute, backward_slice
+
+LOW = -5e8  # a logit below this has no weight
+ELEMENTS = 1 << 22  # compared at a time
+EXAMPLE = 1 << 18  # elements of a mask at which the example's own sizes are given up for smaller ones
+STYLES = ("right padding", "left padding", "random", "packed")
+
+
+class Unknown(Exception):
+    """Why a mask cannot be computed here."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Values for the graph's symbolic sizes."""
+
+    values: tuple[tuple[sympy.Symbol, int], ...]
+
+    def of(self, size: Any) -> int:
+        if isinstance(size, fx.Node):
+            size = size.meta["val"]
+        value = formula(size).subs(dict(self.values))
+        if not value.is_Integer:
+            raise Unknown(f"size {size} is not known")
+        return int(value)
+
+    def shape(self, value: Tensor) -> tuple[int, ...]:
+        return tuple(self.of(s) for s in value.shape)
+
+
+def choose_sizes(values: Iterable[Any], mask: Sequence[Any], beyond: int = 0) -> list[Sizes]:
+    """The example's sizes and two others; small ones instead where the example is large, larger ones to see `beyond`."""
+    symbols, hints = _hints(values)
+    if not symbols:
+        return [Sizes(())]
+    example = Sizes(tuple(hints.items()))
+    ranks = sorted(set(hints.values()))
+    small = {h: 3 + 4 * k for k, h in enumerate(ranks)}
+    first = example if math.prod(example.of(s) for s in mask) <= EXAMPLE else _mapped(hints, small)
+    largest = max(v for _, v in first.values)
+    grown = {h: h + 3 + k for k, h in enumerate(ranks)} if first is example else {h: small[h] + 2 + k for k, h in enumerate(ranks)}
+    other = {h: 5 + 3 * k for k, h in enumerate(ranks)}
+    chosen = [first, _mapped(hints, grown), _mapped(hints, other)]
+    if beyond > largest:
+        chosen.append(_mapped(hints, {h: beyond + k if k else 3 for k, h in enumerate(ranks)} if len(ranks) > 1 else {ranks[0]: beyond}))
+    return chosen
+
+
+def _mapped(hints: Mapping[sympy.Symbol, int], to: Mapping[int, int]) -> Sizes:
+    return Sizes(tuple((symbol, to[hint]) for symbol, hint in hints.items()))
+
+
+def _hints(values: Iterable[Any]) -> tuple[list[sympy.Symbol], dict[sympy.Symbol, int]]:
+    """Every symbol with its size in the example."""
+    found: dict[sympy.Symbol, int] = {}
+    for value in values:
+        sizes = value.shape if isinstance(value, Tensor) else (value,)
+        for size in sizes:
+            if not isinstance(size, torch.SymInt):
+                continue
+            known = size.node.shape_env.backed_var_to_val if hasattr(size.node.shape_env, "backed_var_to_val") else \
+                size.node.shape_env.var_to_val  # fmt: skip
+            for symbol in size.node.expr.free_symbols:
+                found[symbol] = int(known.get(symbol, 4))
+    ordered = sorted(found, key=str)
+    return ordered, {s: found[s] for s in ordered}
+
+
+def compute(node: fx.Node, sizes: Sizes, known: dict[fx.Node, Any], graph_module: fx.GraphModule, style: int) -> Any:
+    """The value of a node at these sizes; inputs and parameters are made up in the given style."""
+    todo = [node]
+    while todo:
+        n = todo[-1]
+        if n in known:
+            todo.pop()
+            continue
+        value = n.meta.get("val")
+        if not isinstance(value, Tensor | list | tuple):
+            known[n] = sizes.of(value) if isinstance(value, int | torch.SymInt) else value
+        elif n.op == "placeholder":
+            known[n] = invent(value, sizes, style)
+        elif n.op == "get_attr":
+            known[n] = _attribute(n, graph_module, sizes, style)
+        elif n.op != "call_function":
+            raise Unknown(f"{n.op} {n.target}")
+        else:
+            waiting = [a for a in n.all_input_nodes if a not in known]
+            if waiting:
+                todo.extend(waiting)
+                continue
+            known[n] = _call(n, known)
+    return known[node]
+
+
+def _call(n: fx.Node, known: Mapping[fx.Node, Any]) -> Any:
+    args, kwargs = fx.map_arg((n.args, n.kwargs), lambda a: known[a])  # type: ignore[misc, arg-type]
+    try:
+        return n.target(*args, **kwargs)  # type: ignore[operator]
+    except (RuntimeError, IndexError, ValueError, NotImplementedError) as error:
+        raise Unknown(f"{n.name}: {error}") from None
+
+
+def _attribute(n: fx.Node, graph_module: fx.GraphModule, sizes: Sizes, style: int) -> Any:
+    tensor = attribute(graph_module, str(n.target))
+    if isinstance(tensor, torch.nn.Parameter):
+        return invent(n.meta["val"], sizes, style)
+    if isinstance(tensor, FakeTensor) or tensor.is_meta:
+        raise Unknown(f"the values of {n.target} are not known here")
+    return tensor.detach()
+
+
+def invent(value: Tensor, sizes: Sizes, style: int) -> Tensor:
+    """Data in the shape of an input: numbers at random, whole numbers like a padding mask, document ids or positions."""
+    shape = sizes.shape(value)
+    random = torch.Generator().manual_seed(17 * style + len(shape))
+    if value.dtype.is_floating_point:
+        return torch.randn(shape, generator=random).to(value.dtype)
+    if value.dtype.is_complex:
+        raise Unknown("complex data")
+    length = shape[-1] if shape else 1
+    lead = shape[:-1]
+    count = torch.arange(length).expand(*lead, length)
+    cut = torch.randint(1, length + 1, (*lead, 1), generator=random)
+    match STYLES[style % len(STYLES)]:
+        case "right padding":
+            made = (count < cut).long()
+        case "left padding":
+            made = (count >= length - cut).long()
+        case "random":
+            made = torch.randint(0, 3, (*lead, length), generator=random)
+        case _:
+            made = torch.where(count < cut, count, count - cut)
+            if value.dtype == torch.bool:
+                made = torch.randint(0, 2, (*lead, length), generator=random)
+    return made.reshape(shape).to(value.dtype)
+
+
+@dataclass(frozen=True)
+class Side:
+    """A spec with the nodes that its tables stand for."""
+
+    spec: AttendSpec
+    tables: tuple[tuple[str, fx.Node], ...]
+
+    @property
+    def exprs(self) -> tuple[Expr, Expr]:
+        return self.spec.keep_expr, self.spec.score_expr
+
+    @property
+    def used(self) -> set[str]:
+        return {e.args[0] for x in self.exprs for e in x.walk() if e.op == "lookup"}
+
+
+def disagreement(
+    old: Side, new: Side, cut: Iterable[fx.Node], q: fx.Node, k: fx.Node, graph_module: fx.GraphModule, beyond: int = 0
+) -> tuple[str, tuple[str, ...]]:
+    """Where the two differ ("" if nowhere), and the sizes that were looked at."""
+    cut = list(cut)
+    qv, kv = q.meta["val"], k.meta["val"]
+    before = [n for name, n in old.tables if name in old.used]
+    values = [n.meta.get("val") for n in backward_slice(before)] + [qv, kv]
+    all_sizes = choose_sizes(values, (qv.shape[0], qv.shape[2], kv.shape[2]), beyond)
+    checked: list[str] = []
+    for sizes in all_sizes:
+        batch, heads, n = (sizes.of(s) for s in qv.shape[:3])
+        m = sizes.of(kv.shape[2])
+        names = {x for e in (*old.exprs, *new.exprs) for x in e.names}
+        grid = (batch if "b" in names else 1, heads if "h" in names else 1, n, m)
+        styles = range(len(STYLES)) if math.prod(grid) <= ELEMENTS and cut else range(1)
+        ran = False
+        failure = ""
+        for style in styles:
+            try:
+                found = _differs(old, new, cut, grid, sizes, graph_module, style)
+            except Unknown as unknown:
+                failure = str(unknown)
+                continue
+            ran = True
+            if found:
+                return f"{found} at B={grid[0]} N={n} M={m}, {STYLES[style]}", tuple(checked)
+        if not ran:
+            return f"it cannot be computed here: {failure}", tuple(checked)
+        checked.append(f"B={batch} N={n} M={m}")
+    return "", tuple(dict.fromkeys(checked))
+
+
+def _differs(
+    old: Side, new: Side, cut: Sequence[fx.Node], grid: tuple[int, ...], sizes: Sizes, gm: fx.GraphModule, style: int
+) -> str:
+    known: dict[fx.Node, Any] = {n: invent(n.meta["val"], sizes, style) for n in cut}
+    before = {name: compute(n, sizes, known, gm, style) for name, n in old.tables if name in old.used}
+    after = {name: compute(n, sizes, known, gm, style) for name, n in new.tables if name in new.used}
+    batch, heads, n, m = grid
+    rows = max(1, ELEMENTS // max(1, batch * heads * m))
+    for start in range(0, n, rows):
+        block = torch.arange(start, min(n, start + rows))
+        products = torch.randn(batch, heads, len(block), m, generator=torch.Generator().manual_seed(start))
+        a = _logits(old.spec, before, products, block, grid)
+        b = _logits(new.spec, after, products, block, grid)
+        if not torch.equal(a == -math.inf, b == -math.inf):
+            return f"{int(((a == -math.inf) != (b == -math.inf)).sum())} positions differ"
+        kept = a != -math.inf
+        if not torch.allclose(a[kept], b[kept], rtol=2e-6, atol=2e-6):
+            return f"scores differ by {float((a[kept] - b[kept]).abs().max()):.2g}"
+    return ""
+
+
+def _logits(
+    spec: AttendSpec, tables: dict[str, Tensor], products: Tensor, rows: Tensor, grid: tuple[int, ...]
+) -> Tensor:
+    batch, heads, n, m = grid
+    names = {
+        "b": torch.arange(batch).view(-1, 1, 1, 1),
+        "h": torch.arange(heads).view(1, -1, 1, 1),
+        "i": (rows + (m - n if spec.align == "end" else 0)).view(1, 1, -1, 1),
+        "j": torch.arange(m).view(1, 1, 1, -1),
+        "N": n,
+        "M": m,
+        "s": products,
+    }
+    score = evaluate(spec.score_expr, names, tables)
+    keep = evaluate(spec.keep_expr, names, tables) if spec.keep else torch.tensor(True)
+    keep = keep if keep.dtype == torch.bool else keep != 0
+    score = torch.where(keep, score.to(torch.float32), -math.inf).expand(products.shape)
+    return torch.where(score > LOW, score, -math.inf)

@@ -1,0 +1,230 @@
+"""The pass: every attention's mask tensors become a predicate over (b, h, i, j) plus the small tensors it looks up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..primitives.attend_spec import AttendSpec
+from ..symbol_text import parse
+from ..symbols import FALSE, TRUE, Expr, build
+from .aliases import nodes_written_in_place, structure_keys
+from .arithmetic import truth
+from .evaluation import Side, disagreement
+from .families import Families
+from .frame import Frame
+from .index_space import I, IndexSpace, simplify_indices
+from .reading import Reader, backward_slice, dtype, is_dense, leaf_name
+from .splitting import split
+
+
+@dataclass(frozen=True)
+class MaskVerdict:
+    """What became of one attention's mask."""
+
+    site_node: str
+    keep: str  # the predicate now; "" keeps everything
+    leftovers: tuple[str, ...]  # lookups of tensors that remain, as the texts name them
+    proof: str  # "symbolic", "evaluated" or "kept as tensor"
+    reason: str  # what stayed a tensor and why; "" where nothing needs saying
+    sizes: tuple[str, ...]  # at which the graph's mask and the predicate were compared
+
+
+@dataclass(frozen=True)
+class Folded:
+    """One finding, usable at every attention with the same mask."""
+
+    spec: str
+    tables: tuple[fx.Node, ...]
+    verdict: MaskVerdict
+
+
+def fold_masks(graph_module: fx.GraphModule) -> tuple[MaskVerdict, ...]:
+    """Replace the mask tensors of all attentions in the graph, in place, and drop what computed them."""
+    written = nodes_written_in_place(graph_module.graph)
+    keys = structure_keys(graph_module.graph)
+    done: dict[Any, Folded] = {}
+    verdicts: list[MaskVerdict] = []
+    replaced: list[fx.Node] = []
+    for node in list(graph_module.graph.nodes):
+        if node.target is not torch.ops.reattend.attend.default or not node.args[2]:
+            continue
+        q, kv, tables, text = node.args
+        key = (text, tuple(keys[t] for t in tables), _sizes(q), _sizes(kv[0]))
+        if key not in done:
+            done[key] = _Site(graph_module, node, written).fold()
+        found = done[key]
+        verdicts.append(replace(found.verdict, site_node=node.name))
+        if found.spec != text or found.tables != tuple(tables):
+            replaced.extend(tables)
+            node.args = (q, kv, list(found.tables), found.spec)
+    if replaced:
+        _erase_unused(graph_module.graph, replaced)
+        graph_module.recompile()
+    return tuple(verdicts)
+
+
+def _sizes(node: fx.Node) -> tuple[str, ...]:
+    return tuple(str(s) for s in node.meta["val"].shape[:3])
+
+
+class _Site:
+    """One attention whose tables are to be read."""
+
+    def __init__(self, graph_module: fx.GraphModule, node: fx.Node, written: frozenset[fx.Node]) -> None:
+        self.graph_module, self.node, self.written = graph_module, node, written
+        self.q, self.kv, self.tables, self.text = node.args  # type: ignore[misc]
+        self.spec = AttendSpec.of(self.text)
+        self.frame = Frame.of(self.q.meta["val"].shape[2], self.kv[0].meta["val"].shape[2])
+        self.old = Side(self.spec, tuple((f"t{k}", t) for k, t in enumerate(self.tables)))
+
+    def fold(self) -> Folded:
+        if self.spec.more or self.spec.q_positions or self.spec.k_positions:
+            return self._kept("its positions are given by tables", ())
+        candidates = [n for n, node in self.old.tables if n in self.old.used and not self._touched(node)]
+        refused = "written in place" if len(candidates) < len(self.old.used) else ""
+        reasons = [refused] if refused else []
+        for attempt in (candidates, *([c] for c in candidates if len(candidates) > 1)):
+            found = self._fold(attempt)
+            if isinstance(found, Folded):
+                return found
+            reasons.append(found)
+        return self._kept("; ".join(dict.fromkeys(r for r in reasons if r)), ())
+
+    def _touched(self, node: fx.Node) -> bool:
+        return bool(self.written) and any(n in self.written for n in backward_slice([node]))
+
+    def _kept(self, reason: str, sizes: tuple[str, ...]) -> Folded:
+        verdict = MaskVerdict(self.node.name, self.spec.keep, _leftovers(self.spec), "kept as tensor", reason, sizes)
+        return Folded(self.text, tuple(self.tables), verdict)
+
+    def _fold(self, candidates: Sequence[str]) -> Folded | str:
+        """The finding with these tables read, or why there is none."""
+        families = Families(self.graph_module, self.q, self.kv[0], self.frame)
+        reader = Reader(self.graph_module, self.frame, self.written)
+        new, nodes = self._read(reader, candidates)
+        tried = families.recognise([reader.leaves[x] for x in _dense_leaves(new) if x in reader.leaves], reader)
+        if tried:
+            reader = Reader(self.graph_module, self.frame, self.written, tried)
+            new, nodes = self._read(reader, candidates)
+        if new.keep_expr.text == FALSE.text:
+            return "it keeps no key"
+        if len(_dense_leaves(new)) > len(_dense_leaves(self.spec)):
+            return "it is made of several tensors over queries and keys"
+        side, tables = _numbered(new, nodes | dict(self.old.tables))
+        if side.text == self.text:
+            return "; ".join(reader.reasons()) or "nothing to fold"
+        cut = [reader.leaves[x] for x in nodes if x in reader.leaves]
+        after = Side(side, tuple((f"t{k}", t) for k, t in enumerate(tables)))
+        wrong, sizes = disagreement(self.old, after, cut, self.q, self.kv[0], self.graph_module, families.beyond)
+        if wrong:
+            return wrong
+        proof = "evaluated" if tried else "symbolic"
+        verdict = MaskVerdict(
+            self.node.name, side.keep, _leftovers(side), proof, self._remarks(reader, new, candidates), sizes
+        )
+        return Folded(side.text, tables, verdict)
+
+    def _read(self, reader: Reader, candidates: Sequence[str]) -> tuple[AttendSpec, dict[str, fx.Node]]:
+        """The spec with the tables read, in terms of nodes, and the nodes it looks up."""
+        nodes = dict(self.old.tables)
+
+        def element(table: str) -> Any:
+            def read(*index: Expr) -> Expr:
+                e = reader.at(nodes[table], index)
+                return truth(e) if dtype(nodes[table]) == torch.bool else e
+
+            return read
+
+        values = {table: element(table) for table in candidates}
+        low, score = split(self.spec.score_expr.replace(values))
+        keep = simplify_indices(truth(self.spec.keep_expr.replace(values)) & low, self._space())
+        spec = replace(self.spec, keep=_text(keep), score=simplify_indices(score, self._space()).text)
+        spec = _aligned(spec, self.frame)
+        used = {e.args[0] for x in (spec.keep_expr, spec.score_expr) for e in x.walk() if e.op == "lookup"}
+        return spec, {leaf: n for leaf, n in reader.leaves.items() if leaf in used}
+
+    def _space(self) -> IndexSpace:
+        return self.frame.space if self.spec.align == "start" else IndexSpace()
+
+    def _remarks(self, reader: Reader, new: AttendSpec, candidates: Sequence[str]) -> str:
+        remarks = [f"{n.name}: {r}" for n, r in reader.explained() if leaf_name(n) in _dense_leaves(new)]
+        floats = any(dtype(dict(self.old.tables)[c]).is_floating_point for c in candidates)
+        if floats and any(e.op == "lookup" for e in new.keep_expr.walk()):
+            remarks.append("a query that keeps no key gives 0, where a large negative bias averaged all values")
+        return "; ".join(remarks)
+
+
+def _text(keep: Expr) -> str:
+    return "" if keep.text == TRUE.text else keep.text
+
+
+def _aligned(spec: AttendSpec, frame: Frame) -> AttendSpec:
+    """With queries that are the last of the keys, i counts as the keys do, if that says it more shortly."""
+    space = frame.space
+    if spec.align != "start" or not space.covers or space.queries.text == space.keys.text or spec.sink or spec.after:
+        return spec
+    shift = build("sub", space.keys, space.queries)
+    back = {"i": I - shift}
+    keep, score = spec.keep_expr.replace(back), spec.score_expr.replace(back)
+    if len(keep.text) + len(score.text) >= len(spec.keep) + len(spec.score):
+        return spec
+    return replace(spec, keep=_text(keep), score=score.text, align="end")
+
+
+def _dense_leaves(spec: AttendSpec) -> list[str]:
+    found = [e.args[0] for x in (spec.keep_expr, spec.score_expr) for e in x.walk() if is_dense(e)]
+    return list(dict.fromkeys(found))
+
+
+def _leftovers(spec: AttendSpec) -> tuple[str, ...]:
+    """Lookups of the score, and those of the predicate that need a tensor over queries and keys."""
+    biases = [e.text for e in spec.score_expr.walk() if e.op == "lookup"]
+    dense = [e.text for e in spec.keep_expr.walk() if is_dense(e)]
+    return tuple(dict.fromkeys([*dense, *biases]))
+
+
+def _numbered(spec: AttendSpec, nodes: dict[str, fx.Node]) -> tuple[AttendSpec, tuple[fx.Node, ...]]:
+    """Tables named t0, t1, ... in order of first use, each tensor once."""
+    tables: list[fx.Node] = []
+
+    def named(table: str) -> str:
+        node = nodes[table]
+        if node not in tables:
+            tables.append(node)
+        return f"t{tables.index(node)}"
+
+    def renamed(text: str) -> str:
+        return _renamed(parse(text), named).text if text else text
+
+    fields = {f: renamed(getattr(spec, f)) for f in ("keep", "score", "weight", "sink", "after")}
+    return replace(spec, **fields), tuple(tables)
+
+
+def _renamed(e: Expr, named: Callable[[str], str]) -> Expr:
+    if e.op == "lookup":
+        return Expr("lookup", (named(e.args[0]), *(_renamed(a, named) for a in e.args[1:])))
+    if e.op in ("name", "const"):
+        return e
+    return build(e.op, *(_renamed(a, named) for a in e.args))
+
+
+def _erase_unused(graph: fx.Graph, roots: Iterable[fx.Node]) -> None:
+    """Remove the roots and what only they needed; checks of a removed tensor's metadata go with it."""
+    todo = list(dict.fromkeys(roots))
+    while todo:
+        n = todo.pop()
+        if n.op in ("placeholder", "output") or n._erased:
+            continue
+        checks = [u for u in n.users if "_assert_tensor_metadata" in str(u.target)]
+        if len(checks) < len(n.users) or (n.op == "call_function" and n.is_impure()):
+            continue
+        for check in checks:
+            graph.erase_node(check)
+        inputs = n.all_input_nodes
+        graph.erase_node(n)
+        todo.extend(inputs)
