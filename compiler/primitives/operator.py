@@ -1,7 +1,7 @@
 """What every primitive op is made of: a text spec, an eager meaning, output shapes, a gradient, and kernels per device.
 
-The registered op sees tensors and one text; the text is the whole truth, so it can be printed, hashed, saved and lowered.
-Its gradient is that of the chosen implementation, recomputed: nothing but the inputs is kept between forward and backward.
+The registered op sees tensors and one text; the text is the whole truth, so it can be printed, hashed, saved and
+lowered. Its gradient is that of the chosen implementation, recomputed: nothing but the inputs is kept for it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Meaning = Callable[[Groups, str], list[Tensor]]
 
 @dataclass(frozen=True)
 class Kernel:
-    """One implementation of a primitive: `refuses` answers why it does not fit these arguments, or None where it does."""
+    """One implementation of a primitive: `refuses` says why it does not fit these arguments, or None where it does."""
 
     name: str
     refuses: Callable[[Groups, str], str | None]

@@ -1,4 +1,4 @@
-"""The text that a primitive's op sees: canonical JSON of a frozen value, defaults left out, so equal meaning is equal text."""
+"""The text that a primitive's op sees: canonical JSON of a frozen value, defaults left out: equal value, equal text."""
 
 from __future__ import annotations
 
