@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from dataclasses import dataclass
 
-from .mechanism import Mechanism, mechanism
+from .mechanism import Mechanism, mechanism, mechanisms
 from .questions import QUESTIONS, Failure, Question
 from .refusal import Refused
 
@@ -35,6 +35,15 @@ class Report:
     def failures(self) -> tuple[Answer, ...]:
         return tuple(a for a in self.answers if a.failure)
 
+    def to_dict(self) -> dict[str, object]:
+        return {
+            "ok": self.ok,
+            "answers": [
+                {"mechanism": repr(a.mechanism), "question": a.question.name, "asked": a.asked, "failure": a.failure}
+                for a in self.answers
+            ],
+        }
+
     def __str__(self) -> str:
         lines: list[str] = []
         for answer in self.answers:
@@ -62,11 +71,10 @@ def variants(which: str | type[Mechanism] | Mechanism) -> tuple[Mechanism, ...]:
     """The values of a mechanism that are asked."""
     if isinstance(which, Mechanism):
         return (which,)
-    slug = which if isinstance(which, str) else which.slug
-    if not slug:
-        raise Refused(f"{which!r} is not registered", where="check", fits="@reattend.register('name') above the class")
-    tries = type(mechanism(slug)).tries
-    return tuple(mechanism(slug, **knobs) for knobs in tries)
+    cls = type(mechanism(which)) if isinstance(which, str) else which
+    if mechanisms().get(cls.slug) is not cls:
+        raise Refused(f"{cls.__name__} is not registered", where="check", fits="@register('name') above the class")
+    return tuple(cls(**knobs) for knobs in cls.tries)
 
 
 def answer(m: Mechanism, question: Question) -> Answer:
