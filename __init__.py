@@ -1,3 +1,39 @@
-"""reattend: rewrite how a PyTorch model attends."""
+"""reattend: rewrite how a PyTorch model attends.
+
+    import reattend
+    fast = reattend.optimize(model, "recipe.yaml")
+"""
 
 __version__ = "0.1.0"
+
+from reattend.api import check, explain, optimize, sites
+from reattend.compiler.functional import attention
+from reattend.compiler.layers import Attention, module
+from reattend.compiler.mechanism import Aux, Limit, Mechanism, Param, mechanism, mechanisms, register
+from reattend.compiler.primitives.attend import Segment, attend
+from reattend.compiler.refusal import Refused
+from reattend.compiler.site import Grid, Site
+from reattend.compiler.symbols import table
+
+__all__ = [
+    "Attention",
+    "Aux",
+    "Grid",
+    "Limit",
+    "Mechanism",
+    "Param",
+    "Refused",
+    "Segment",
+    "Site",
+    "attend",
+    "attention",
+    "check",
+    "explain",
+    "mechanism",
+    "mechanisms",
+    "module",
+    "optimize",
+    "register",
+    "sites",
+    "table",
+]

@@ -1,4 +1,4 @@
-"""What was found in a model before anything is changed: sites, their masks and ports, and near misses with the reason."""
+"""What was found in a model before anything is changed: sites, masks and ports, and near misses with the reason."""
 
 from __future__ import annotations
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
-from torch import Tensor, fx, nn
+import torch
+from torch import Tensor, fx
 
 from .capture import Captured
 from .facts import describe
-from .leaves import restore_leaves
 from .masks import fold_masks
 from .mechanism import Mechanism
 from .program import Program, Store
@@ -46,7 +47,7 @@ class Outcome:
 
 
 def raise_program(captured: Captured, store: Store) -> tuple[Program, tuple[str, ...]]:
-    """Every attention as one node, masks as predicates, facts and ports of each; and what looked like attention only."""
+    """Every attention as one node, masks as predicates, facts and ports; and what only looked like attention."""
     raised = raise_sites(captured.graph)
     fold_masks(captured.graph)
     sites, ports = describe(captured.graph)
@@ -67,9 +68,18 @@ def rewrite(raised: Program, steps: Iterable[Step], *, without: frozenset[str] =
             outcome.refused.append((step, refused))
             continue
         program.graph.graph.lint()
+    _give_extras(program)
     program.graph.graph.eliminate_dead_code()
     program.graph.recompile()
     return outcome
+
+
+def _give_extras(program: Program) -> None:
+    """Named losses and new buffer values are outputs behind the model's own."""
+    extra = [node for _, node in (*program.losses, *program.buffers)]
+    if extra:
+        output = next(iter(program.graph.graph.find_nodes(op="output")))
+        output.args = ((*output.args[0], *extra),)  # type: ignore[misc]
 
 
 def _apply(program: Program, step: Step) -> None:
@@ -79,16 +89,9 @@ def _apply(program: Program, step: Step) -> None:
         put(program, step.path, step.mechanism, dropped=step.dropped)
 
 
-def lower(program: Program, captured: Captured, model: nn.Module) -> Captured:
-    """The graph that runs: leaf modules back under their own paths, named losses and buffers as further outputs."""
-    graph = program.graph.graph
-    extra = [*program.losses, *program.buffers]
-    if extra:
-        output = next(iter(graph.find_nodes(op="output")))
-        output.args = ((*output.args[0], *(node for _, node in extra)),)  # type: ignore[misc]
-    restore_leaves(program.graph, model)
-    graph.eliminate_dead_code()
-    graph.lint()
+def lower(program: Program, captured: Captured) -> Captured:
+    """The rewritten graph in the captured one's place: same arguments, same output, its extras named."""
+    program.graph.graph.lint()
     program.graph.recompile()
     return replace(
         captured,
@@ -126,8 +129,6 @@ def checked_rewrite(
     steps: Sequence[Step],
     inputs: Sequence[Tensor],
     verify: Verify,
-    *,
-    run: Callable[[fx.GraphModule, Sequence[Tensor]], object] = lambda graph, inputs: graph(*inputs),
 ) -> Checked:
     """Rewrite, measure, and where a check fails replay without the site that is to blame, until everything holds."""
     rolled_back: dict[str, str] = {}
@@ -135,7 +136,8 @@ def checked_rewrite(
         outcome = rewrite(raised, steps, without=frozenset(rolled_back))
         results = check_sites(raised, outcome.program.changes, inputs)
         wrong = {r.path: r.failed for r in results if r.failed}
-        deviation = compare_outputs(run(outcome.program.graph, inputs), run(raised.graph, inputs))
+        expected = _outputs(raised.graph, inputs)
+        deviation = compare_outputs(_outputs(outcome.program.graph, inputs)[: len(expected)], expected)
         broken = broken_bound(verify, deviation)
         if not wrong and broken and results:
             if verify.otherwise == "refuse":
@@ -147,3 +149,8 @@ def checked_rewrite(
         for path, reason in wrong.items():
             log.warning("%s: %s", path, reason)
         rolled_back |= wrong
+
+
+def _outputs(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> tuple[Any, ...]:
+    with torch.no_grad():
+        return tuple(graph(*inputs))

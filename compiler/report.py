@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .cost import Cost
+from .refusal import Refused, nearest
 from .site import Site
 from .verification import Deviation
 
@@ -33,6 +34,27 @@ class Row:
     after: Cost = field(default_factory=Cost)
     rule: str = ""
     dropped: tuple[str, ...] = ()
+
+
+class SiteList(Sequence[Row]):
+    """The rows of all sites: by number, or by path; prints one line a site."""
+
+    def __init__(self, rows: Sequence[Row]) -> None:
+        self._rows = tuple(rows)
+
+    def __getitem__(self, which: Any) -> Any:
+        if not isinstance(which, str):
+            return self._rows[which]
+        for row in self._rows:
+            if row.site.path == which:
+                return row
+        raise Refused(f"site {which!r}", fits=nearest(which, [r.site.path for r in self._rows], kind="sites"))
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __repr__(self) -> str:
+        return "\n".join(f"{row.site} {row.status} {row.mechanism}".rstrip() for row in self._rows)
 
 
 @dataclass(frozen=True)

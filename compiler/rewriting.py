@@ -1,4 +1,4 @@
-"""One recipe at work on one model: the first call decides and is verified, every further signature replays the decisions."""
+"""One recipe at work on one model: the first call decides and is verified, further signatures replay the decisions."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from torch import Tensor, nn
 
 from .capture import Captured, capture
 from .cost import Cost, graph_cost, site_costs
+from .mechanism import KINDS
 from .pipeline import Checked, Outcome, Step, checked_rewrite, lower, raise_program, rewrite
-from .program import Program, Store
+from .program import Change, Program, Store
 from .recipe import Recipe
 from .refusal import Refused
-from .report import NO_DATA, Report, Row
+from .report import NO_DATA, Report, Row, SiteList
 from .signature import Call
+from .site import Site
 from .steps import fitting, steps_of
 from .verification import SiteResult
 
@@ -38,6 +40,12 @@ class Rewriting:
     warnings: tuple[str, ...] = ()
     report: Report | None = None
 
+    held_out: tuple[tuple[tuple[Any, ...], dict[str, Any]], ...] = ()  # calls that quality is judged on
+
+    @property
+    def sites(self) -> SiteList:
+        return SiteList(self.report.rows if self.report else ())
+
     @property
     def recipe(self) -> Recipe:
         return self.recipes[-1]
@@ -51,7 +59,7 @@ class Rewriting:
             return self._decide(model, captured, raised, steps, misses, warnings, call)
         outcome = rewrite(raised, steps, without=frozenset(self.first.rolled_back))
         self._holds_as_before(outcome, captured)
-        return lower(outcome.program, captured, model)
+        return lower(outcome.program, captured)
 
     def _steps(self, raised: Program) -> tuple[list[Step], tuple[str, ...]]:
         """The steps of every recipe in turn; a later recipe's wish for a part of a site replaces an earlier one's."""
@@ -84,7 +92,7 @@ class Rewriting:
         self.warnings = (*warnings, *_half_on_cpu(inputs, model))
         self.report = self._report(raised, steps)
         self._some_step_holds(steps)
-        return lower(self.first.outcome.program, captured, model)
+        return lower(self.first.outcome.program, captured)
 
     def _some_step_holds(self, steps: Sequence[Step]) -> None:
         """A recipe of which nothing could be done is refused with what would fit."""
@@ -115,19 +123,20 @@ class Rewriting:
         program, results = self.first.outcome.program, {r.path: r for r in self.first.sites}
         before, after = site_costs(raised.graph), site_costs(program.graph)
         refused = {step.path: str(refusal) for step, refusal in self.first.outcome.refused}
-        changes = {c.site.path: c for c in program.changes}
+        changes: dict[str, list[Change]] = {}
+        for change in program.changes:
+            changes.setdefault(change.site.path, []).append(change)
         rules = {step.path: step.rule for step in steps}
         rows = []
         for site in raised.sites:
             path = site.path
-            change, result = changes.get(path), results.get(path)
             costs = before.get(path, Cost()), after.get(path, Cost())
             if path in self.first.rolled_back:
                 rows.append(Row(site, "rolled back", reason=self.first.rolled_back[path], rule=rules.get(path, "")))
-            elif change is not None:
-                m = change.mechanism
-                rows.append(Row(site, "rewritten", _called(m), m.kind, "", *_measured(result), *costs,
-                                rules.get(path, ""), change.dropped))  # fmt: skip
+            elif path in changes:
+                rows.append(
+                    _row(site, changes[path], results.get(path), costs, rules.get(path, ""), refused.get(path, ""))
+                )
             elif path in refused:
                 rows.append(Row(site, "refused", reason=refused[path], rule=rules.get(path, "")))
             else:
@@ -153,8 +162,23 @@ def _called(mechanism: Any) -> str:
     return f"{mechanism.slug}({inside}" if "(" in text and "groups=" not in text else mechanism.slug
 
 
-def _measured(result: SiteResult | None) -> tuple[Any, Any]:
-    return (result.deviation, result.exact_error) if result else (None, None)
+def _row(
+    site: Site, changes: Sequence[Change], result: SiteResult | None, costs: tuple[Cost, Cost], rule: str, refused: str
+) -> Row:
+    kinds = [c.mechanism.kind for c in changes]
+    return Row(
+        site,
+        "rewritten",
+        mechanism=" + ".join(_called(c.mechanism) for c in changes),
+        kind=next(k for k in KINDS[::-1] if k in kinds),
+        reason=refused and f"also asked, and refused: {refused}",
+        deviation=result.deviation if result else None,
+        exact_error=result.exact_error if result else None,
+        before=costs[0],
+        after=costs[1],
+        rule=rule,
+        dropped=tuple(sorted({d for c in changes for d in c.dropped})),
+    )
 
 
 def _half_on_cpu(inputs: Sequence[Tensor], model: nn.Module) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""The model inside what people hand over: compiled, distributed, already optimized; or why it cannot be taken as it is."""
+"""The model inside what people hand over, compiled or distributed; or why it cannot be taken as it is."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .mechanism import KINDS
 from .primitives.attend_meaning import attend_meaning
 from .program import Change, Program
 from .refusal import Refused
@@ -102,8 +103,10 @@ class Verification:
 
 def check_sites(reference: Program, changes: Sequence[Change], inputs: Sequence[Tensor]) -> list[SiteResult]:
     """Run the unchanged graph once; at each changed site feed the new piece with what the old one saw."""
-    by_path = {change.site.path: change for change in changes if change.fragment is not None}
-    groups = {path: _wanted(reference, change) for path, change in by_path.items()}
+    by_path: dict[str, list[Change]] = {}
+    for change in changes:
+        by_path.setdefault(change.site.path, []).append(change)
+    groups = {path: _wanted(reference, own) for path, own in by_path.items()}
     results: dict[str, SiteResult] = {}
 
     def judge(path: str, values: dict[str, Tensor]) -> None:
@@ -114,32 +117,45 @@ def check_sites(reference: Program, changes: Sequence[Change], inputs: Sequence[
     return [results[path] for path in by_path if path in results]
 
 
-def _wanted(reference: Program, change: Change) -> dict[str, Any]:
-    ports = reference.ports[change.site.path]
-    nodes = {name: ports.nodes[name] for name in change.fragment.inputs if name in ports.nodes}
+def _wanted(reference: Program, changes: Sequence[Change]) -> dict[str, Any]:
+    ports = reference.ports[changes[0].site.path]
+    asked = {name for change in changes for name in change.fragment.inputs} | {"q", "k", "v"}
+    nodes = {name: ports.nodes[name] for name in asked if name in ports.nodes}
     tables = {f"table_{k}": node for k, node in enumerate(ports.attend.args[2])}  # type: ignore[arg-type]
-    target = ports.projected if change.mechanism.part == "region" else ports.nodes["o"]
-    return {**nodes, **tables, "q": ports.nodes["q"], "k": ports.nodes["k"], "v": ports.nodes["v"], "expected": target}
+    region = changes[-1].mechanism.part == "region"
+    return {**nodes, **tables, "expected": ports.projected if region else ports.nodes["o"]}
 
 
-def _judge(change: Change, values: dict[str, Tensor]) -> SiteResult:
-    values = values | change.own
+def _judge(changes: Sequence[Change], values: dict[str, Tensor]) -> SiteResult:
+    """One site: its changes in turn, a gate reading what the core before it gave."""
     expected = values.pop("expected")
+    got, seen = expected, dict(values)
     with torch.no_grad():
-        got = change.fragment.graph(*(values[name] for name in change.fragment.inputs))
-        got = got[0] if isinstance(got, tuple | list) else got
+        for change in changes:
+            given = seen | dict(change.own)
+            answer = change.fragment.graph(*(given[name] for name in change.fragment.inputs))
+            got = answer[0] if isinstance(answer, tuple | list) else answer
+            seen["o"] = got
     deviation = compare(got, expected)
-    kind, exact_error, failed = change.mechanism.kind, None, ""
-    if kind == "exact" and change.mechanism.part == "core":
-        exact_error = _float64_error(change, values)
-        largest = expected.detach().abs().max().item() if expected.numel() else 0.0
-        if exact_error > EXACT_FLOAT64:
-            failed = f"exact in name only: float64 error {exact_error:.3g} of the largest output"
-        elif deviation.max_abs > EXACT_OWN.get(expected.dtype, 1e-4) * max(largest, 1.0):
-            failed = f"exact in float64, off by {deviation.max_abs:.3g} in {expected.dtype}"
+    kinds = [change.mechanism.kind for change in changes]
+    exact_error, failed = None, ""
+    if set(kinds) == {"exact"} and len(changes) == 1 and changes[0].mechanism.part == "core":
+        exact_error = _float64_error(changes[0], values | dict(changes[0].own))
+        failed = _not_exact(exact_error, deviation, expected)
     if not math.isfinite(deviation.max_abs):
         failed = "values that are not finite come out where the original's are"
-    return SiteResult(change.site.path, change.mechanism.slug, kind, deviation, exact_error, failed)
+    names = " + ".join(change.mechanism.slug for change in changes)
+    kind = next(k for k in KINDS[::-1] if k in kinds)
+    return SiteResult(changes[0].site.path, names, kind, deviation, exact_error, failed)
+
+
+def _not_exact(error: float, deviation: Deviation, expected: Tensor) -> str:
+    largest = expected.detach().abs().max().item() if expected.numel() else 0.0
+    if error > EXACT_FLOAT64:
+        return f"exact in name only: float64 error {error:.3g} of the largest output"
+    if deviation.max_abs > EXACT_OWN.get(expected.dtype, 1e-4) * max(largest, 1.0):
+        return f"exact in float64, off by {deviation.max_abs:.3g} in {expected.dtype}"
+    return ""
 
 
 def _float64_error(change: Change, values: Mapping[str, Tensor]) -> float:

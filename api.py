@@ -1,0 +1,146 @@
+"""The door: optimize() and what one asks before it.
+
+capture ─▶ raise sites ─▶ fold masks ─▶ decide by the recipe ─▶ rewrite, verified ─▶ lower ─▶ host in the model's class
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import codegen as codegen
+from . import passes as passes
+from .compiler.capture import capture
+from .compiler.check import check as check
+from .compiler.cost import site_costs
+from .compiler.explanation import Explanation
+from .compiler.facts import describe
+from .compiler.hosted import about, host, original
+from .compiler.masks import fold_masks
+from .compiler.raising import raise_sites
+from .compiler.recipe import Recipe, guard
+from .compiler.recipe_load import load_recipe
+from .compiler.refusal import Refused
+from .compiler.report import NO_DATA, Timing
+from .compiler.rewriting import Rewriting, model_facts
+from .compiler.site import Site
+from .compiler.steps import fitting, vocabulary
+from .compiler.unwrap import unwrap
+
+log = logging.getLogger("reattend")
+Inputs = tuple[Any, ...] | Mapping[str, Any] | tuple[tuple[Any, ...], Mapping[str, Any]] | None
+TIMED_RUNS, TIMED_SECONDS = 15, 4.0  # interleaved pairs at most; the medians are reported
+
+
+def optimize(
+    model: Any,
+    recipe: str | Path | Mapping[str, Any] | Recipe = "exact",
+    example_inputs: Inputs = None,
+    *,
+    data: Iterable[Inputs] | None = None,
+    name: str = "",
+    measure: bool = True,
+) -> Any:
+    """The model rewritten by a recipe: still of its own class, with `.graph`, `.report` and `.sites`.
+
+    recipe          a shipped name, a path, YAML text, or the same as a dict.
+    example_inputs  positional arguments, keyword arguments, or a pair of both; inferred where that runs.
+    data            held-out calls like example_inputs; without it quality is not judged, only correctness.
+
+    The original is left bit-identical; weights are shared until something would write them.
+    """
+    inner, notes = unwrap(model)
+    wanted = load_recipe(recipe, vocabulary())
+    guard(wanted, model_facts(inner))
+    _needs_data(wanted, data)
+    earlier = about(inner)
+    recipes = (*(earlier.recipes if earlier else ()), wanted)
+    called = name or getattr(getattr(inner, "config", None), "name_or_path", "") or type(inner).__name__
+    work = Rewriting(recipes, called, notes=list(notes))
+    if earlier is not None:
+        work.store = earlier.store
+    args, kwargs = _inputs(inner, example_inputs)
+    calls = [_split(batch) for batch in data] if data is not None else []
+    work.held_out = tuple(calls)
+    fast = host(inner, work.program_for, about=work)
+    fast.prepare(*args, **kwargs)
+    if measure and not inner.training and work.report is not None:
+        work.report.timing = _timed(inner, fast, args, kwargs)
+    log.info("%s", work.report.verdict() if work.report else "")
+    return fast
+
+
+def sites(model: Any, example_inputs: Inputs = None) -> tuple[Site, ...]:
+    """Where a model attends, in order; empty where it does not."""
+    return explain(model, example_inputs).sites
+
+
+def explain(model: Any, example_inputs: Inputs = None) -> Explanation:
+    """Sites with masks, ports and costs; each place that looks like attention and was not raised, with the reason."""
+    inner, notes = unwrap(model)
+    inner = original(inner)
+    args, kwargs = _inputs(inner, example_inputs)
+    captured = capture(inner, args, kwargs)
+    raised = raise_sites(captured.graph)
+    masks = fold_masks(captured.graph)
+    found, ports = describe(captured.graph)
+    costs = site_costs(captured.graph)
+    return Explanation(
+        sites=found,
+        misses=tuple(f"{m.where}: {m.reason} (%{m.node})" for m in raised.misses),
+        masks=masks,
+        specs=tuple(str(ports[s.path].attend.args[3]) for s in found),
+        costs=tuple(costs[s.path] for s in found),
+        fits=tuple(fitting(s) for s in found),
+        notes=(*notes, *captured.notes),
+    )
+
+
+def _needs_data(recipe: Recipe, data: object) -> None:
+    if recipe.verify.needs_data and data is None and recipe.data.verify is None:
+        found = f"bounds {', '.join(recipe.verify.needs_data)} without data"
+        fits = f"`data: {{verify: FILE}}` in the recipe or optimize(..., data=batches): {NO_DATA}"
+        raise Refused(found, where=recipe.source or "recipe", fits=fits)
+
+
+def _inputs(model: nn.Module, given: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if given is not None:
+        return _split(given)
+    from .compiler.example_inputs import example_inputs
+
+    return example_inputs(model)
+
+
+def _split(given: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of what may be either, or a pair of both."""
+    if isinstance(given, Mapping):
+        return (), dict(given)
+    if isinstance(given, tuple) and len(given) == 2 and isinstance(given[0], tuple) and isinstance(given[1], Mapping):
+        return given[0], dict(given[1])
+    return (tuple(given) if isinstance(given, tuple | list) else (given,)), {}
+
+
+def _timed(original: nn.Module, fast: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Timing | None:
+    """Medians of interleaved runs; None where a call changes its arguments (a cache)."""
+    if any(type(v).__name__.endswith("Cache") for v in (*args, *kwargs.values())):
+        return None
+    took: tuple[list[float], list[float]] = ([], [])
+    with torch.no_grad():
+        started = time.perf_counter()
+        for run in range(TIMED_RUNS + 1):
+            if run > 3 and time.perf_counter() - started > TIMED_SECONDS:
+                break
+            for which, one in enumerate((original, fast)):
+                start = time.perf_counter()
+                one(*args, **kwargs)
+                if run:  # the first pair warms up
+                    took[which].append(1e3 * (time.perf_counter() - start))
+    shapes = [tuple(v.shape) for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
+    return Timing(statistics.median(took[0]), statistics.median(took[1]), len(took[0]), " ".join(map(str, shapes)))

@@ -1,0 +1,213 @@
+"""The command line: the functions of `import reattend`, models named by text. Exit 0: fine, 1: yours, 2: ours."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from .compiler.refusal import Refused
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+recipes = typer.Typer(no_args_is_help=True, help="Recipes: check one, list the shipped ones, print the JSON Schema.")
+app.add_typer(recipes, name="recipe")
+
+ModelName = Annotated[
+    str, typer.Argument(metavar="MODEL", help="hf:<id or dir>, timm:<name>, py:module:factory, or built in")
+]
+RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")]
+AsJson = Annotated[bool, typer.Option("--json", help="machine-readable output")]
+
+
+@contextmanager
+def _answers(*, as_json: bool = False) -> Iterator[None]:
+    """User errors become one line and exit code 1; anything else is a fault of ours, exit code 2."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    try:
+        yield
+    except Refused as refused:
+        if as_json:
+            print(json.dumps({"error": str(refused)}))
+        else:
+            print(f"error: {refused}", file=sys.stderr)
+        raise typer.Exit(1) from None
+    except (typer.Exit, KeyboardInterrupt):
+        raise
+    except Exception as fault:
+        logging.getLogger("reattend").exception("a fault of reattend itself: %s", fault)
+        raise typer.Exit(2) from None
+
+
+def _working(says: str, work: Callable[[], Any], *, quiet: bool) -> Any:
+    """Run something that can take more than a second, with a spinner on a terminal."""
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        return work()
+    with console.status(says):
+        return work()
+
+
+@app.command()
+def sites(model: ModelName, as_json: AsJson = False) -> None:
+    """Where a model attends: one line a site, then what looked like attention and was not raised."""
+    with _answers(as_json=as_json):
+        from . import api
+        from .models.load import load_model
+
+        loaded = load_model(model)
+        found = _working(f"capturing {model}", lambda: api.explain(loaded.model, loaded.example_inputs), quiet=as_json)
+        if as_json:
+            print(json.dumps({"sites": [json.loads(s.to_json()) for s in found.sites], "misses": found.misses}))
+        else:
+            print(found.brief())
+
+
+@app.command()
+def explain(
+    model: ModelName, site: Annotated[str, typer.Option(help="one site's path")] = "", as_json: AsJson = False
+) -> None:
+    """What was tried at each place that looks like attention: the site with its mask and ports, or the nearest miss."""
+    with _answers(as_json=as_json):
+        from . import api
+        from .models.load import load_model
+
+        loaded = load_model(model)
+        found = _working(f"capturing {model}", lambda: api.explain(loaded.model, loaded.example_inputs), quiet=as_json)
+        print(json.dumps(found.to_dict()) if as_json else found.text(site))
+
+
+@app.command()
+def optimize(
+    model: ModelName,
+    recipe: RecipeName,
+    report: Annotated[Path | None, typer.Option(help="write the report here (.html, .json or .txt)")] = None,
+    graph: Annotated[Path | None, typer.Option(help="write the rewritten graph's code here")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Rewrite a model by a recipe and say what changed."""
+    with _answers(as_json=as_json):
+        from . import api
+        from .models.load import load_model
+
+        loaded = load_model(model)
+        work = lambda: api.optimize(loaded.model, recipe, loaded.example_inputs, name=loaded.name)
+        fast = _working(f"optimizing {model}", work, quiet=as_json)
+        if report is not None:
+            fast.report.write(report)
+        if graph is not None:
+            graph.write_text(fast.graph.code, encoding="utf-8")
+        print(json.dumps(fast.report.to_dict()) if as_json else fast.report.text())
+        for path in (report, graph):
+            if path is not None and not as_json:
+                print(f"\nwrote {path}")
+
+
+@app.command()
+def mechanisms(
+    for_site: Annotated[str, typer.Option("--for", help="MODEL@SITE: only what fits that site")] = "",
+    markdown: Annotated[bool, typer.Option("--md", help="the table of the docs")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Every registered mechanism: what it is, its part, what it does to a trained model, its knobs."""
+    with _answers(as_json=as_json):
+        from . import api
+
+        table = api.mechanism_table(_fitting(for_site) if for_site else None)
+        if as_json:
+            print(json.dumps(table.rows))
+        else:
+            print(table.markdown() if markdown else table.text())
+
+
+def _fitting(place: str) -> tuple[str, ...]:
+    from . import api
+    from .compiler.steps import fitting
+    from .models.load import load_model
+
+    model, at, path = place.rpartition("@")
+    if not at:
+        raise Refused(f"--for {place}", fits="MODEL@SITE, as in minilm@encoder.layer.0.attention.self")
+    loaded = load_model(model)
+    found = api.explain(loaded.model, loaded.example_inputs)
+    chosen = [s for s in found.sites if s.path == path]
+    if not chosen:
+        raise Refused(f"site {path!r}", fits=", ".join(s.path for s in found.sites))
+    return fitting(chosen[0])
+
+
+@app.command()
+def check(
+    mechanism: Annotated[str, typer.Argument(help="a registered name, or module:Class")],
+    as_json: AsJson = False,
+) -> None:
+    """Ask a mechanism the questions that our own must answer; exit 1 and the smallest failing case where one fails."""
+    with _answers(as_json=as_json):
+        from . import api
+
+        result = api.check(_mechanism_class(mechanism), show=False)
+        print(json.dumps(result.to_dict()) if as_json else str(result))
+        if not result.ok:
+            raise typer.Exit(1)
+
+
+def _mechanism_class(text: str) -> Any:
+    module, colon, name = text.partition(":")
+    if not colon:
+        return text
+    import importlib
+
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise Refused(f"mechanism {text!r}", fits=str(error)) from None
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """What this machine has, what is missing, what each thing is for and how to get it."""
+    with _answers(as_json=as_json):
+        from dataclasses import asdict
+
+        from .compiler.doctor import doctor as examine
+
+        checks = examine()
+        print(json.dumps([asdict(c) for c in checks]) if as_json else "\n".join(map(str, checks)))
+        if any(c.state == "wrong" for c in checks):
+            raise typer.Exit(1)
+
+
+@recipes.command("check")
+def recipe_check(recipe: RecipeName, as_json: AsJson = False) -> None:
+    """Read a recipe and print it in canonical form, or say what is wrong with it and where."""
+    with _answers(as_json=as_json):
+        from .compiler.recipe_load import load_recipe
+        from .compiler.steps import vocabulary
+
+        found = load_recipe(recipe, vocabulary())
+        print(json.dumps({"digest": found.digest, "recipe": found.to_dict()}) if as_json else found.text(), end="")
+
+
+@recipes.command("list")
+def recipe_list() -> None:
+    """The recipes that ship with reattend."""
+    with _answers():
+        from .compiler.recipe_load import shipped
+
+        print("\n".join(shipped()))
+
+
+@recipes.command("schema")
+def recipe_schema() -> None:
+    """JSON Schema of recipes, for editors."""
+    with _answers():
+        from .compiler.recipe_schema import json_schema
+        from .compiler.steps import vocabulary
+
+        print(json.dumps(json_schema(vocabulary()), indent=1))
