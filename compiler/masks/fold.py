@@ -164,9 +164,9 @@ def _text(keep: Expr) -> str:
 
 
 def _aligned(spec: AttendSpec, frame: Frame) -> AttendSpec:
-    """With queries that are the last of the keys, i counts as the keys do, if that says it more shortly."""
+    """The same with i counted so that the last query stands at the last key, if that says it more shortly."""
     space = frame.space
-    if spec.align != "start" or not space.covers or space.queries.text == space.keys.text or spec.sink or spec.after:
+    if spec.align != "start" or space.queries.text == space.keys.text or spec.sink or spec.after:
         return spec
     shift = build("sub", space.keys, space.queries)
     back = {"i": I - shift}

@@ -58,8 +58,19 @@ def simplify_indices(e: Expr, space: IndexSpace = ANYWHERE) -> Expr:
     if e.op in ("floordiv", "mod"):
         return _divided(e, space)
     if e.op in ("and", "or"):
-        return _without_implied(e)
+        return _without_implied(_absorbed(e))
     return e
+
+
+def _absorbed(e: Expr) -> Expr:
+    """`a | (~a & b)` is `a | b`, and the same with both signs turned."""
+    dual = "or" if e.op == "and" else "and"
+    opposite = {(~part).text for part in e.args}
+    parts = [
+        build(dual, *kept) if part.op == dual and (kept := [a for a in part.args if a.text not in opposite]) else part
+        for part in e.args
+    ]
+    return build(e.op, *parts)
 
 
 def _rebuild(e: Expr, args: tuple[Any, ...]) -> Expr:
@@ -88,6 +99,8 @@ def _divided(e: Expr, space: IndexSpace) -> Expr:
 
 def _without_implied(e: Expr) -> Expr:
     """Of `x <= y + 3` and `x <= y + 5`, `and` needs the first and `or` the second."""
+    if e.op not in ("and", "or"):
+        return e
     best: dict[tuple[tuple[str, Any], ...], tuple[Any, Expr]] = {}
     rest: list[Expr] = []
     for part in e.args:

@@ -54,6 +54,8 @@ def cast(e: Expr, old: torch.dtype, new: torch.dtype) -> Expr:
     """The value in another dtype; refused where it could be rounded."""
     if new == torch.bool:
         return truth(e)
+    if e.op == "const" and not new.is_floating_point and float(e.args[0]).is_integer():
+        return cast(const(int(e.args[0])), torch.int64, new) if isinstance(e.args[0], float) else _narrowed(e, new)
     if new.is_floating_point and e.op == "const":
         exact = float(torch.tensor(float(e.args[0]), dtype=new))
         return const(-math.inf if new == torch.float16 and exact <= -65504.0 else exact)
@@ -66,13 +68,17 @@ def cast(e: Expr, old: torch.dtype, new: torch.dtype) -> Expr:
     if e.op == "where" and new.is_floating_point and all(a.op == "const" for a in e.args[1:]):
         return choose(e.args[0], cast(e.args[1], old, new), cast(e.args[2], old, new))
     if not new.is_floating_point and not old.is_floating_point:
-        if new != torch.uint8 and new.itemsize >= 4:
-            return e
-        if e.op == "const" and torch.iinfo(new).min <= e.args[0] <= torch.iinfo(new).max:
+        if new.itemsize >= 4:
             return e
         if e.op == "where" and all(a.op == "const" and a.args[0] in (0, 1) for a in e.args[1:]):
             return e
     raise Unreadable(f"cast from {old} to {new}")
+
+
+def _narrowed(e: Expr, new: torch.dtype) -> Expr:
+    if not torch.iinfo(new).min <= e.args[0] <= torch.iinfo(new).max:
+        raise Unreadable(f"{e.text} as {new}")
+    return e
 
 
 def _cast(reader: Reader, node: fx.Node, index: Index) -> Expr:

@@ -93,6 +93,8 @@ class Reader:
         return e
 
     def _leaf(self, node: fx.Node, index: Index, reason: str) -> Expr:
+        if not index:
+            raise Unreadable(f"a single number, {node.name}, that is only known when the graph runs")
         self._opaque[node] = reason
         self.leaves[leaf_name(node)] = node
         return Expr("lookup", (leaf_name(node), *index))
