@@ -231,7 +231,7 @@ def _doubled(example: tuple[Tensor, ...], opened: tuple[frozenset[int], ...]) ->
 def _export(model: nn.Module, call: Call, attempt: Attempt) -> Captured:
     seen = Seen()
     flat = _flat(model, call, attempt, seen)
-    shapes = tuple({d: torch.export.Dim.AUTO for d in sorted(dims)} or None for dims in attempt.open)
+    shapes = tuple(dict.fromkeys(sorted(dims), torch.export.Dim.AUTO) or None for dims in attempt.open)
     tensors = tuple(t.detach() for t in attempt.tensors)  # one object passed twice would become one input
     grad = torch.is_grad_enabled()
     try:

@@ -51,7 +51,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Leaf:
-    """One tensor of a value, or the place of one that is missing, and where it stands: `past_key_values.layers.0.keys`."""
+    """One tensor of a value, or the place of one that is missing, and its path: `past_key_values.layers.0.keys`."""
 
     path: str
     tensor: Tensor | None

@@ -1,4 +1,4 @@
-"""A model whose forward runs captured graphs: still an instance of the user's own class, one graph per call signature."""
+"""A model whose forward runs captured graphs, one per call signature: still an instance of the user's own class."""
 
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ def _keep_extras(model: Any, state: Hosting, captured: Captured, flat: tuple[Any
 
 
 def _mount(captured: Captured, model: nn.Module) -> None:
-    """Graph and model name the same objects: what is new in the graph joins the model, everything else is the model's."""
+    """Graph and model name the same objects: what is new in the graph joins the model, all else is the model's."""
     for node in captured.graph.graph.nodes:
         if node.op not in ("get_attr", "call_module"):
             continue

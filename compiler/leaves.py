@@ -1,4 +1,4 @@
-"""Leaf modules (linear, embedding, norm, convolution ...) put back into a graph as calls of the module under its own path.
+"""Leaf modules (linear, embedding, norm, convolution) put back into a graph as calls of the module under its path.
 
 Capture stamps the nodes of every call of a leaf module that takes one tensor and gives one; where a rewrite left all of
 them as they were, they become one `call_module`. So an adapter, a quantized layer or a hook put there later is used.

@@ -15,10 +15,8 @@ CONSTANTS = "_reattend_constants"
 _CHECKS = ("_assert", "sym_constrain_range", "_assert_async")
 _NOWHERE = "_empty_nn_module_stack_from_metadata_hook"
 _OWN = {InputKind.PARAMETER, InputKind.BUFFER}
-_NORMS = {
-    "batch_norm": (3, 4, 5),
-    "instance_norm": (3, 4, 5),
-}  # running mean and variance, written where the flag is set
+# running mean and variance, written where the flag is set: their schemas do not say so
+_NORMS = {"batch_norm": (3, 4, 5), "instance_norm": (3, 4, 5)}
 
 
 def plain(program: torch.export.ExportedProgram, model: nn.Module, inputs: Sequence[str]) -> fx.GraphModule:

@@ -1,4 +1,4 @@
-"""One call of a model normalised against its forward: which arguments were given, their tensors flat, the rest constants."""
+"""One call of a model, normalised against its forward: arguments given, their tensors flat, the rest constant."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITION
 
 @dataclass(frozen=True)
 class SignatureKey:
-    """What makes two calls need the same graph: arguments given, ranks, dtypes, devices, constants, mode. Never sizes."""
+    """What makes two calls need one graph: arguments given, ranks, dtypes, devices, constants, mode. Never sizes."""
 
     arguments: tuple[tuple[str, Layout], ...]
     tensors: tuple[str, ...]  # "int64 2d" of each tensor, in order
