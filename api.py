@@ -24,7 +24,7 @@ from .compiler.explanation import Explanation
 from .compiler.facts import describe
 from .compiler.hosted import about, host, original
 from .compiler.masks import fold_masks
-from .compiler.raising import raise_sites
+from .compiler.lifting import raise_sites
 from .compiler.recipe import Recipe, guard
 from .compiler.recipe_load import load_recipe
 from .compiler.refusal import Refused

@@ -15,7 +15,7 @@ from .facts import describe
 from .masks import fold_masks
 from .mechanism import Mechanism
 from .program import Program, Store
-from .raising import raise_sites
+from .lifting import raise_sites
 from .recipe import Verify
 from .refusal import Refused
 from .rewrite import put

@@ -1,0 +1,68 @@
+"""Raising: every spelling of attention in a graph becomes one `attend` node; what comes near and is not says why.
+
+No list of patterns: from each softmax the chain is read backwards, element by element, into one expression of the score.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from ..ports import op_name
+from .chains import products_behind, raise_chain
+from .reading import Unreadable
+from .sdpa import raise_sdpa
+from .softmaxes import as_softmax
+
+
+@dataclass(frozen=True)
+class NearMiss:
+    """A place that looks like attention and was left alone."""
+
+    where: str
+    node: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Raised:
+    nodes: tuple[fx.Node, ...]
+    misses: tuple[NearMiss, ...]
+
+
+def raise_sites(graph_module: fx.GraphModule) -> Raised:
+    """Raise in place; the graph stays valid, dead code is gone, numbers are the same."""
+    raised: list[fx.Node] = []
+    misses: list[NearMiss] = []
+    graph = graph_module.graph
+    for node in list(graph.nodes):
+        if op_name(node) == "scaled_dot_product_attention":
+            try:
+                raised.append(raise_sdpa(node))
+            except Unreadable as reason:
+                misses.append(_miss(node, str(reason)))
+            continue
+        softmax = as_softmax(node)
+        if softmax is None:
+            continue
+        behind = products_behind(softmax)
+        if not behind:
+            misses.append(_miss(node, "no product with values behind the softmax"))
+        elif len(behind) > 1:
+            misses.append(_miss(node, f"its weights meet {len(behind)} products: {', '.join(b.name for b in behind)}"))
+        else:
+            try:
+                raised.append(raise_chain(softmax, behind[0]))
+            except Unreadable as reason:
+                misses.append(_miss(node, str(reason)))
+    graph.eliminate_dead_code()
+    graph.lint()
+    graph_module.recompile()
+    return Raised(tuple(raised), tuple(misses))
+
+
+def _miss(node: fx.Node, reason: str) -> NearMiss:
+    stack = node.meta.get("nn_module_stack") or {}
+    where = str(list(stack.values())[-1][0]) if stack else ""
+    return NearMiss(where, node.name, reason)
