@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import yaml
 from torch import Tensor, nn
+from torch.autograd.gradcheck import GradcheckError
 
 from .case import DIM, HEADS, Case, cases
 from .mechanism import Mechanism, mechanism, mechanisms
@@ -96,7 +97,7 @@ def gradients(m: Mechanism) -> int:
         values = [given[name].clone().requires_grad_() for name in names]
         try:
             torch.autograd.gradcheck(answer, values, fast_mode=True)
-        except (torch.autograd.gradcheck.GradcheckError, RuntimeError) as error:  # type: ignore[attr-defined]
+        except (GradcheckError, RuntimeError) as error:
             raise Failure(f"{case}: {_first_lines(error)}") from None
         learned = [(name, value) for name, value in zip(names, values, strict=True) if name.startswith("p.")]
         found = torch.autograd.grad(
@@ -234,7 +235,10 @@ def exported(m: Mechanism) -> int:
         except Exception as error:  # whatever export raises is the answer
             raise Failure(f"{case}: torch.export: {_first_lines(error)}") from None
         other = replace(case, n=case.n + 4, m=case.m + 4) if case.grid is None else case
-        got = graph.module()(*other.tensors().values())
+        try:
+            got = graph.module()(*other.tensors().values())
+        except (AssertionError, RuntimeError) as error:
+            raise Failure(f"{other}: exported at N={case.n}: {_first_lines(error)}") from None
         expected = other.answer(other.tensors(), case.own())
         _expect(_distance(got, expected) <= 1e-5, f"{other}: exported at N={case.n}", got, expected)
         count += 1
