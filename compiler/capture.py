@@ -92,6 +92,7 @@ class Seen:
 
     output: Layout = field(default_factory=lambda: Layout("value"))
     grown: tuple[tuple[str, Layout], ...] = ()
+    forgotten: set[str] = field(default_factory=set)  # attributes that the forward set to a tensor
 
 
 def capture(
@@ -113,7 +114,7 @@ def capture(
             reasons.append(_reason(failed))
             continue
         notes = _static(captured.dims, attempts[0], reasons) if dynamic else ()
-        return replace(captured, notes=notes)
+        return replace(captured, notes=(*notes, *captured.notes))
     fits = "no branches on tensor values, no .item(), tensors in and out; or capture its parts"
     raise Refused(reasons[-1], where=type(model).__name__, fits=fits) from error
 
@@ -249,6 +250,7 @@ def _export(model: nn.Module, call: Call, attempt: Attempt) -> Captured:
         grown=seen.grown,
         dims=_sizes(graph, program, call),
         writes=written(graph),
+        notes=tuple(f"{name} is not set by the captured forward" for name in sorted(seen.forgotten)),
     )
 
 
@@ -262,7 +264,8 @@ def _flat(model: nn.Module, call: Call, attempt: Attempt, seen: Seen) -> nn.Modu
         _relate(call, tensors, attempt)
         values, args, kwargs = rebuild(call.signature, call.layouts, tensors)
         given = [leaf for name, value in values.items() for leaf in take_apart(value, name)[0]]
-        answer = own(*args, **kwargs)
+        with _forgotten(view, seen.forgotten):
+            answer = own(*args, **kwargs)
         extra = _grown(call, values, given, seen)
         named = {id(v): n for n, v in values.items() if dict(call.layouts)[n].kind in _MUTABLE}
         leaves, seen.output = take_apart(answer, "", named)
@@ -303,12 +306,17 @@ def _grown(call: Call, values: Mapping[str, Any], given: Sequence[Leaf], seen: S
 
 def _sizes(graph: fx.GraphModule, program: torch.export.ExportedProgram, call: Call) -> Sizes:
     values = [n.meta["val"] for n in graph.graph.find_nodes(op="placeholder")]
-    shapes = tuple(tuple(s if isinstance(s, int) else str(s.node.expr) for s in v.shape) for v in values)
+    shapes = tuple(tuple(map(_size, v.shape)) for v in values)
     symbols = {str(s): Symbol(str(s), int(r.lower), _most(r.upper)) for s, r in program.range_constraints.items()}
     used = {t for shape in shapes for t in shape if isinstance(t, str)}
     symbols = {n: s for n, s in symbols.items() if n in used}
     guards = tuple(g for g in program._guards_code if "L[" in g)
     return Sizes(tuple(leaf.path for leaf in call.leaves), shapes, tuple(v.dtype for v in values), symbols, guards)
+
+
+def _size(size: Any) -> int | str:
+    expression = size.node.expr if isinstance(size, torch.SymInt) else None
+    return int(size) if expression is None or expression.is_number else str(expression)
 
 
 def _most(bound: Any) -> int | None:
@@ -360,6 +368,21 @@ def _unchanged(model: nn.Module) -> Iterator[None]:
                 module.__dict__.update(attributes)
             module._buffers.clear()
             module._buffers.update(buffers)
+
+
+@contextmanager
+def _forgotten(model: nn.Module, names: set[str]) -> Iterator[None]:
+    """Tensors that a forward keeps on its modules are not kept: while tracing they are fake."""
+    before = [(path, m, dict(m.__dict__)) for path, m in model.named_modules()]
+    yield
+    for path, module, attributes in before:
+        for name, value in list(module.__dict__.items()):
+            if isinstance(value, Tensor) and attributes.get(name) is not value:
+                names.add(f"{path}.{name}" if path else name)
+                if name in attributes:
+                    module.__dict__[name] = attributes[name]
+                else:
+                    del module.__dict__[name]
 
 
 @contextmanager

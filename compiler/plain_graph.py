@@ -25,7 +25,8 @@ def plain(program: torch.export.ExportedProgram, model: nn.Module, inputs: Seque
     specs = {s.arg.name: s for s in program.graph_signature.input_specs}
     placed: dict[fx.Node, fx.Node] = {}
     kept: dict[fx.Node, str] = {}
-    names = iter(inputs)
+    shown: dict[str, fx.Node] = {}
+    names, aliases = iter(inputs), _aliases(model)
     for node in program.graph.nodes:
         if node.op == "placeholder" and specs[node.name].kind is InputKind.USER_INPUT:
             placed[node] = graph.placeholder(_identifier(next(names)))
@@ -37,14 +38,35 @@ def plain(program: torch.export.ExportedProgram, model: nn.Module, inputs: Seque
             placed[node] = graph.node_copy(node)
         elif not (node.op == "call_function" and any(c in str(node.target) for c in _CHECKS) and not node.users):
             for source in node.all_input_nodes:
-                if source in kept and source not in placed:
-                    placed[source] = graph.get_attr(kept[source])
-                    placed[source].meta = _meta(source)
+                if source in kept:
+                    name = _nearest_name(kept[source], node, aliases)
+                    root[name] = root[kept[source]]
+                    if name not in shown:
+                        shown[name] = graph.get_attr(name)
+                        shown[name].meta = _meta(source)
+                    placed[source] = shown[name]
             placed[node] = graph.node_copy(node, lambda n: placed[n])
             placed[node].meta = _meta(node)
     used = {n.target for n in graph.nodes if n.op == "get_attr"}
     module = fx.GraphModule({t: v for t, v in root.items() if t in used}, graph)
     return module.train(model.training)
+
+
+def _aliases(model: nn.Module) -> dict[str, set[str]]:
+    """All names of each tied parameter, by every one of them."""
+    groups: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), set()).add(name)
+    return {name: group for group in groups.values() if len(group) > 1 for name in group}
+
+
+def _nearest_name(name: str, user: fx.Node, aliases: dict[str, set[str]]) -> str:
+    """Of a tied parameter's names the one in the module that uses it."""
+    stack = user.meta.get("nn_module_stack")
+    if not stack or name not in aliases:
+        return name
+    inside = f"{list(stack.values())[-1][0]}.{name.rpartition('.')[2]}"
+    return inside if inside in aliases[name] else name
 
 
 def _own_name(spec: Any, program: Any, model: nn.Module, root: dict[str, Any]) -> str:
