@@ -21,6 +21,8 @@ from .reading import attribute, backward_slice
 LOW = -5e8  # a logit below this has no weight
 ELEMENTS = 1 << 22  # compared at a time
 EXAMPLE = 1 << 18  # elements of a mask at which the example's own sizes are given up for smaller ones
+ENOUGH = 2  # sizes at which the comparison must have been possible
+LOOKS = 3  # sizes at which it is made
 STYLES = ("right padding", "left padding", "random", "packed")
 
 
@@ -47,28 +49,32 @@ class Sizes:
 
 
 def choose_sizes(values: Iterable[Any], mask: Sequence[Any], beyond: int = 0) -> list[Sizes]:
-    """The example's sizes and two others; small ones instead where the example is large, larger ones to see `beyond`."""
-    symbols, hints = _hints(values)
-    if not symbols:
+    """The example's sizes and others; small ones instead where the example is large, a large one to see `beyond`.
+
+    Equal sizes of the example stay equal. A size that is the sum of two others (past + new) may have to stay that: there
+    are choices that keep sums and choices that do not, and the graph refuses those that it cannot compute.
+    """
+    hints = _hints(values)
+    if not hints:
         return [Sizes(())]
     example = Sizes(tuple(hints.items()))
-    ranks = sorted(set(hints.values()))
-    small = {h: 3 + 4 * k for k, h in enumerate(ranks)}
-    first = example if math.prod(example.of(s) for s in mask) <= EXAMPLE else _mapped(hints, small)
-    largest = max(v for _, v in first.values)
-    grown = {h: h + 3 + k for k, h in enumerate(ranks)} if first is example else {h: small[h] + 2 + k for k, h in enumerate(ranks)}
-    other = {h: 5 + 3 * k for k, h in enumerate(ranks)}
-    chosen = [first, _mapped(hints, grown), _mapped(hints, other)]
-    if beyond > largest:
-        chosen.append(_mapped(hints, {h: beyond + k if k else 3 for k, h in enumerate(ranks)} if len(ranks) > 1 else {ranks[0]: beyond}))
-    return chosen
+    fits = math.prod(example.of(s) for s in mask) <= EXAMPLE
+    ways = [_grown(hints, 3, 2, sums=True), _grown(hints, 4, 3, sums=False), _grown(hints, 2, 5, sums=True)]
+    if beyond > max(hints.values()) or (beyond and not fits):
+        ways.append(_grown(hints, beyond, 3, sums=True))
+    return list(dict.fromkeys(([example] if fits else []) + ways))
 
 
-def _mapped(hints: Mapping[sympy.Symbol, int], to: Mapping[int, int]) -> Sizes:
+def _grown(hints: Mapping[sympy.Symbol, int], start: int, step: int, *, sums: bool) -> Sizes:
+    """New sizes in the order of the example's, with its sums of two sizes if asked for."""
+    to: dict[int, int] = {}
+    for hint in sorted(set(hints.values())):
+        parts = [(a, hint - a) for a in to if hint - a in to and 2 * a != hint] if sums else []
+        to[hint] = to[parts[-1][0]] + to[parts[-1][1]] if parts else max([start, *(v + step for v in to.values())])
     return Sizes(tuple((symbol, to[hint]) for symbol, hint in hints.items()))
 
 
-def _hints(values: Iterable[Any]) -> tuple[list[sympy.Symbol], dict[sympy.Symbol, int]]:
+def _hints(values: Iterable[Any]) -> dict[sympy.Symbol, int]:
     """Every symbol with its size in the example."""
     found: dict[sympy.Symbol, int] = {}
     for value in values:
@@ -80,8 +86,7 @@ def _hints(values: Iterable[Any]) -> tuple[list[sympy.Symbol], dict[sympy.Symbol
                 size.node.shape_env.var_to_val  # fmt: skip
             for symbol in size.node.expr.free_symbols:
                 found[symbol] = int(known.get(symbol, 4))
-    ordered = sorted(found, key=str)
-    return ordered, {s: found[s] for s in ordered}
+    return {s: found[s] for s in sorted(found, key=str)}
 
 
 def compute(node: fx.Node, sizes: Sizes, known: dict[fx.Node, Any], graph_module: fx.GraphModule, style: int) -> Any:
@@ -179,6 +184,7 @@ def disagreement(
     values = [n.meta.get("val") for n in backward_slice(before)] + [qv, kv]
     all_sizes = choose_sizes(values, (qv.shape[0], qv.shape[2], kv.shape[2]), beyond)
     checked: list[str] = []
+    failure = ""
     for sizes in all_sizes:
         batch, heads, n = (sizes.of(s) for s in qv.shape[:3])
         m = sizes.of(kv.shape[2])
@@ -186,7 +192,6 @@ def disagreement(
         grid = (batch if "b" in names else 1, heads if "h" in names else 1, n, m)
         styles = range(len(STYLES)) if math.prod(grid) <= ELEMENTS and cut else range(1)
         ran = False
-        failure = ""
         for style in styles:
             try:
                 found = _differs(old, new, cut, grid, sizes, graph_module, style)
@@ -196,9 +201,12 @@ def disagreement(
             ran = True
             if found:
                 return f"{found} at B={grid[0]} N={n} M={m}, {STYLES[style]}", tuple(checked)
-        if not ran:
-            return f"it cannot be computed here: {failure}", tuple(checked)
-        checked.append(f"B={batch} N={n} M={m}")
+        if ran:
+            checked.append(f"B={batch} N={n} M={m}")
+        if len(checked) == LOOKS and not beyond:
+            break
+    if len(checked) < min(len(all_sizes), ENOUGH):
+        return f"it cannot be computed here: {failure}", tuple(checked)
     return "", tuple(dict.fromkeys(checked))
 
 

@@ -14,8 +14,7 @@ from torch import Tensor, fx
 
 from ..symbol_eval import evaluate
 from ..symbols import TRUE, Expr, build, const, name
-from .evaluation import LOW, STYLES, Sizes, Unknown, choose_sizes, compute, invent
-from .frame import Frame
+from .evaluation import ENOUGH, LOW, STYLES, Sizes, Unknown, choose_sizes, compute, invent
 from .reading import Index, Reader, backward_slice, leaf_name
 
 ROW, COLUMN, BATCH = name("i"), name("j"), name("b")  # stand for the index asked for
@@ -25,8 +24,8 @@ WIDEST = 600  # a size worth computing to see a constant of the mask at work
 class Families:
     """Recognises whole tensors over queries and keys, as one site sees them."""
 
-    def __init__(self, graph_module: fx.GraphModule, q: fx.Node, k: fx.Node, frame: Frame) -> None:
-        self.graph_module, self.q, self.k, self.frame = graph_module, q, k, frame
+    def __init__(self, graph_module: fx.GraphModule, q: fx.Node, k: fx.Node, written: frozenset[fx.Node]) -> None:
+        self.graph_module, self.q, self.k, self.written = graph_module, q, k, written
         self.beyond = 0
 
     def recognise(self, nodes: Sequence[fx.Node], reader: Reader) -> dict[fx.Node, Callable[[Index], Expr]]:
@@ -45,7 +44,7 @@ class Families:
         data = [n for n in data if _flows(n, node)]
         if value.ndim < 2 or any(n.meta["val"].ndim != 2 or n.meta["val"].is_floating_point() for n in data):
             return None
-        if any(_is_random(n) for n in behind):
+        if any(_is_random(n) or n in self.written for n in behind):
             return None
         numbers = [a for n in behind for a in n.args if isinstance(a, int) and 1 < a < WIDEST]
         self.beyond = 2 * max(numbers, default=0) + 3
@@ -66,12 +65,17 @@ class Families:
         found = []
         for sizes in choose_sizes(values, node.meta["val"].shape, self.beyond):
             ones = {n: torch.ones(sizes.shape(n.meta["val"]), dtype=n.meta["val"].dtype) for n in data}
-            plain = _as_mask(compute(node, sizes, dict(ones), self.graph_module, 0))
+            try:
+                plain = _as_mask(compute(node, sizes, dict(ones), self.graph_module, 0))
+            except Unknown:
+                continue
             pairs = []
             for style in range(len(STYLES)) if data else ():
                 given = {n: invent(n.meta["val"], sizes, style) for n in data}
                 pairs.append((given, _as_mask(compute(node, sizes, dict(given), self.graph_module, style))))
             found.append((plain, pairs, sizes))
+        if len(found) < (ENOUGH if len(sizes.values) else 1):
+            raise Unknown("no sizes at which it can be computed")
         if any(p is None for p, _, _ in found) or any(m is None for _, pairs, _ in found for _, m in pairs):
             raise Unknown("it is no mask")
         return found

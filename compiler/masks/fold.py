@@ -85,9 +85,8 @@ class _Site:
     def fold(self) -> Folded:
         if self.spec.more or self.spec.q_positions or self.spec.k_positions:
             return self._kept("its positions are given by tables", ())
-        candidates = [n for n, node in self.old.tables if n in self.old.used and not self._touched(node)]
-        refused = "written in place" if len(candidates) < len(self.old.used) else ""
-        reasons = [refused] if refused else []
+        candidates = [n for n, _ in self.old.tables if n in self.old.used]
+        reasons: list[str] = []
         for attempt in (candidates, *([c] for c in candidates if len(candidates) > 1)):
             found = self._fold(attempt)
             if isinstance(found, Folded):
@@ -95,22 +94,22 @@ class _Site:
             reasons.append(found)
         return self._kept("; ".join(dict.fromkeys(r for r in reasons if r)), ())
 
-    def _touched(self, node: fx.Node) -> bool:
-        return bool(self.written) and any(n in self.written for n in backward_slice([node]))
-
     def _kept(self, reason: str, sizes: tuple[str, ...]) -> Folded:
         verdict = MaskVerdict(self.node.name, self.spec.keep, _leftovers(self.spec), "kept as tensor", reason, sizes)
         return Folded(self.text, tuple(self.tables), verdict)
 
     def _fold(self, candidates: Sequence[str]) -> Folded | str:
         """The finding with these tables read, or why there is none."""
-        families = Families(self.graph_module, self.q, self.kv[0], self.frame)
+        families = Families(self.graph_module, self.q, self.kv[0], self.written)
         reader = Reader(self.graph_module, self.frame, self.written)
         new, nodes = self._read(reader, candidates)
         tried = families.recognise([reader.leaves[x] for x in _dense_leaves(new) if x in reader.leaves], reader)
         if tried:
             reader = Reader(self.graph_module, self.frame, self.written, tried)
             new, nodes = self._read(reader, candidates)
+        late = [n.name for n in nodes.values() if n in self.written and n not in self.tables]
+        if late:  # at the attention its memory may hold something else than where the mask was computed
+            return f"{', '.join(late)} is written in place"
         if new.keep_expr.text == FALSE.text:
             return "it keeps no key"
         if len(_dense_leaves(new)) > len(_dense_leaves(self.spec)):

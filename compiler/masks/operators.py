@@ -208,7 +208,7 @@ def _remainder(reader: Reader, node: fx.Node, index: Index) -> Expr:
 def _cumsum(reader: Reader, node: fx.Node, index: Index) -> Expr:
     """Of what does not vary along the dimension: value times count."""
     axis = _axis(node, 1)
-    unknown = free(axis)
+    (unknown,) = free(1, index)
     e = reader.at(node.args[0], (*index[:axis], unknown, *index[axis + 1 :]))
     if unknown.args[0] in e.names or dtype(node).is_floating_point:
         raise Unreadable("a running sum of data")
@@ -249,10 +249,13 @@ def _reduced(reader: Reader, node: fx.Node, index: Index) -> Expr:
     dims = argument(node, 1, "dim")
     rank = len(shape(source))
     axes = range(rank) if dims is None else [d % rank for d in ([dims] if isinstance(dims, int) else dims)]
-    keepdim = argument(node, 2, "keepdim", False)
-    kept = iter([e for d, e in enumerate(index) if d not in axes] if keepdim else index)
-    e = truth(reader.at(source, tuple(free(d) if d in axes else next(kept) for d in range(rank))))
-    if e.names & {free(d).args[0] for d in axes}:
+    kept = [e for d, e in enumerate(index) if d not in axes] if argument(node, 2, "keepdim", False) else list(index)
+    wide = [d for d in axes if not is_one(shape(source)[d])]
+    unknown = dict(zip(wide, free(len(wide), tuple(kept)), strict=True))
+    rest = iter(kept)
+    full = (unknown.get(d, const(0)) if d in axes else next(rest) for d in range(rank))
+    e = truth(reader.at(source, tuple(full)))
+    if e.names & {x.args[0] for x in unknown.values()}:
         raise Unreadable("a reduction over data")
     return e
 

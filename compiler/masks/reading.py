@@ -215,6 +215,10 @@ def attribute(graph_module: fx.GraphModule, path: str) -> Any:
     return value
 
 
-def free(dimension: int) -> Expr:
-    """An index about which nothing is known."""
-    return name(f"any{dimension}")
+def free(count: int, index: Index) -> tuple[Expr, ...]:
+    """Indices about which only their sign is known, for an operand of which every element matters."""
+    taken = frozenset().union(*(e.names for e in index))
+    names = [n for n in ("b", "h") if n not in taken]
+    if count > len(names):
+        raise Unreadable("an operator over several dimensions")
+    return tuple(name(n) for n in names[:count])
