@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .primitives.attend import Segment, Tables, run, segment_texts
+from .primitives.attend import Relative, Segment, Tables, Tiles, run, segment_texts, source_texts, with_terms
 from .primitives.attend_spec import AttendSpec
 from .site import Grid, Site
 from .symbol_text import parse
@@ -47,6 +47,11 @@ class LiveSite:
         eps: float = 0.0,
         sink: Callable[..., Any] | None = None,
         after: Callable[..., Any] | None = None,
+        leader: Callable[..., Any] | None = None,
+        relative: Sequence[Relative] = (),
+        tiles: Tiles | None = None,
+        kv_heads: Tensor | None = None,
+        rows: Tensor | None = None,
         segments: Sequence[Segment] = (),
         outputs: Sequence[str] = ("o",),
     ) -> Any:
@@ -59,23 +64,26 @@ class LiveSite:
         scaled = name("s") * self.facts.scale
         more = tuple(segment_texts(tables, part, scaled, causal=False) for part in segments)
         kept = own.keep_expr & (TRUE if keep is None else tables.settle(read(keep, _INDICES, what="keep")))
-        scored: Expr = own.score_expr
+        terms = {f"r{number}": name(f"r{number}") for number in range(len(relative))}
+        scored: Expr = own.score_expr.replace({"s": with_terms(relative)})
         if score is not None:
-            scored = tables.settle(read(score, {"s": scored, **_INDICES}, what="score"))
+            scored = tables.settle(read(score, {"s": scored, **_INDICES, **terms}, what="score"))
         done = parse(own.after) if own.after else name("w")
         if after is not None:
-            done = tables.settle(read(after, {"w": done, **_INDICES}, what="after"))
+            done = tables.settle(read(after, {"w": done, **_INDICES, **terms}, what="after"))
+        sources = source_texts(tables, (Segment(k, v, rows=rows), *segments), relative, tiles, kv_heads, leader)
         spec = replace(
             own,
             keep="" if kept.text == TRUE.text else kept.text,
             score=scored.text,
-            weight=tables.text(weight, {"s": name("s")}, "weight"),
+            weight=tables.text(weight, {"s": name("s"), **{n: _INDICES[n] for n in ("b", "h", "i")}}, "weight"),
             normaliser=normaliser,
             eps=eps,
             sink=tables.text(sink, {n: _INDICES[n] for n in ("b", "h", "i")}, "sink") or own.sink,
             after="" if done.text == "w" else done.text,
             more=(*own.more, *more),
             outputs=tuple(outputs),
+            **{key: value for key, value in sources.items() if value},
         )
         kv = [t for part in segments for t in (part.k, part.v)]
         return run(q, [k, v, *kv], tables.tensors, spec)

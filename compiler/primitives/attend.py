@@ -2,8 +2,8 @@
 
     o_i = sum_j w_ij v_j,   w_i = normalise_j( score(scale * q_i . k_j, b, h, i, j) )  over the j with keep(b, h, i, j)
 
-The front runs `keep`, `score`, `weight` and `after` on symbols; the op sees q, the key/value segments, the tensors that the
-functions look up, and the text. Rows that keep nothing give 0 and a log-sum-exp of -inf.
+The front runs `keep`, `score`, `weight` and `after` on symbols; the op sees q, the key/value segments, the tensors that
+the functions look up, and the text. Rows that keep nothing give 0 and a log-sum-exp of -inf.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import Any
 
 from torch import Tensor
 
-from ..refusal import Refused
+from ..refusal import Refused, nearest
 from ..symbols import FALSE, TRUE, Expr, Table, as_expr, build, name, read
 from .attend_meaning import attend_meaning, attend_shapes
-from .attend_spec import NORMALISERS, OUTPUTS, AttendSpec
+from .attend_spec import NORMALISERS, AttendSpec, count_of
 from .operator import Primitive
 
 attend_op = Primitive("attend", ("q", "kv*", "tables*"), attend_meaning, attend_shapes)
@@ -34,7 +34,26 @@ class Segment:
     v: Tensor  # (B, Hkv, M, Dv)
     keep: Predicate | None = None
     score: Predicate | None = None
-    positions: Tensor | None = None  # (M,) or (B, M): the logical position j of each row; counts from 0 if absent
+    positions: Tensor | None = None  # (M,), (B, M), (B, H, M): the logical position j of each row; else 0, 1, ...
+    rows: Tensor | None = None  # (B|1, H|Hkv|1, L) or (.., N, L): the rows that stand as keys, -1 none; else all
+
+
+@dataclass(frozen=True)
+class Relative:
+    """A term q_i . R[index(h, i, j)] (of="k": k_j . R[...]) added to q_i . k_j; indices are clamped to R's rows."""
+
+    table: Tensor  # (H|1, L, Dq)
+    index: Predicate
+    of: str = "q"
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Which tiles of keys each tile of queries sees, as lists of tile numbers, -1 for none."""
+
+    table: Tensor  # (B|1, H|1, ceil(N / queries), L)
+    queries: int
+    keys: int
 
 
 def attend(
@@ -51,9 +70,14 @@ def attend(
     eps: float = 0.0,
     sink: Predicate | None = None,
     after: Predicate | None = None,
+    leader: Predicate | None = None,
+    relative: Sequence[Relative] = (),
+    tiles: Tiles | None = None,
+    kv_heads: Tensor | None = None,  # (H,): the key head of every query head
     segments: Sequence[Segment] = (),
-    q_positions: Tensor | None = None,  # (N,) or (B, N)
+    q_positions: Tensor | None = None,  # (N,), (B, N) or (B, H, N)
     k_positions: Tensor | None = None,
+    rows: Tensor | None = None,
     align: str = "start",
     site: Any = None,
     outputs: Sequence[str] = ("o",),
@@ -61,35 +85,48 @@ def attend(
     """Attention of q over k, v. Returns the output tensor, or a tuple where several `outputs` are asked for.
 
     keep(b, h, i, j)      which keys a query sees; `causal` adds j <= i.
-    score(s, b, h, i, j)  the logit from s = scale * q.k (scale: Dq ** -0.5).
-    weight(s)             the unnormalised weight where it is not exp: with normaliser "sum" (divided by its sum + eps) or
-                          "none"; "stick" is stick-breaking from the most recent key backwards.
+    score(s, b, h, i, j)  the logit from s = scale * q.k (scale: Dq ** -0.5), relative terms included; r0, r1, ... are
+                          these terms themselves.
+    normaliser            "softmax"; "sum": divided by the sum + eps; "none"; "stick": stick-breaking from the most
+                          recent key backwards (keep j <= i, or j < i without the own key); "grouped": see `leader`.
+    weight(s, b, h, i)    the unnormalised weight where it is not exp, with "sum" or "none".
     sink(b, h, i)         the logit of a virtual key whose value is 0.
     after(w, b, h, i, j)  the normalised weight, changed before it meets v.
+    leader(b, h, i, j)    two-level softmax: the key that speaks for key j's group. One softmax runs over the leaders;
+                          each hands its weight to its followers by a softmax among them, or keeps it without any.
+    rows, k_positions     as in `Segment`: which rows of k, v stand as keys, and where.
     align="end"           the last query stands at the last key (decoding): i counts from M - N.
     site                  a live site: what its own score and mask had (causal, padding, bias, softcap, sinks, query
-                          offset, scale) is kept, and `keep`, `score` refine it.
+                          offset, scale) is kept; `keep`, `score` refine it.
+    outputs               o, lse, logits, weights; of columns colsum, colmean (over the queries that keep the key), colmax;
+                          of rows entropy, "topk:8" (columns of the largest logits, lowest first among equals, -1 for
+                          none); "slab:16" (weights of the last 16 rows, 0 above the first). Columns count the keys of
+                          all segments in order.
     """
     if site is not None:
+        if causal or scale is not None or align != "start" or not (q_positions is k_positions is None):
+            found = "causal, scale, align or positions beside a site"
+            raise Refused(found, where="attend", fits="they are the site's own; keep and score refine them")
         return site.attend(q, k, v, keep=keep, score=score, weight=weight, normaliser=normaliser, eps=eps, sink=sink,
-                           after=after, segments=segments, outputs=outputs)  # fmt: skip
+                           after=after, leader=leader, relative=relative, tiles=tiles, kv_heads=kv_heads, rows=rows,
+                           segments=segments, outputs=outputs)  # fmt: skip
     tables = Tables()
-    scaled = name("s") * (q.shape[-1] ** -0.5 if scale is None else float(scale))
-    main = Segment(k, v, keep, score, k_positions)
-    parts = [segment_texts(tables, part, scaled, causal) for part in (main, *segments)]
+    factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    main = Segment(k, v, keep, score, k_positions, rows)
+    texts = [segment_texts(tables, main, with_terms(relative) * factor, causal, len(relative))]
+    texts += [segment_texts(tables, part, name("s") * factor, causal, len(relative)) for part in segments]
     spec = AttendSpec(
-        keep=parts[0][0],
-        score=parts[0][1],
-        k_positions=parts[0][2],
-        more=tuple(parts[1:]),
+        keep=texts[0][0],
+        score=texts[0][1],
+        k_positions=texts[0][2],
+        more=tuple(texts[1:]),
         q_positions=tables.name_of(q_positions),
-        weight=tables.text(weight, {"s": name("s")}, "weight"),
         normaliser=normaliser,
         eps=float(eps),
-        sink=tables.text(sink, {n: _INDICES[n] for n in ("b", "h", "i")}, "sink"),
-        after=tables.text(after, {"w": name("w"), **_INDICES}, "after"),
         align=align,
         outputs=tuple(outputs),
+        **row_texts(tables, weight, sink, after, len(relative)),
+        **source_texts(tables, (main, *segments), relative, tiles, kv_heads, leader),
     )
     kv = [t for part in (main, *segments) for t in (part.k, part.v)]
     return run(q, kv, tables.tensors, spec)
@@ -97,7 +134,7 @@ def attend(
 
 def run(q: Tensor, kv: Sequence[Tensor], tables: Sequence[Tensor], spec: AttendSpec) -> Any:
     """The op itself on a ready spec, shapes checked."""
-    _check(q, kv, spec)
+    _check(q, kv, tables, spec)
     results = attend_op(q, list(kv), list(tables), spec.text)
     return results[0] if len(spec.outputs) == 1 else tuple(results)
 
@@ -130,12 +167,67 @@ class Tables:
         return "" if function is None else self.settle(read(function, known, what=what)).text
 
 
-def segment_texts(tables: Tables, part: Segment, scaled: Expr, causal: bool) -> tuple[str, str, str]:
+def with_terms(relative: Sequence[Relative]) -> Expr:
+    """q.k with the relative terms beside it."""
+    total = name("s")
+    for number in range(len(relative)):
+        total = total + name(f"r{number}")
+    return total
+
+
+def segment_texts(tables: Tables, part: Segment, scaled: Expr, causal: bool, terms: int = 0) -> tuple[str, str, str]:
     keep = TRUE if part.keep is None else read(part.keep, _INDICES, what="keep")
     if causal:
         keep = keep & (_INDICES["j"] <= _INDICES["i"])
-    score = scaled if part.score is None else read(part.score, {"s": scaled, **_INDICES}, what="score")
+    known = {"s": scaled, **_INDICES, **_terms(terms)}
+    score = scaled if part.score is None else read(part.score, known, what="score")
     return _predicate(tables.settle(as_expr(keep))), tables.settle(as_expr(score)).text, tables.name_of(part.positions)
+
+
+def row_texts(
+    tables: Tables, weight: Predicate | None, sink: Predicate | None, after: Predicate | None, terms: int
+) -> dict[str, Any]:
+    rows = {n: _INDICES[n] for n in ("b", "h", "i")}
+    return {
+        "weight": tables.text(weight, {"s": name("s"), **rows}, "weight"),
+        "sink": tables.text(sink, rows, "sink"),
+        "after": tables.text(after, {"w": name("w"), **_INDICES, **_terms(terms)}, "after"),
+    }
+
+
+def source_texts(
+    tables: Tables,
+    parts: Sequence[Segment],
+    relative: Sequence[Relative],
+    tiles: Tiles | None,
+    kv_heads: Tensor | None,
+    leader: Predicate | None,
+) -> dict[str, Any]:
+    """What a spec says beyond scores: gathered rows, relative terms, tile lists, key heads, groups."""
+    rows = tuple(tables.name_of(part.rows) for part in parts)
+    unknown = [term.of for term in relative if term.of not in ("q", "k")]
+    if unknown:
+        raise Refused(f"a relative term of {unknown[0]!r}", where="attend", fits="q or k")
+    if tiles is not None and (parts[0].rows is not None or tiles.queries < 1 or tiles.keys < 1):
+        found = f"tiles of {tiles.queries} x {tiles.keys}" + (
+            " over gathered rows" if parts[0].rows is not None else ""
+        )
+        raise Refused(found, where="attend", fits="tiles of at least 1 x 1 over keys in order")
+    if leader is not None and (parts[0].rows is not None or parts[0].positions is not None):
+        raise Refused("groups over gathered or moved keys", where="attend", fits="keys in order, j = 0, 1, ...")
+    return {
+        "rows": rows if any(rows) else (),
+        "relative": tuple(
+            (tables.name_of(term.table), tables.text(term.index, _INDICES, "index"), term.of) for term in relative
+        ),
+        "tiles": () if tiles is None else (tables.name_of(tiles.table), tiles.queries, tiles.keys),
+        "kv_heads": tables.name_of(kv_heads),
+        "leader": tables.text(leader, _INDICES, "leader"),
+    }
+
+
+def _terms(count: int) -> dict[str, Expr]:
+    return {f"r{number}": name(f"r{number}") for number in range(count)}
 
 
 def _predicate(keep: Expr) -> str:
@@ -144,20 +236,50 @@ def _predicate(keep: Expr) -> str:
     return "" if keep.text == TRUE.text else keep.text
 
 
-def _check(q: Tensor, kv: Sequence[Tensor], spec: AttendSpec) -> None:
-    heads, dim = q.shape[1], q.shape[-1]
+def _check(q: Tensor, kv: Sequence[Tensor], tables: Sequence[Tensor], spec: AttendSpec) -> None:
     if q.ndim != 4 or any(t.ndim != 4 for t in kv):
-        raise Refused(
-            f"q of {q.ndim} and k, v of {[t.ndim for t in kv]} dimensions", where="attend", fits="(B, H, N, D)"
-        )
+        found = f"q of {q.ndim} and k, v of {[t.ndim for t in kv]} dimensions"
+        raise Refused(found, where="attend", fits="(B, H, N, D)")
+    heads, dim = q.shape[1], q.shape[-1]
     for k, v in zip(kv[::2], kv[1::2], strict=True):
         if k.shape[-1] != dim:
             raise Refused(f"q has D={dim}, k has D={k.shape[-1]}", where="attend", fits="equal dimensions of q and k")
-        if heads % k.shape[1] or k.shape[1] != v.shape[1]:
+        if k.shape[1] != v.shape[1] or (heads % k.shape[1] and not spec.kv_heads):
             found = f"{heads} heads, {k.shape[1]} key and {v.shape[1]} value heads"
-            raise Refused(found, where="attend", fits="heads must be a multiple of kv_heads")
+            raise Refused(found, where="attend", fits="heads must be a multiple of kv_heads, or give a kv_heads table")
+        if k.shape[2] != v.shape[2] or v.shape[-1] != kv[1].shape[-1]:
+            found = f"{k.shape[2]} keys, {v.shape[2]} values of D={v.shape[-1]}"
+            raise Refused(found, where="attend", fits=f"as many of both, values of D={kv[1].shape[-1]}")
+    for what, table, dims in _tables_of(spec):
+        given = tables[int(table[1:])]
+        if given.ndim not in dims:
+            fits = f"{' or '.join(map(str, dims))} dimensions"
+            raise Refused(f"{what} of shape {tuple(given.shape)}", where="attend", fits=fits)
+    _check_texts(spec)
+
+
+def _tables_of(spec: AttendSpec) -> list[tuple[str, str, tuple[int, ...]]]:
+    named = [("q_positions", spec.q_positions, (1, 2, 3)), ("kv_heads", spec.kv_heads, (1,))]
+    named += [("k_positions", part[2], (1, 2, 3)) for part in spec.segments]
+    named += [("rows", rows, (3, 4)) for rows in spec.rows]
+    named += [("a relative table", term[0], (3,)) for term in spec.relative]
+    named += [("tiles", spec.tiles[0], (4,))] if spec.tiles else []
+    return [entry for entry in named if entry[1]]
+
+
+def _check_texts(spec: AttendSpec) -> None:
     if spec.normaliser not in NORMALISERS:
-        raise Refused(f"normaliser {spec.normaliser!r}", where="attend", fits=f"one of {', '.join(NORMALISERS)}")
-    unknown = [o for o in spec.outputs if o not in OUTPUTS]
-    if unknown:
-        raise Refused(f"outputs {unknown}", where="attend", fits=f"some of {', '.join(OUTPUTS)}")
+        raise Refused(f"normaliser {spec.normaliser!r}", where="attend", fits=nearest(spec.normaliser, NORMALISERS))
+    if spec.align not in ("start", "end"):
+        raise Refused(f"align={spec.align!r}", where="attend", fits="start or end")
+    if spec.weight and spec.normaliser not in ("sum", "none"):
+        raise Refused(f"a weight with normaliser {spec.normaliser!r}", where="attend", fits="sum or none")
+    if spec.sink and spec.normaliser == "stick":
+        raise Refused("a sink with normaliser 'stick'", where="attend", fits="softmax, grouped, sum or none")
+    if bool(spec.leader) != (spec.normaliser == "grouped"):
+        found = f"normaliser {spec.normaliser!r} {'with' if spec.leader else 'without'} a leader"
+        raise Refused(found, where="attend", fits="normaliser='grouped' with leader(i, j)")
+    if not spec.outputs:
+        raise Refused("no outputs", where="attend", fits="at least one")
+    for output in spec.outputs:
+        count_of(output)

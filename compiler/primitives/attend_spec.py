@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+from ..refusal import Refused, nearest
 from ..symbol_text import parse
 from ..symbols import TRUE, Expr, name
 from .spec import Spec
 
-NORMALISERS = ("softmax", "sum", "none", "stick")
-OUTPUTS = ("o", "lse", "weights", "colsum", "colmean", "colmax", "entropy")
+NORMALISERS = ("softmax", "sum", "none", "stick", "grouped")
+OUTPUTS = ("o", "lse", "logits", "weights", "colsum", "colmean", "colmax", "entropy")
+COUNTED = ("topk", "slab")  # outputs with a number behind: topk:8, slab:16
 
 
 @dataclass(frozen=True)
@@ -25,9 +27,14 @@ class AttendSpec(Spec):
     sink: str = ""
     after: str = ""
     align: str = "start"  # "end": query i stands at position i + M - N
-    q_positions: str = ""  # name of a table (N,) or (B, N)
-    k_positions: str = ""  # name of a table (M,) or (B, M)
+    q_positions: str = ""  # name of a table (N,), (B, N) or (B, H, N)
+    k_positions: str = ""  # name of a table (M,), (B, M) or (B, H|Hkv, M)
     more: tuple[tuple[str, str, str], ...] = ()  # further segments: keep, score, k_positions
+    rows: tuple[str, ...] = ()  # per segment a table of key rows (B, H, L) or (B, H, N, L), or "" for all in order
+    relative: tuple[tuple[str, str, str], ...] = ()  # r0, r1, ... in scores: table (H|1, L, D), index, "q" or "k"
+    tiles: tuple[str, int, int] | tuple[()] = ()  # table (B|1, H|1, Tq, L) of key tiles, rows of q and of k per tile
+    kv_heads: str = ""  # name of a table (H,): the key head of every query head
+    leader: str = ""  # of key j, for "grouped": the position of the key that speaks for its group
     outputs: tuple[str, ...] = ("o",)
 
     @cached_property
@@ -42,6 +49,9 @@ class AttendSpec(Spec):
     def segments(self) -> tuple[tuple[str, str, str], ...]:
         """(keep, score, k_positions) of every segment."""
         return ((self.keep, self.score, self.k_positions), *self.more)
+
+    def rows_of(self, segment: int) -> str:
+        return self.rows[segment] if segment < len(self.rows) else ""
 
     @property
     def conjuncts(self) -> tuple[Expr, ...]:
@@ -62,6 +72,16 @@ class AttendSpec(Spec):
     @property
     def is_causal(self) -> bool:
         return any(c.text == CAUSAL for c in self.conjuncts)
+
+
+def count_of(output: str) -> tuple[str, int]:
+    """An output's kind and its number: ("topk", 8) for "topk:8", 0 where it takes none."""
+    kind, colon, number = output.partition(":")
+    if (kind in COUNTED) != bool(colon) or (colon and (not number.isdecimal() or int(number) < 1)):
+        raise Refused(f"output {output!r}", where="attend", fits="topk:8, slab:16: a kind and how many")
+    if kind not in OUTPUTS and kind not in COUNTED:
+        raise Refused(f"output {output!r}", where="attend", fits=nearest(kind, (*OUTPUTS, *COUNTED)))
+    return kind, int(number or 0)
 
 
 CAUSAL = (name("j") <= name("i")).text

@@ -27,7 +27,8 @@ class Spec:
 
     @classmethod
     def of(cls: type[S], text: str) -> S:
-        return _parse(cls, text)
+        found: S = _parse(cls, text)
+        return found
 
 
 def _plain(value: Any) -> Any:
@@ -35,7 +36,7 @@ def _plain(value: Any) -> Any:
 
 
 @lru_cache(maxsize=4096)
-def _parse(cls: type[S], text: str) -> S:
+def _parse(cls: Any, text: str) -> Any:
     try:
         given = json.loads(text)
         return cls(**{key: _frozen(value) for key, value in given.items()})
