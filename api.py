@@ -18,6 +18,7 @@ from torch import nn
 from . import codegen as codegen
 from . import passes as passes
 from .compiler.capture import capture
+from .compiler.catalogue import mechanism_table as mechanism_table
 from .compiler.check import check as check
 from .compiler.cost import site_costs
 from .compiler.explanation import Explanation

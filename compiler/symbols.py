@@ -48,6 +48,7 @@ FUNCTIONS: dict[str, Callable[..., Any]] = {  # what may be called in an express
     "maximum": torch.maximum,
     "where": torch.where,
 }
+_DEFAULTS = {"alpha": 1.0, "inplace": False, "beta": 1, "threshold": 20, "rounding_mode": None}  # of torch's functions
 COMPARE = {"le": "<=", "lt": "<", "eq": "==", "ne": "!="}
 BOOLEAN = frozenset({"and", "or", "not", *COMPARE})
 
@@ -106,7 +107,8 @@ class Expr:
     def replace(self, values: Mapping[str, Any]) -> Expr:
         """The expression with names (or whole lookups of a named table, through a callable) put in."""
         if self.op == "name":
-            return as_expr(values[self.args[0]]) if self.args[0] in values else self
+            word: str = self.args[0]
+            return as_expr(values[word]) if word in values else self
         if self.op == "const":
             return self
         new = tuple(a.replace(values) if isinstance(a, Expr) else a for a in self.args)
@@ -134,6 +136,9 @@ class Expr:
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Expr:
         called = getattr(func, "__name__", str(func))
+        changed = [f"{key}={value!r}" for key, value in (kwargs or {}).items() if _DEFAULTS.get(key) != value]
+        if changed:
+            raise Refused(f"{called} with {', '.join(changed)} in an expression", fits="the plain function of its operands")
         return build({"div": "truediv", "true_divide": "truediv"}.get(called, called), *args)
 
     def __add__(self, other: Any) -> Expr:
@@ -237,7 +242,10 @@ def table(tensor: torch.Tensor) -> Table:
 
 def read(function: Callable[..., Any], known: Mapping[str, Expr], *, what: str) -> Expr:
     """Run a predicate or score function on symbols; its parameters are asked for by name, in any order."""
-    parameters = inspect.signature(function).parameters
+    try:
+        parameters = list(inspect.signature(function).parameters)
+    except ValueError:  # torch.relu and its like tell no names: they are functions of the first
+        return as_expr(function(next(iter(known.values()))))
     unknown = [p for p in parameters if p not in known]
     if unknown:
         raise Refused(f"{what} asks for {', '.join(unknown)}", fits=f"its parameters can be {', '.join(known)}")

@@ -117,10 +117,20 @@ def compute(node: fx.Node, sizes: Sizes, known: dict[fx.Node, Any], graph_module
 
 def _call(n: fx.Node, known: Mapping[fx.Node, Any]) -> Any:
     args, kwargs = fx.map_arg((n.args, n.kwargs), lambda a: known[a])  # type: ignore[misc, arg-type]
+    args, kwargs = _on_cpu(args), _on_cpu(kwargs)
     try:
         return n.target(*args, **kwargs)  # type: ignore[operator]
     except (RuntimeError, IndexError, ValueError, NotImplementedError) as error:
         raise Unknown(f"{n.name}: {error}") from None
+
+
+def _on_cpu(given: Any) -> Any:
+    """Masks are compared on the CPU, whatever device the graph was captured for (weights without memory among them)."""
+    if isinstance(given, torch.device):
+        return torch.device("cpu")
+    if isinstance(given, dict):
+        return {name: _on_cpu(value) for name, value in given.items()}
+    return tuple(_on_cpu(value) for value in given) if isinstance(given, tuple) else given
 
 
 def _attribute(n: fx.Node, graph_module: fx.GraphModule, sizes: Sizes, style: int) -> Any:
@@ -129,7 +139,7 @@ def _attribute(n: fx.Node, graph_module: fx.GraphModule, sizes: Sizes, style: in
         return invent(n.meta["val"], sizes, style)
     if isinstance(tensor, FakeTensor) or tensor.is_meta:
         raise Unknown(f"the values of {n.target} are not known here")
-    return tensor.detach()
+    return tensor.detach().cpu()
 
 
 def invent(value: Tensor, sizes: Sizes, style: int) -> Tensor:

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from ...compiler.functional import attention
 from ...compiler.mechanism import Limit, Mechanism, register
-from ...compiler.primitives.attend import attend
+from ...compiler.primitives.scan import scan
 from ...compiler.problem import problem
 from ...compiler.refusal import Refused, nearest
 
-FEATURES: dict[str, Callable[[Tensor], Tensor]] = {
+FEATURES: dict[str, Callable[[Any], Any]] = {
     "elu": lambda x: torch.nn.functional.elu(x) + 1.0,
     "relu": torch.relu,
     "exp": torch.exp,
@@ -55,12 +55,16 @@ class Linear(Mechanism):
     def forward(  # type: ignore[override]
         self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor | None = None
     ) -> Tensor:
-        phi = FEATURES[self.feature_map]
-        q, k = phi(q), phi(k)
-        if key_padding is not None:
-            k = k * key_padding[:, None, :, None].to(k.dtype)  # a key without features adds nothing to the state
-        rule = "sum" if self.normalize else "none"
-        return attend(q, k, v, causal=site.causal, scale=1.0, weight=lambda s: s, normaliser=rule, eps=self.eps)
+        return scan(  # type: ignore[no-any-return]
+            q,
+            k,
+            v,
+            causal=site.causal,
+            feature=FEATURES[self.feature_map],
+            normaliser="sum" if self.normalize else "none",
+            eps=self.eps,
+            valid=key_padding,  # a key that is padding leaves the state as it is
+        )
 
     def limits(self) -> Iterable[Limit]:
         q, k, v = problem(7)
