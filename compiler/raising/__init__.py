@@ -1,0 +1,66 @@
+"""Raising: every spelling of attention in a graph becomes one `attend` node; what only looks like it is named with the reason.
+
+The search starts at every softmax and at every fused attention. From a softmax it reads backwards through pointwise steps to
+a product of queries and keys, and forwards to the product with values; dimensions are tracked as axes (batch, heads, queries,
+keys), so that layouts do not matter. docs/raising.md tells the rest.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from ..refusal import Refused
+from .found import place_of
+from .inplace import make_values
+from .near import NearMiss, Unraised, module_path
+from .place import Place, write
+from .sdpa import is_sdpa, place_of_sdpa
+from .softmaxes import softmax_at
+
+__all__ = ["NearMiss", "Raised", "raise_sites"]
+
+
+@dataclass(frozen=True)
+class Raised:
+    """The attend nodes made, and the places that look like attention and are not."""
+
+    nodes: tuple[fx.Node, ...]
+    misses: tuple[NearMiss, ...]
+
+
+def raise_sites(graph_module: fx.GraphModule) -> Raised:
+    """Raise every site in place. Numbers are unchanged, but for rows that keep no key: they become 0."""
+    graph = graph_module.graph
+    graph.eliminate_dead_code()
+    make_values(graph)
+    made: list[fx.Node] = []
+    misses: list[NearMiss] = []
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node._erased:
+            continue
+        try:
+            place = _place(node)
+            if place is not None:
+                made.append(_written(place))
+        except Unraised as reason:
+            misses.append(NearMiss(module_path(node), reason.node.name, reason.reason))
+    graph.eliminate_dead_code()
+    graph.lint()
+    graph_module.recompile()
+    return Raised(tuple(made), tuple(misses))
+
+
+def _place(node: fx.Node) -> Place | None:
+    if is_sdpa(node):
+        return place_of_sdpa(node)
+    softmax = softmax_at(node)
+    return None if softmax is None else place_of(softmax)
+
+
+def _written(place: Place) -> fx.Node:
+    try:
+        return write(place)
+    except Refused as refused:
+        raise Unraised(place.node, str(refused)) from None

@@ -1,0 +1,75 @@
+"""In-place operators on the way to a softmax become values: `x += bias` is a new x for everyone who reads x afterwards."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from .build import Builder
+from .layout import VIEWS, op_name, tensor_of
+
+_ALIASING = VIEWS | {"slice", "select", "transpose", "permute", "expand", "alias", "detach", "t"}
+
+
+def make_values(graph: fx.Graph) -> None:
+    """Every in-place operator whose target is a value of the graph, read in one order only, is replaced."""
+    for node in list(graph.nodes):
+        if op_name(node).endswith("_") and not op_name(node).startswith("_") and tensor_of(node) is not None:
+            _make_value(node)
+
+
+def _make_value(node: fx.Node) -> None:
+    target = node.args[0]
+    chain = [target]
+    while op_name(chain[-1]) == "slice" and tensor_of(chain[-1].args[0]) is not None:  # type: ignore[arg-type, union-attr]
+        chain.append(chain[-1].args[0])  # type: ignore[union-attr]
+    base = chain[-1]
+    if base.op != "call_function" or op_name(base) in _ALIASING or _seen_otherwise(base, chain, node):  # type: ignore[union-attr, arg-type]
+        return
+    builder = Builder(node, [])
+    value = _value(node, builder)
+    if value is None:
+        return
+    for inner, outer in zip(chain, chain[1:]):
+        _, dim, start, end, *step = (*inner.args, *(None,) * (4 - len(inner.args)))  # type: ignore[union-attr, misc]
+        value = builder.call(torch.ops.aten.slice_scatter.default, outer, value, dim or 0, start, end, *step)
+    _replace_later(base, value, node)  # type: ignore[arg-type]
+    node.replace_all_uses_with(value)
+    node.graph.erase_node(node)
+    for view in chain[:-1]:
+        if not view.users:  # type: ignore[union-attr]
+            node.graph.erase_node(view)  # type: ignore[arg-type]
+
+
+def _seen_otherwise(base: fx.Node, chain: list[object], node: fx.Node) -> bool:
+    """A view taken before the write and read after it would change with it; so would what the base is a view of."""
+    for user in base.users:
+        if user in chain or user is node:
+            continue
+        if op_name(user) in _ALIASING and user < node and any(reader > node for reader in user.users):
+            return True
+    if len(chain) > 1 and node.users:
+        return True
+    return any(reader > node for view in chain[:-1] for reader in view.users if reader is not node)  # type: ignore[attr-defined]
+
+
+def _value(node: fx.Node, builder: Builder) -> fx.Node | None:
+    name, overload = op_name(node).removesuffix("_"), node.target._overloadname  # type: ignore[union-attr]
+    target, rest = node.args[0], node.args[1:]
+    if name == "copy":
+        source = rest[0]
+        if tensor_of(source).dtype != tensor_of(target).dtype:
+            source = builder.call(torch.ops.aten.to.dtype, source, tensor_of(target).dtype)
+        if tensor_of(source).shape != tensor_of(target).shape:
+            source = builder.call(torch.ops.aten.expand_as.default, source, target)
+        return source  # type: ignore[return-value]
+    packet = getattr(torch.ops.aten, name, None)
+    if packet is None or overload not in packet.overloads():
+        return None
+    return builder.call(getattr(packet, overload), target, *rest, **node.kwargs)
+
+
+def _replace_later(base: fx.Node, value: fx.Node, node: fx.Node) -> None:
+    for user in list(base.users):
+        if user > node:
+            user.replace_input_with(base, value)

@@ -1,0 +1,332 @@
+"""The chain from a product to its softmax as an expression of the product `s`: read backwards, pointwise step by step.
+
+Whatever is combined with the score and does not carry it is a tensor that broadcasts over the indices; it stays one and
+becomes a name `@k` here, a table later. Nothing is recognised by its values.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..symbols import TRUE, Expr, build, const, name
+from .axes import Group, Groups, all_leaves, extents, fresh, fresh_groups, leaves
+from .constants import constant
+from .layout import argument, back, op_name, tensor_of
+from .near import Unraised
+from .products import Product, product_of
+from .softmaxes import CASTS, KEEPING, Softmax, shift_of
+
+VANISHING = -1e4  # exp of this is 0 in every dtype: a score filled with it, or less, is one that is not kept
+UNARY = {n: n for n in ("tanh", "sigmoid", "exp", "exp2", "log", "softplus", "relu", "elu", "sqrt", "floor", "abs")}
+UNARY |= {"sin": "sin", "cos": "cos"}
+BINARY = {"add": "add", "sub": "sub", "mul": "mul", "div": "truediv", "true_divide": "truediv", "pow": "pow"}
+BINARY |= {"maximum": "maximum", "minimum": "minimum", "max": "maximum", "min": "minimum"}
+
+
+@dataclass(frozen=True)
+class Value:
+    """A score: its expression where it is kept, and where that is."""
+
+    expr: Expr
+    keep: Expr = TRUE
+
+    @property
+    def settled(self) -> Expr:
+        """The expression everywhere, minus infinity where it is not kept."""
+        return self.expr if self.keep.text == TRUE.text else build("where", self.keep, self.expr, const(-math.inf))
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What a softmax is taken of."""
+
+    value: Value
+    product: Product
+    out: Groups  # the product's axes
+    columns: Group  # the softmax's axis, without a sink
+    shape: Groups  # the softmax's input
+    leaves: dict[str, tuple[fx.Node, Groups]]  # what stays a tensor, by name
+    chain: frozenset[fx.Node]  # nodes that exist only to carry the scores
+    sink: Expr | None = None
+    sink_at: int = 0  # position of the sink's column, -1 for the last
+
+
+def read_scores(softmax: Softmax) -> Scores:
+    """Raise Unraised, with the node, where the softmax is not one of scores."""
+    reader = _Reader()
+    node, groups = softmax.scores, fresh_groups(tensor_of(softmax.scores))
+    shape = groups
+    columns = groups[softmax.dim]
+    if not columns:
+        raise Unraised(softmax.node, "softmax over a dimension of size 1")
+    inside, sink, sink_at = set(softmax.inside), None, 0
+    while True:
+        shift = shift_of(node)
+        if shift is not None:
+            node, inside = shift.scores, inside | shift.inside
+        elif op_name(node) in CASTS | KEEPING:
+            inside.add(node)
+            node = node.args[0]  # type: ignore[assignment]
+        elif op_name(node) == "cat" and sink is None:
+            inside.add(node)
+            part, extra, sink_at = _sink_column(node, softmax.dim)
+            columns = fresh(tensor_of(part).shape[softmax.dim])
+            bare = tuple(() if d == softmax.dim else g for d, g in enumerate(groups))
+            groups = tuple(columns if d == softmax.dim else g for d, g in enumerate(groups))
+            sink, node = reader.leaf(extra, bare), part
+        else:
+            break
+    value = reader.read(node, groups)
+    if value is None:
+        raise Unraised(node, _what_instead(node))
+    for mask, sense in softmax.kept:
+        aligned = _aligned(mask, groups)
+        found = reader.leaf(mask, aligned)
+        value = Value(value.expr, value.keep & (found if sense else ~found))
+    return reader.scores(value, columns, shape, frozenset(inside), sink, sink_at)
+
+
+def _sink_column(node: fx.Node, dim: int) -> tuple[fx.Node, fx.Node, int]:
+    """(scores, one further column, its position) of a concatenation along the softmax."""
+    parts, along = node.args[0], argument(node, 1, "dim", 0)
+    rank = tensor_of(node).ndim
+    if along % rank != dim or len(parts) != 2:  # type: ignore[arg-type]
+        raise Unraised(node, f"scores are concatenated along dimension {along}, the softmax is over {dim}")
+    for k, other in ((1, 0), (0, 1)):
+        if tensor_of(parts[k]).shape[dim] == 1:  # type: ignore[index]
+            return parts[other], parts[k], -k  # type: ignore[index, return-value]
+    raise Unraised(node, "several columns are appended to the scores, a sink is one")
+
+
+def _what_instead(node: fx.Node) -> str:
+    """Why there is no score: the operator where the chain of pointwise steps ends."""
+    seen = 0
+    while seen < 64 and node.op == "call_function":
+        seen += 1
+        inner = [a for a in node.all_input_nodes if tensor_of(a) is not None]
+        if op_name(node) not in (*UNARY, *BINARY, "where", "masked_fill", "clamp", "neg") and back(
+            node, fresh_groups(tensor_of(node))
+        ) is None:
+            break
+        if not inner:
+            break
+        node = max(inner, key=lambda n: tensor_of(n).ndim)
+    kind = op_name(node) or node.op
+    behind = _product_behind(node)
+    if behind is not None:
+        return f"between the product %{behind.name} and the softmax stands %{node.name} ({kind})"
+    return f"no product of queries and keys in front of the softmax: it is taken of %{node.name} ({kind})"
+
+
+def _product_behind(node: fx.Node, limit: int = 8) -> fx.Node | None:
+    queue, seen = [node], 0
+    while queue and seen < limit:
+        current = queue.pop(0)
+        seen += 1
+        found = product_of(current) if current is not node else None
+        if found is not None and not any(o.op == "get_attr" for o in found.operands):
+            return current
+        queue.extend(n for n in current.all_input_nodes if n.op == "call_function" and tensor_of(n) is not None)
+    return None
+
+
+def _aligned(node: fx.Node, groups: Groups) -> Groups:
+    """The axes of a tensor that broadcasts against one of these axes."""
+    shape = extents(tensor_of(node))
+    kept = groups[len(groups) - len(shape) :]
+    return tuple(() if size == 1 else group for group, size in zip(kept, shape))
+
+
+class _Reader:
+    def __init__(self) -> None:
+        self.leaves: dict[str, tuple[fx.Node, Groups]] = {}
+        self.products: dict[str, tuple[Product, Groups]] = {}
+        self.values: dict[fx.Node, Value | None] = {}
+
+    def scores(
+        self, value: Value, columns: Group, shape: Groups, inside: frozenset[fx.Node], sink: Expr | None, at: int
+    ) -> Scores:
+        """The main product is `s`; the terms of further ones stay tensors."""
+        main = self._main(columns)
+        put = {n: self.leaf(p.node, out) for n, (p, out) in self.products.items() if n != main}
+        settled = Value(value.expr.replace({**put, main: name("s")}), value.keep.replace(put))
+        product, out = self.products[main]
+        carrying = {n for n, v in self.values.items() if v is not None and main in v.settled.names}
+        chain = frozenset({*carrying, *inside, product.node, *product.inside})
+        return Scores(settled, product, out, columns, shape, self.leaves, chain, sink, at)
+
+    def _main(self, columns: Group) -> str:
+        """The product in which neither side is a weight of the model, if there are several the first."""
+        order = list(self.products)
+        return min(order, key=lambda n: (_weights_in(self.products[n][0]), order.index(n)))
+
+    def leaf(self, node: Any, groups: Groups) -> Expr:
+        number = constant(node)
+        if number is not None:
+            return const(number)
+        node, groups = unexpanded(node, groups)
+        for known, (other, other_groups) in self.leaves.items():
+            if other is node and all(leaves(a) == leaves(b) for a, b in zip(groups, other_groups)):
+                return name(known)
+        fresh_name = f"@{len(self.leaves)}"
+        self.leaves[fresh_name] = (node, groups)
+        return name(fresh_name)
+
+    def read(self, node: Any, groups: Groups) -> Value | None:
+        """None where a node carries no score."""
+        if tensor_of(node) is None or node.op != "call_function":
+            return None
+        if node not in self.values:
+            self.values[node] = None  # a node is read once, in the axes it is first met in
+            self.values[node] = self._read(node, groups)
+        return self.values[node]
+
+    def _read(self, node: fx.Node, groups: Groups) -> Value | None:
+        product = product_of(node)
+        if product is not None:
+            return self._product(product, groups)
+        moved = back(node, groups)
+        if moved is not None:
+            return self.read(*moved)
+        kind = op_name(node)
+        if kind in UNARY or kind == "neg":
+            inner = self.read(node.args[0], groups)
+            if inner is None:
+                return None
+            return Value(build("mul", inner.settled, -1) if kind == "neg" else build(UNARY[kind], inner.settled))
+        if kind in BINARY and len(node.args) > 1 and not argument(node, 2, "rounding_mode"):
+            return self._binary(node, BINARY[kind], node.args[0], node.args[1], groups)
+        if kind == "rsub":
+            return self._binary(node, "sub", node.args[1], node.args[0], groups)
+        if kind in ("clamp", "clamp_min", "clamp_max", "hardtanh"):
+            return self._clamped(node, groups)
+        if kind == "masked_fill":
+            return self._chosen(node.args[1], node.args[2], node.args[0], groups)
+        if kind == "where" and len(node.args) == 3:
+            return self._chosen(*node.args, groups)
+        if kind == "slice_scatter":
+            return self._scattered(node, groups)
+        return None
+
+    def _product(self, product: Product, groups: Groups) -> Value | None:
+        if not any(leaves(g) for g in groups):
+            return None
+        word = f"s{len(self.products)}"
+        self.products[word] = (product, groups)
+        value = Value(build("mul", name(word), product.scale) if product.scale != 1 else name(word))
+        if product.bias is None:
+            return value
+        bias = self._operand(product.bias, groups)
+        if isinstance(bias, Value):
+            return None
+        return Value(build("add", value.expr, build("mul", bias, product.bias_scale) if product.bias_scale != 1 else bias))
+
+    def _operand(self, node: Any, groups: Groups) -> Expr | Value:
+        if not isinstance(node, fx.Node):
+            return const(node)
+        if tensor_of(node) is None:
+            return self.leaf(node, ())
+        aligned = _aligned(node, groups)
+        return self.read(node, aligned) or self.leaf(node, aligned)
+
+    def _binary(self, node: fx.Node, kind: str, left: Any, right: Any, groups: Groups) -> Value | None:
+        if self._carries_none(left, right, groups):
+            return None
+        a, b = self._operand(left, groups), self._operand(right, groups)
+        alpha = node.kwargs.get("alpha", 1)
+        if alpha != 1:
+            if isinstance(b, Value):
+                b = Value(build("mul", b.settled, alpha))
+            else:
+                b = build("mul", b, alpha)
+        if isinstance(a, Value) and isinstance(b, Value):
+            if kind in ("add", "sub"):
+                return Value(build(kind, a.expr, b.expr), a.keep & b.keep)
+            return Value(build(kind, a.settled, b.settled))
+        value, other = (a, b) if isinstance(a, Value) else (b, a)
+        assert isinstance(value, Value) and isinstance(other, Expr)
+        if kind == "maximum" and _at_most(other, VANISHING):
+            return value
+        survives = kind == "add" or (kind == "sub" and value is a) or (kind in ("mul", "truediv") and _positive(other))
+        if survives and not (kind == "truediv" and value is b):
+            first, second = (value.expr, other) if value is a else (other, value.expr)
+            return Value(build(kind, first, second), value.keep)
+        first, second = (value.settled, other) if value is a else (other, value.settled)
+        return Value(build(kind, first, second))
+
+    def _carries_none(self, left: Any, right: Any, groups: Groups) -> bool:
+        found = [
+            self.read(x, _aligned(x, groups)) for x in (left, right) if tensor_of(x) is not None
+        ]
+        return not any(found)
+
+    def _clamped(self, node: fx.Node, groups: Groups) -> Value | None:
+        inner = self.read(node.args[0], groups)
+        low = argument(node, 2 if op_name(node) == "clamp_max" else 1, "min")
+        high = argument(node, 1 if op_name(node) == "clamp_max" else 2, "max")
+        if inner is None or any(isinstance(x, fx.Node) for x in (low, high)):
+            return None
+        if low is not None and low > VANISHING:
+            inner = Value(build("maximum", inner.settled, low))
+        if high is not None and high < -VANISHING:
+            inner = Value(build("minimum", inner.settled, high))
+        return inner
+
+    def _chosen(self, condition: Any, first: Any, second: Any, groups: Groups) -> Value | None:
+        """where(condition, first, second); a branch that vanishes is a mask."""
+        if self._carries_none(first, second, groups):
+            return None
+        chosen = self.leaf(condition, _aligned(condition, groups))
+        a, b = self._branch(first, groups), self._branch(second, groups)
+        if isinstance(b, Value) and _at_most(a, VANISHING):
+            return Value(b.expr, b.keep & ~chosen)
+        if isinstance(a, Value) and _at_most(b, VANISHING):
+            return Value(a.expr, a.keep & chosen)
+        settled = [x.settled if isinstance(x, Value) else x for x in (a, b)]
+        return Value(build("where", chosen, *settled))
+
+    def _branch(self, node: Any, groups: Groups) -> Expr | Value:
+        filled = constant(node, buffers=True)
+        if filled is not None and filled <= VANISHING:
+            return const(filled)
+        return self._operand(node, groups)
+
+    def _scattered(self, node: fx.Node, groups: Groups) -> Value | None:
+        """slice_scatter over a whole dimension is its source."""
+        base, source = node.args[:2]
+        if extents(tensor_of(base)) == extents(tensor_of(source)):
+            return self.read(source, groups)
+        return None
+
+
+def _weights_in(product: Product) -> int:
+    return sum(o.op == "get_attr" for o in product.operands)
+
+
+def unexpanded(node: Any, groups: Groups) -> tuple[Any, Groups]:
+    """The smallest tensor that a leaf is an expansion of."""
+    best, count = (node, groups), len(all_leaves(groups))
+    current, there = node, groups
+    while isinstance(current, fx.Node):
+        moved = back(current, there)
+        if moved is None:
+            break
+        current, there = moved
+        if len(all_leaves(there)) < count:
+            best, count = (current, there), len(all_leaves(there))
+    return best
+
+
+def _at_most(e: Any, bound: float) -> bool:
+    return isinstance(e, Expr) and e.op == "const" and e.args[0] <= bound
+
+
+def _positive(e: Expr) -> bool:
+    return e.op == "const" and e.args[0] > 0 and torch.isfinite(torch.tensor(float(e.args[0]))).item()  # type: ignore[return-value]
+
+
