@@ -66,6 +66,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"slug": "sofmax"}, "did you mean 'softmax'"),
     ({"slug": "window", "windw": 3}, "did you mean 'window'"),
     ({"slug": "window", "window": 0}, "window >= 1"),
+    ({"slug": "linear", "causal": True, "k": problem(9)[1], "v": problem(9)[2]}, "this site is causal-cross"),
     ({"slug": "linear", "feature_map": "tanhh"}, "known: elu, exp, identity, relu"),
     ({"slug": "sigmoid", "sink": "k_bias", "params": {"k_snk": torch.zeros(4, 8)}}, "did you mean 'k_sink'"),
     ({"slug": "sigmoid", "sink": "k_bias", "params": {"k_sink": torch.zeros(4, 9)}}, r"fits|shape \(4, 8\)"),
@@ -84,7 +85,7 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
 def test_refused_naming_what_fits(given: dict[str, Any], match: str) -> None:
     q, k, v = problem()
     with pytest.raises(Refused, match=match):
-        attention(q, k, v, **given)
+        attention(**{"q": q, "k": k, "v": v, **given})
 
 
 def test_a_gate_reads_softmax_attention_or_the_o_that_it_is_given() -> None:

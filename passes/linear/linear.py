@@ -14,6 +14,7 @@ from ...compiler.mechanism import Limit, Mechanism, register
 from ...compiler.primitives.scan import scan
 from ...compiler.problem import problem
 from ...compiler.refusal import Refused, nearest
+from ...compiler.site import Site
 
 FEATURES: dict[str, Callable[[Any], Any]] = {
     "elu": lambda x: torch.nn.functional.elu(x) + 1.0,
@@ -51,6 +52,11 @@ class Linear(Mechanism):
     def __post_init__(self) -> None:
         if self.feature_map not in FEATURES:
             raise Refused(f"feature_map {self.feature_map!r}", where="linear", fits=nearest(self.feature_map, FEATURES))
+
+    def fits(self, site: Site) -> str | None:
+        if site.causal and not site.self_attention:
+            return f"linear keeps a running state with one row per query, this site is {site.pattern}"
+        return None
 
     def forward(  # type: ignore[override]
         self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor | None = None
