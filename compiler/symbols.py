@@ -54,7 +54,7 @@ BOOLEAN = frozenset({"and", "or", "not", *COMPARE})
 
 
 class Table:
-    """A tensor that an expression looks up: `bias[h, i - j]`, `doc[b, i] == doc[b, j]`; indices are clamped to its sizes."""
+    """A tensor that an expression looks up: `bias[h, i - j]`, `doc[b, i] == doc[b, j]`; indices are clamped."""
 
     def __init__(self, tensor: torch.Tensor) -> None:
         self.tensor = tensor
@@ -138,7 +138,9 @@ class Expr:
         called = getattr(func, "__name__", str(func))
         changed = [f"{key}={value!r}" for key, value in (kwargs or {}).items() if _DEFAULTS.get(key) != value]
         if changed:
-            raise Refused(f"{called} with {', '.join(changed)} in an expression", fits="the plain function of its operands")
+            raise Refused(
+                f"{called} with {', '.join(changed)} in an expression", fits="the plain function of its operands"
+            )
         return build({"div": "truediv", "true_divide": "truediv"}.get(called, called), *args)
 
     def __add__(self, other: Any) -> Expr:
