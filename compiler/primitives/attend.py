@@ -84,7 +84,7 @@ def attend(
 ) -> Any:
     """Attention of q over k, v. Returns the output tensor, or a tuple where several `outputs` are asked for.
 
-    keep(b, h, i, j)      which keys a query sees; `causal` adds j <= i.
+    keep(b, h, i, j)      which keys a query sees; `causal` adds j <= i, in every segment.
     score(s, b, h, i, j)  the logit from s = scale * q.k (scale: Dq ** -0.5), relative terms included; r0, r1, ... are
                           these terms themselves.
     normaliser            "softmax"; "sum": divided by the sum + eps; "none"; "stick": stick-breaking from the most
@@ -98,7 +98,7 @@ def attend(
     align="end"           the last query stands at the last key (decoding): i counts from M - N.
     site                  a live site: what its own score and mask had (causal, padding, bias, softcap, sinks, query
                           offset, scale) is kept; `keep`, `score` refine it.
-    outputs               o, lse, logits, weights; of columns colsum, colmean (over the queries that keep the key), colmax;
+    outputs               o, lse, logits, weights; of columns colsum, colmean (over queries that keep it), colmax;
                           of rows entropy, "topk:8" (columns of the largest logits, lowest first among equals, -1 for
                           none); "slab:16" (weights of the last 16 rows, 0 above the first). Columns count the keys of
                           all segments in order.
