@@ -23,9 +23,10 @@ from .compiler.check import check as check
 from .compiler.cost import site_costs
 from .compiler.explanation import Explanation
 from .compiler.facts import describe
+from .compiler.held_out import as_batch, held_out
 from .compiler.hosted import about, host, original
-from .compiler.masks import fold_masks
 from .compiler.lifting import raise_sites
+from .compiler.masks import fold_masks
 from .compiler.recipe import Recipe, guard
 from .compiler.recipe_load import load_recipe
 from .compiler.refusal import Refused
@@ -60,7 +61,8 @@ def optimize(
     inner, notes = unwrap(model)
     wanted = load_recipe(recipe, vocabulary())
     guard(wanted, model_facts(inner))
-    _needs_data(wanted, data)
+    batches, described = held_out(wanted, data)
+    _needs_data(wanted, batches)
     earlier = about(inner)
     recipes = (*(earlier.recipes if earlier else ()), wanted)
     called = name or getattr(getattr(inner, "config", None), "name_or_path", "") or type(inner).__name__
@@ -68,8 +70,7 @@ def optimize(
     if earlier is not None:
         work.store = earlier.store
     args, kwargs = _inputs(inner, example_inputs)
-    calls = [_split(batch) for batch in data] if data is not None else []
-    work.held_out = tuple(calls)
+    work.batches, work.described = batches, described
     fast = host(inner, work.program_for, about=work)
     fast.prepare(*args, **kwargs)
     if measure and not inner.training and work.report is not None:
@@ -104,8 +105,8 @@ def explain(model: Any, example_inputs: Inputs = None) -> Explanation:
     )
 
 
-def _needs_data(recipe: Recipe, data: object) -> None:
-    if recipe.verify.needs_data and data is None and recipe.data.verify is None:
+def _needs_data(recipe: Recipe, batches: Sequence[Any]) -> None:
+    if recipe.verify.needs_data and not batches:
         found = f"bounds {', '.join(recipe.verify.needs_data)} without data"
         fits = f"`data: {{verify: FILE}}` in the recipe or optimize(..., data=batches): {NO_DATA}"
         raise Refused(found, where=recipe.source or "recipe", fits=fits)
@@ -113,19 +114,10 @@ def _needs_data(recipe: Recipe, data: object) -> None:
 
 def _inputs(model: nn.Module, given: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if given is not None:
-        return _split(given)
+        return as_batch(given)
     from .compiler.example_inputs import example_inputs
 
     return example_inputs(model)
-
-
-def _split(given: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments of what may be either, or a pair of both."""
-    if isinstance(given, Mapping):
-        return (), dict(given)
-    if isinstance(given, tuple) and len(given) == 2 and isinstance(given[0], tuple) and isinstance(given[1], Mapping):
-        return given[0], dict(given[1])
-    return (tuple(given) if isinstance(given, tuple | list) else (given,)), {}
 
 
 def _timed(original: nn.Module, fast: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Timing | None:

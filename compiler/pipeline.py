@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -12,14 +13,14 @@ from torch import Tensor, fx
 
 from .capture import Captured
 from .facts import describe
+from .lifting import raise_sites
 from .masks import fold_masks
 from .mechanism import Mechanism
 from .program import Program, Store
-from .lifting import raise_sites
 from .recipe import Verify
 from .refusal import Refused
 from .rewrite import put
-from .verification import Deviation, SiteResult, check_sites, compare_outputs, worst_first
+from .verification import Deviation, SiteResult, check_sites, compare_outputs, mean_of, worst_first, worst_of
 
 log = logging.getLogger("reattend")
 ORDER = ("core", "region", "gate", "insert", "model", "cache")  # parts, in the order of their stages
@@ -48,7 +49,7 @@ class Outcome:
 
 def raise_program(captured: Captured, store: Store) -> tuple[Program, tuple[str, ...]]:
     """Every attention as one node, masks as predicates, facts and ports; and what only looked like attention."""
-    raised = raise_sites(captured.graph)
+    raised = raise_sites(captured.graph, recompile=False)  # folding the masks compiles the graph anew
     fold_masks(captured.graph)
     sites, ports = describe(captured.graph)
     misses = tuple(f"{miss.where}: {miss.reason} (%{miss.node})" for miss in raised.misses)
@@ -59,19 +60,26 @@ def rewrite(raised: Program, steps: Iterable[Step], *, without: frozenset[str] =
     """Replay the steps on a copy of the raised program; a refused step leaves its site as it was."""
     program = raised.copy()
     outcome = Outcome(raised, program)
-    for step in sorted(steps, key=lambda s: ORDER.index(s.mechanism.part)):
-        if step.path in without:
-            continue
-        try:
-            _apply(program, step)
-        except Refused as refused:
-            outcome.refused.append((step, refused))
-            continue
-        program.graph.graph.lint()
+    wanted = sorted((s for s in steps if s.path not in without), key=lambda s: ORDER.index(s.mechanism.part))
+    for part, stage in groupby(wanted, key=lambda s: s.mechanism.part):
+        for step in stage:
+            try:
+                _apply(program, step)
+            except Refused as refused:
+                outcome.refused.append((step, refused))
+        _still_valid(program, part)
     _give_extras(program)
     program.graph.graph.eliminate_dead_code()
     program.graph.recompile()
     return outcome
+
+
+def _still_valid(program: Program, part: str) -> None:
+    """Valid before, valid after: a stage that leaves a broken graph is named."""
+    try:
+        program.graph.graph.lint()
+    except RuntimeError as error:
+        raise RuntimeError(f"the stage of {part} mechanisms left a graph that is not valid: {error}") from None
 
 
 def _give_extras(program: Program) -> None:
@@ -91,8 +99,6 @@ def _apply(program: Program, step: Step) -> None:
 
 def lower(program: Program, captured: Captured) -> Captured:
     """The rewritten graph in the captured one's place: same arguments, same output, its extras named."""
-    program.graph.graph.lint()
-    program.graph.recompile()
     return replace(
         captured,
         graph=program.graph,
@@ -127,17 +133,16 @@ class Checked:
 def checked_rewrite(
     raised: Program,
     steps: Sequence[Step],
-    inputs: Sequence[Tensor],
+    batches: Sequence[Sequence[Tensor]],
     verify: Verify,
 ) -> Checked:
     """Rewrite, measure, and where a check fails replay without the site that is to blame, until everything holds."""
     rolled_back: dict[str, str] = {}
     while True:
         outcome = rewrite(raised, steps, without=frozenset(rolled_back))
-        results = check_sites(raised, outcome.program.changes, inputs)
+        results = worst_of([check_sites(raised, outcome.program.changes, inputs) for inputs in batches])
         wrong = {r.path: r.failed for r in results if r.failed}
-        expected = _outputs(raised.graph, inputs)
-        deviation = compare_outputs(_outputs(outcome.program.graph, inputs)[: len(expected)], expected)
+        deviation = mean_of([_deviation(raised, outcome.program, inputs) for inputs in batches])
         broken = broken_bound(verify, deviation)
         if not wrong and broken and results:
             if verify.otherwise == "refuse":
@@ -149,6 +154,11 @@ def checked_rewrite(
         for path, reason in wrong.items():
             log.warning("%s: %s", path, reason)
         rolled_back |= wrong
+
+
+def _deviation(raised: Program, program: Program, inputs: Sequence[Tensor]) -> Deviation:
+    expected = _outputs(raised.graph, inputs)
+    return compare_outputs(_outputs(program.graph, inputs)[: len(expected)], expected)
 
 
 def _outputs(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> tuple[Any, ...]:

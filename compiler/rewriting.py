@@ -8,10 +8,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .capture import Captured, capture
 from .cost import Cost, graph_cost, site_costs
+from .held_out import Batch
 from .mechanism import KINDS
 from .pipeline import Checked, Outcome, Step, checked_rewrite, lower, raise_program, rewrite
 from .program import Change, Program, Store
@@ -40,7 +41,8 @@ class Rewriting:
     warnings: tuple[str, ...] = ()
     report: Report | None = None
 
-    held_out: tuple[tuple[tuple[Any, ...], dict[str, Any]], ...] = ()  # calls that quality is judged on
+    batches: tuple[Batch, ...] = ()  # held-out calls that quality is judged on
+    described: str = ""  # how the report names them
 
     @property
     def sites(self) -> SiteList:
@@ -86,10 +88,10 @@ class Rewriting:
         if not raised.sites:
             nearest = "; ".join(misses) or "nothing in it multiplies a softmax of a product with values"
             raise Refused("no attention found", where=self.name, fits=nearest)
-        inputs = captured.inputs(call)
-        self.first = checked_rewrite(raised, steps, inputs, self.recipe.verify)
+        batches = [captured.inputs(Call.of(call.signature, *batch)) for batch in self.batches]
+        self.first = checked_rewrite(raised, steps, batches or [captured.inputs(call)], self.recipe.verify)
         self.captured, self.misses = captured, misses
-        self.warnings = (*warnings, *_half_on_cpu(inputs, model))
+        self.warnings = (*warnings, *_half_on_cpu(model))
         self.report = self._report(raised, steps)
         self._some_step_holds(steps)
         return lower(self.first.outcome.program, captured)
@@ -149,7 +151,7 @@ class Rewriting:
             passes=passes,
             misses=self.misses,
             output=self.first.deviation,
-            data=NO_DATA,
+            data=self.described or NO_DATA,
             predicted=(graph_cost(raised.graph), graph_cost(program.graph)),
             warnings=(*self.warnings, *(f"whole-model pass refused: {refused['']}" for _ in [0] if "" in refused)),
             notes=(*self.notes, *raised.notes),
@@ -181,7 +183,7 @@ def _row(
     )
 
 
-def _half_on_cpu(inputs: Sequence[Tensor], model: nn.Module) -> tuple[str, ...]:
+def _half_on_cpu(model: nn.Module) -> tuple[str, ...]:
     half = any(p.dtype == torch.float16 and p.device.type == "cpu" for p in model.parameters())
     return ("float16 on a CPU runs several times slower than bfloat16 or float32",) if half else ()
 

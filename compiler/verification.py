@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -88,19 +88,6 @@ class SiteResult:
         return asdict(self)
 
 
-@dataclass
-class Verification:
-    """Everything that was checked, and on what."""
-
-    data: str
-    sites: list[SiteResult] = field(default_factory=list)
-    output: Deviation | None = None
-
-    @property
-    def failures(self) -> list[SiteResult]:
-        return [s for s in self.sites if s.failed]
-
-
 def check_sites(reference: Program, changes: Sequence[Change], inputs: Sequence[Tensor]) -> list[SiteResult]:
     """Run the unchanged graph once; at each changed site feed the new piece with what the old one saw."""
     by_path: dict[str, list[Change]] = {}
@@ -166,6 +153,28 @@ def _float64_error(change: Change, values: Mapping[str, Tensor]) -> float:
         (expected,) = attend_meaning([[wide["q"]], [wide["k"], wide["v"]], tables], change.before)
     largest = expected.abs().max().item() if expected.numel() else 0.0
     return compare(got, expected).max_abs / max(largest, 1e-30)
+
+
+def worst_of(batches: Sequence[Sequence[SiteResult]]) -> list[SiteResult]:
+    """Per site the batch with the largest deviation, or the one that failed."""
+    by_path: dict[str, list[SiteResult]] = {}
+    for results in batches:
+        for result in results:
+            by_path.setdefault(result.path, []).append(result)
+    return [max(found, key=lambda r: (bool(r.failed), r.deviation.relative)) for found in by_path.values()]
+
+
+def mean_of(deviations: Sequence[Deviation]) -> Deviation:
+    """Over batches: the largest error, the mean of everything else."""
+    if len(deviations) == 1:
+        return deviations[0]
+
+    def mean(name: str) -> float | None:
+        values = [v for d in deviations if (v := getattr(d, name)) is not None]
+        return sum(values) / len(values) if values else None
+
+    relative, cosine = mean("relative"), mean("cosine")
+    return Deviation(max(d.max_abs for d in deviations), relative or 0.0, cosine or 0.0, mean("top1"), mean("kl"))
 
 
 def worst_first(results: Iterable[SiteResult]) -> list[SiteResult]:

@@ -31,7 +31,7 @@ class Raised:
     misses: tuple[NearMiss, ...]
 
 
-def raise_sites(graph_module: fx.GraphModule) -> Raised:
+def raise_sites(graph_module: fx.GraphModule, *, recompile: bool = True) -> Raised:
     """Raise in place; the graph stays valid, dead code is gone, numbers are the same."""
     raised: list[fx.Node] = []
     misses: list[NearMiss] = []
@@ -58,7 +58,8 @@ def raise_sites(graph_module: fx.GraphModule) -> Raised:
                 misses.append(_miss(node, str(reason)))
     graph.eliminate_dead_code()
     graph.lint()
-    graph_module.recompile()
+    if recompile:
+        graph_module.recompile()
     return Raised(tuple(raised), tuple(misses))
 
 
