@@ -198,18 +198,23 @@ def _keep_extras(model: Any, state: Hosting, captured: Captured, flat: tuple[Any
 def _mount(captured: Captured, model: nn.Module) -> None:
     """Graph and model name the same objects: what is new in the graph joins the model, all else is the model's."""
     for node in captured.graph.graph.nodes:
-        if node.op not in ("get_attr", "call_module"):
-            continue
-        if node.target.startswith(f"{CONSTANTS}."):
-            node.target = _constant(node.target, captured.graph, model)
-        mine, theirs = _find(model, node.target), _find(captured.graph, node.target)
-        if mine is None:
-            _place(model, node.target, theirs)
-        elif mine is not theirs:
-            _place(captured.graph, node.target, mine)
+        if node.op in ("get_attr", "call_module"):
+            if node.target.startswith(f"{CONSTANTS}."):
+                node.target = _constant(node.target, captured.graph, model)
+            _share(node.target, captured.graph, model)
+    for name in captured.buffers:
+        _share(name, captured.graph, model)
     captured.graph.recompile()
     for name in captured.writes:
         own(_find(model, name))
+
+
+def _share(target: str, graph: fx.GraphModule, model: nn.Module) -> None:
+    mine, theirs = _find(model, target), _find(graph, target)
+    if mine is None:
+        _place(model, target, theirs)
+    elif mine is not theirs:
+        _place(graph, target, mine)
 
 
 def _constant(target: str, graph: fx.GraphModule, model: nn.Module) -> str:
