@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -34,7 +35,7 @@ class Masked(nn.Module):
         found = self.mask(q, *data) if self.keys == 0 else self.mask(q, k, *data)
         found = found[(None,) * (4 - found.ndim)]
         index = ", ".join("0" if size == 1 else x for x, size in zip("bhij", found.shape, strict=True))
-        spec = AttendSpec(*(text.replace("b, h, i, j", index) for text in (self.spec.score, self.spec.keep)))
+        spec = replace(self.spec, **{f: getattr(self.spec, f).replace("b, h, i, j", index) for f in ("score", "keep")})
         k = k if self.keys else q
         return run(q, [k, k], [found], spec)  # type: ignore[no-any-return]
 
@@ -48,7 +49,8 @@ def folded(
     k = torch.randn(2, 4, keys, 8) if keys else torch.zeros(2, 1)
     module = Masked(mask, spec, keys)
     auto = {0: Dim.AUTO, 2: Dim.AUTO}
-    shapes = (auto, auto if keys else {0: Dim.AUTO}, tuple(dict.fromkeys(range(d.ndim), Dim.AUTO) for d in data)) if dynamic else None
+    opened = tuple(dict.fromkeys(range(d.ndim), Dim.AUTO) for d in data)
+    shapes = (auto, auto if keys else {0: Dim.AUTO}, opened) if dynamic else None
     with torch.no_grad():
         exported = export(module, (q, k, data), strict=False, dynamic_shapes=shapes).module()
     assert isinstance(exported, fx.GraphModule)
@@ -165,7 +167,7 @@ def test_masks_of_data(name: str) -> None:
     mask, data, keep = DATA[name]
     verdict, spec, tables, _ = folded(mask, data)
     assert (spec.keep, len(tables)) == (keep, 1), verdict
-    assert all("symbolic" == v.proof for v in (verdict,))
+    assert all(v.proof == "symbolic" for v in (verdict,))
 
 
 def test_queries_at_the_end_of_the_keys() -> None:
@@ -244,6 +246,16 @@ def test_causal_and_a_given_mask_are_told_apart() -> None:
     assert verdict.leftovers == ("t0[i, j]",)
 
 
+def test_a_mask_written_in_place_is_recognised_by_its_values() -> None:
+    def mask(q: Tensor) -> Tensor:
+        found = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril()
+        found[:, :3] = True
+        return found
+
+    verdict, spec, tables, _ = folded(mask)
+    assert (spec.keep, tables, verdict.proof) == ("(j <= 2) | (j <= i)", [], "evaluated"), verdict
+
+
 def test_a_mask_written_in_place_is_never_misread() -> None:
     def mask(q: Tensor) -> Tensor:
         found = torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril()
@@ -251,8 +263,24 @@ def test_a_mask_written_in_place_is_never_misread() -> None:
         found[0, 0] = True
         return found
 
-    verdict, spec, _, _ = folded(mask)
-    assert verdict.proof == "kept as tensor" and "in place" in verdict.reason or spec.keep != "j <= i", verdict
+    verdict, _, tables, _ = folded(mask)
+    assert verdict.proof == "kept as tensor" and "in place" in verdict.reason and len(tables) == 1, verdict
+
+
+def test_a_query_offset_that_the_spec_has_already() -> None:
+    spec = AttendSpec(score="s * 0.5", keep="(j <= i) & t0[0, 0, i - M + N, j]", align="end")
+    verdict, found, tables, _ = folded(
+        lambda q, k: torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - q.shape[2] - 2),
+        spec=spec,
+        keys=17,
+    )
+    assert (found.keep, found.align, tables) == ("j <= i - 2", "end", []), verdict
+
+
+def test_a_mask_of_numbers_compared_in_the_score() -> None:
+    spec = AttendSpec(score="where(t0[b, h, i, j] == 0, -1e9, s * 0.5)")
+    verdict, found, tables, _ = folded(lambda q: torch.tril(torch.ones(q.shape[2], q.shape[2])), spec=spec)
+    assert (found.keep, found.score, tables) == ("j <= i", "s * 0.5", []), verdict
 
 
 def test_what_cannot_be_read_is_recognised_by_its_values() -> None:

@@ -10,9 +10,9 @@ import torch
 from torch import fx, nn
 
 from reattend.compiler.capture import capture
+from reattend.compiler.lifting import raise_sites
 from reattend.compiler.masks import MaskVerdict, fold_masks
 from reattend.compiler.primitives.attend_spec import AttendSpec
-from reattend.compiler.lifting import raise_sites
 
 transformers = pytest.importorskip("transformers")
 
@@ -37,7 +37,10 @@ def llama(**more: Any) -> nn.Module:
     return build("LlamaForCausalLM:LlamaConfig", **{**SMALL, "num_key_value_heads": 2, **TOKENS, **more})
 
 
-def folded(model: nn.Module, **inputs: Any) -> tuple[list[tuple[str, str, tuple[str, ...]]], tuple[MaskVerdict, ...], Any]:
+Found = list[tuple[str, str, tuple[str, ...]]]
+
+
+def folded(model: nn.Module, **inputs: Any) -> tuple[Found, tuple[MaskVerdict, ...], Any]:
     """(keep, align, names of tables) of every site; numbers compared before and after."""
     captured = capture(model, (), inputs)
     raise_sites(captured.graph)
@@ -110,7 +113,8 @@ def test_bert_sees_everything_but_padding(implementation: str) -> None:
 
 
 def test_modernbert_alternates() -> None:
-    model = build("ModernBertModel:ModernBertConfig", **SMALL, local_attention=6, cls_token_id=1, sep_token_id=2, **TOKENS)
+    special = dict(local_attention=6, cls_token_id=1, sep_token_id=2)
+    model = build("ModernBertModel:ModernBertConfig", **SMALL, **special, **TOKENS)
     found, verdicts, _ = folded(model, input_ids=IDS, attention_mask=PADDED)
     keeps = [k for k, _, _ in found]
     assert keeps[0] == "0 != t0[b, j]" and keeps[1] == "(0 != t0[b, j]) & (i <= j + 3) & (j <= i + 3)", verdicts
@@ -121,22 +125,25 @@ def test_t5_keeps_its_bias() -> None:
     inputs = dict(input_ids=IDS, attention_mask=PADDED, decoder_input_ids=IDS[:, :7], use_cache=False)
     found, verdicts, graph_module = folded(model, **inputs)
     keeps = [k for k, _, _ in found]
-    assert keeps[:2] == ["0 != t0[b, j]"] * 2 and keeps[2::2] == ["j <= i"] * 2 and keeps[3] == "0 != t0[b, j]", verdicts
+    assert keeps[:2] == ["0 != t0[b, j]"] * 2 and keeps[2::2] == ["j <= i"] * 2 and keeps[3] == "0 != t0[b, j]", (
+        verdicts
+    )
     scores = [AttendSpec.of(n.args[3]).score for n in sites(graph_module)]
     assert "t0[0, h, i, j]" in scores[2] and "t" not in scores[3], scores
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])
 def test_gpt2(implementation: str) -> None:
-    model = build("GPT2LMHeadModel:GPT2Config", implementation, vocab_size=100, n_embd=32, n_layer=2, n_head=4, **TOKENS)
+    sizes = dict(vocab_size=100, n_embd=32, n_layer=2, n_head=4)
+    model = build("GPT2LMHeadModel:GPT2Config", implementation, **sizes, **TOKENS)
     found, verdicts, graph_module = folded(model, input_ids=IDS, use_cache=False)
     assert found == [("j <= i", "start", ())] * 2, verdicts
     assert implementation == "eager" or squares(graph_module) == []
 
 
 def test_vit_has_no_mask() -> None:
-    model = build("ViTModel:ViTConfig", hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-                  image_size=32, patch_size=8)  # fmt: skip
+    sizes = {k: v for k, v in SMALL.items() if k != "vocab_size"}
+    model = build("ViTModel:ViTConfig", **sizes, image_size=32, patch_size=8)
     found, verdicts, _ = folded(model, pixel_values=torch.randn(2, 3, 32, 32))
     assert [(k, t) for k, _, t in found] == [("", ())] * 2, verdicts
 
@@ -146,7 +153,8 @@ def test_decoding_counts_from_the_end() -> None:
     cache = transformers.DynamicCache(config=model.config)
     with torch.no_grad():
         model(input_ids=IDS[:, :10], past_key_values=cache)
-    captured = capture(model, (), dict(input_ids=IDS[:, :3], attention_mask=torch.ones(2, 13).long(), past_key_values=cache))
+    inputs = dict(input_ids=IDS[:, :3], attention_mask=torch.ones(2, 13).long(), past_key_values=cache)
+    captured = capture(model, (), inputs)
     raise_sites(captured.graph)
     verdicts = fold_masks(captured.graph)
     specs = [AttendSpec.of(n.args[3]) for n in sites(captured.graph)]

@@ -8,6 +8,18 @@ import torch
 from torch import fx
 
 
+def shares_memory(user: fx.Node, source: fx.Node) -> bool:
+    """Whether an operator gives a view of a tensor, or writes into it."""
+    schema = getattr(user.target, "_schema", None) if user.op == "call_function" else None
+    if schema is None:
+        return user.op == "call_function"  # an item of a list of views
+    for argument, value in zip(schema.arguments, user.args, strict=False):
+        given = value if isinstance(value, list | tuple) else [value]
+        if argument.alias_info is not None and any(a is source for a in given):
+            return True
+    return False
+
+
 def nodes_written_in_place(graph: fx.Graph) -> frozenset[fx.Node]:
     """Every node that shares memory with something that an operator writes into."""
     parent: dict[fx.Node, fx.Node] = {}

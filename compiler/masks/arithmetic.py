@@ -59,6 +59,25 @@ def _of_extremes(op: str, a: Expr, b: Expr) -> Expr:
     return build("and" if (a.op == "maximum") == (op in ("le", "lt")) else "or", *parts)
 
 
+def pushed(e: Expr) -> Expr:
+    """The whole expression built again with choices between plain values moved outside."""
+    if e.op in ("name", "const"):
+        return e
+    if e.op == "lookup":
+        return Expr("lookup", (e.args[0], *(pushed(a) for a in e.args[1:])))
+    args = [pushed(a) for a in e.args]
+    if e.op == "where":
+        return choose(truth(args[0]), args[1], args[2])
+    if e.op in ("and", "or", "not"):
+        return build(e.op, *(truth(a) for a in args))
+    if len(args) < 2:
+        return build(e.op, *args)
+    total = args[0]
+    for arg in args[1:]:
+        total = combine(e.op, total, arg)
+    return total
+
+
 def _is_plain(e: Expr) -> bool:
     return e.op == "const"
 

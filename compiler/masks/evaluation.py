@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import sympy
+import sympy  # type: ignore[import-untyped, unused-ignore]
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from ..primitives.attend_spec import AttendSpec
 from ..symbol_eval import evaluate
 from ..symbols import Expr
+from .aliases import shares_memory
 from .frame import formula
 from .reading import attribute, backward_slice
 
@@ -51,8 +52,8 @@ class Sizes:
 def choose_sizes(values: Iterable[Any], mask: Sequence[Any], beyond: int = 0) -> list[Sizes]:
     """The example's sizes and others; small ones instead where the example is large, a large one to see `beyond`.
 
-    Equal sizes of the example stay equal. A size that is the sum of two others (past + new) may have to stay that: there
-    are choices that keep sums and choices that do not, and the graph refuses those that it cannot compute.
+    Equal sizes of the example stay equal. A size that is the sum of two others (past + new) may have to stay that:
+    there are choices that keep sums and choices that do not; those that the graph cannot compute are passed over.
     """
     hints = _hints(values)
     if not hints:
@@ -89,37 +90,50 @@ def _hints(values: Iterable[Any]) -> dict[sympy.Symbol, int]:
     return {s: found[s] for s in sorted(found, key=str)}
 
 
-def compute(node: fx.Node, sizes: Sizes, known: dict[fx.Node, Any], graph_module: fx.GraphModule, style: int) -> Any:
-    """The value of a node at these sizes; inputs and parameters are made up in the given style."""
-    todo = [node]
-    while todo:
-        n = todo[-1]
-        if n in known:
-            todo.pop()
-            continue
+def compute(
+    wanted: Sequence[fx.Node], sizes: Sizes, known: dict[fx.Node, Any], graph_module: fx.GraphModule, style: int
+) -> list[Any]:
+    """The values of nodes at these sizes, operators run in the graph's order; inputs are made up in the given style."""
+    for n in needed(wanted, known):
         value = n.meta.get("val")
-        if not isinstance(value, Tensor | list | tuple):
-            known[n] = sizes.of(value) if isinstance(value, int | torch.SymInt) else value
-        elif n.op == "placeholder":
+        if n in known:
+            continue
+        if isinstance(value, int | torch.SymInt):
+            known[n] = sizes.of(value)
+        elif n.op == "placeholder" and isinstance(value, Tensor):
             known[n] = invent(value, sizes, style)
         elif n.op == "get_attr":
             known[n] = _attribute(n, graph_module, sizes, style)
-        elif n.op != "call_function":
-            raise Unknown(f"{n.op} {n.target}")
-        else:
-            waiting = [a for a in n.all_input_nodes if a not in known]
-            if waiting:
-                todo.extend(waiting)
-                continue
+        elif n.op == "call_function":
             known[n] = _call(n, known)
-    return known[node]
+        else:
+            raise Unknown(f"{n.op} {n.target}")
+    return [known[n] for n in wanted]
+
+
+def needed(wanted: Sequence[fx.Node], known: Mapping[fx.Node, Any]) -> list[fx.Node]:
+    """What the wanted nodes are computed from, and what writes into any of that, in the graph's order."""
+    seen: set[fx.Node] = set()
+    todo = list(wanted)
+    while todo:
+        n = todo.pop()
+        if n in seen:
+            continue
+        seen.add(n)
+        if n in known or isinstance(n.meta.get("val"), int | torch.SymInt):
+            continue
+        todo.extend(n.all_input_nodes)
+        todo.extend(u for u in n.users if shares_memory(u, n))  # a view of it, or an operator that writes into it
+    return sorted(seen)
 
 
 def _call(n: fx.Node, known: Mapping[fx.Node, Any]) -> Any:
-    args, kwargs = fx.map_arg((n.args, n.kwargs), lambda a: known[a])  # type: ignore[misc, arg-type]
+    given: Any = fx.map_arg((n.args, n.kwargs), lambda a: known[a])
+    args, kwargs = given
     args, kwargs = _on_cpu(args), _on_cpu(kwargs)
     try:
-        return n.target(*args, **kwargs)  # type: ignore[operator]
+        target: Any = n.target
+        return target(*args, **kwargs)
     except (RuntimeError, IndexError, ValueError, NotImplementedError) as error:
         raise Unknown(f"{n.name}: {error}") from None
 
@@ -143,7 +157,7 @@ def _attribute(n: fx.Node, graph_module: fx.GraphModule, sizes: Sizes, style: in
 
 
 def invent(value: Tensor, sizes: Sizes, style: int) -> Tensor:
-    """Data in the shape of an input: numbers at random, whole numbers like a padding mask, document ids or positions."""
+    """Data in the shape of an input: random numbers; whole ones like a padding mask, document ids or positions."""
     shape = sizes.shape(value)
     random = torch.Generator().manual_seed(17 * style + len(shape))
     if value.dtype.is_floating_point:
@@ -224,8 +238,10 @@ def _differs(
     old: Side, new: Side, cut: Sequence[fx.Node], grid: tuple[int, ...], sizes: Sizes, gm: fx.GraphModule, style: int
 ) -> str:
     known: dict[fx.Node, Any] = {n: invent(n.meta["val"], sizes, style) for n in cut}
-    before = {name: compute(n, sizes, known, gm, style) for name, n in old.tables if name in old.used}
-    after = {name: compute(n, sizes, known, gm, style) for name, n in new.tables if name in new.used}
+    sides = [[(name, n) for name, n in side.tables if name in side.used] for side in (old, new)]
+    values = compute([n for side in sides for _, n in side], sizes, known, gm, style)
+    before = {name: value for (name, _), value in zip(sides[0], values, strict=False)}
+    after = {name: value for (name, _), value in zip(sides[1], values[len(sides[0]) :], strict=True)}
     batch, heads, n, m = grid
     rows = max(1, ELEMENTS // max(1, batch * heads * m))
     for start in range(0, n, rows):

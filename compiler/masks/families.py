@@ -14,8 +14,8 @@ from torch import Tensor, fx
 
 from ..symbol_eval import evaluate
 from ..symbols import TRUE, Expr, build, const, name
-from .evaluation import ENOUGH, LOW, STYLES, Sizes, Unknown, choose_sizes, compute, invent
-from .reading import Index, Reader, backward_slice, leaf_name
+from .evaluation import ENOUGH, LOW, STYLES, Sizes, Unknown, choose_sizes, compute, invent, needed
+from .reading import Index, Reader, leaf_name
 
 ROW, COLUMN, BATCH = name("i"), name("j"), name("b")  # stand for the index asked for
 WIDEST = 600  # a size worth computing to see a constant of the mask at work
@@ -24,8 +24,8 @@ WIDEST = 600  # a size worth computing to see a constant of the mask at work
 class Families:
     """Recognises whole tensors over queries and keys, as one site sees them."""
 
-    def __init__(self, graph_module: fx.GraphModule, q: fx.Node, k: fx.Node, written: frozenset[fx.Node]) -> None:
-        self.graph_module, self.q, self.k, self.written = graph_module, q, k, written
+    def __init__(self, graph_module: fx.GraphModule, q: fx.Node, k: fx.Node) -> None:
+        self.graph_module, self.q, self.k = graph_module, q, k
         self.beyond = 0
 
     def recognise(self, nodes: Sequence[fx.Node], reader: Reader) -> dict[fx.Node, Callable[[Index], Expr]]:
@@ -39,12 +39,12 @@ class Families:
 
     def _formula(self, node: fx.Node) -> Expr | None:
         value = node.meta["val"]
-        behind = backward_slice([node])
+        behind = needed([node], {})
         data = [n for n in behind if n.op == "placeholder" and isinstance(n.meta.get("val"), Tensor)]
-        data = [n for n in data if _flows(n, node)]
+        data = [n for n in data if any(_flows(n, b) for b in behind if b.users.keys() & {node} or b is node)]
         if value.ndim < 2 or any(n.meta["val"].ndim != 2 or n.meta["val"].is_floating_point() for n in data):
             return None
-        if any(_is_random(n) or n in self.written for n in behind):
+        if any(_is_random(n) for n in behind):
             return None
         numbers = [a for n in behind for a in n.args if isinstance(a, int) and 1 < a < WIDEST]
         self.beyond = 2 * max(numbers, default=0) + 3
@@ -66,13 +66,13 @@ class Families:
         for sizes in choose_sizes(values, node.meta["val"].shape, self.beyond):
             ones = {n: torch.ones(sizes.shape(n.meta["val"]), dtype=n.meta["val"].dtype) for n in data}
             try:
-                plain = _as_mask(compute(node, sizes, dict(ones), self.graph_module, 0))
+                plain = _as_mask(compute([node], sizes, dict(ones), self.graph_module, 0)[0])
             except Unknown:
                 continue
             pairs = []
             for style in range(len(STYLES)) if data else ():
                 given = {n: invent(n.meta["val"], sizes, style) for n in data}
-                pairs.append((given, _as_mask(compute(node, sizes, dict(given), self.graph_module, style))))
+                pairs.append((given, _as_mask(compute([node], sizes, dict(given), self.graph_module, style)[0])))
             found.append((plain, pairs, sizes))
         if len(found) < (ENOUGH if len(sizes.values) else 1):
             raise Unknown("no sizes at which it can be computed")
@@ -90,16 +90,14 @@ def _placed(node: fx.Node, formula: Expr) -> Callable[[Index], Expr]:
     additive = node.meta["val"].dtype.is_floating_point
 
     def at(index: Index) -> Expr:
-        e = formula.replace({"i": index[-2], "j": index[-1], "b": index[0]})
+        e = formula.replace({"i": index[-2], "j": index[-1], "b": index[0] if len(index) > 2 else const(0)})
         return build("where", e, const(0.0), const(float("-inf"))) if additive else e
 
     return at
 
 
 def _is_random(n: fx.Node) -> bool:
-    return isinstance(n.target, torch._ops.OpOverload) and (
-        torch.Tag.nondeterministic_seeded in n.target.tags or n.target._schema.is_mutable
-    )
+    return isinstance(n.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in n.target.tags
 
 
 def _flows(data: fx.Node, node: fx.Node) -> bool:
@@ -143,7 +141,7 @@ def _candidates(plain: Tensor) -> Iterator[Expr]:
         offsets = torch.arange(columns)[None, :] - torch.arange(rows)[:, None] - gap
         if bool(plain.any()):
             low, high = int(offsets[plain].min()), int(offsets[plain].max())
-            below, above = base + low <= COLUMN, COLUMN <= base + high
+            below, above = base + low <= COLUMN, base + high >= COLUMN
             yield above
             yield below & above
             yield below
@@ -154,7 +152,7 @@ def _candidates(plain: Tensor) -> Iterator[Expr]:
             yield block[0] == block[1]
             yield (block[0] == block[1]) & causal
             yield block[1] <= block[0]
-        yield causal | (COLUMN < first)
+        yield causal | (first > COLUMN)
 
 
 def _with_data(structure: Expr, data: list[fx.Node]) -> Iterator[Expr]:

@@ -13,12 +13,12 @@ from ..primitives.attend_spec import AttendSpec
 from ..symbol_text import parse
 from ..symbols import FALSE, TRUE, Expr, build
 from .aliases import nodes_written_in_place, structure_keys
-from .arithmetic import truth
+from .arithmetic import pushed, truth
 from .evaluation import Side, disagreement
 from .families import Families
 from .frame import Frame
-from .index_space import I, IndexSpace, simplify_indices
-from .reading import Reader, backward_slice, dtype, is_dense, leaf_name
+from .index_space import I, simplify_indices
+from .reading import Reader, dtype, is_dense, leaf_name
 from .splitting import split
 
 
@@ -77,14 +77,18 @@ class _Site:
 
     def __init__(self, graph_module: fx.GraphModule, node: fx.Node, written: frozenset[fx.Node]) -> None:
         self.graph_module, self.node, self.written = graph_module, node, written
-        self.q, self.kv, self.tables, self.text = node.args  # type: ignore[misc]
+        given: Any = node.args
+        self.q, self.kv, self.tables, self.text = given
         self.spec = AttendSpec.of(self.text)
         self.frame = Frame.of(self.q.meta["val"].shape[2], self.kv[0].meta["val"].shape[2])
+        self.plain = _from_start(self.spec, self.frame)
         self.old = Side(self.spec, tuple((f"t{k}", t) for k, t in enumerate(self.tables)))
 
     def fold(self) -> Folded:
         if self.spec.more or self.spec.q_positions or self.spec.k_positions:
             return self._kept("its positions are given by tables", ())
+        if self.plain.align != "start":
+            return self._kept("a sink or an epilogue counts from the end of the keys", ())
         candidates = [n for n, _ in self.old.tables if n in self.old.used]
         reasons: list[str] = []
         for attempt in (candidates, *([c] for c in candidates if len(candidates) > 1)):
@@ -100,7 +104,7 @@ class _Site:
 
     def _fold(self, candidates: Sequence[str]) -> Folded | str:
         """The finding with these tables read, or why there is none."""
-        families = Families(self.graph_module, self.q, self.kv[0], self.written)
+        families = Families(self.graph_module, self.q, self.kv[0])
         reader = Reader(self.graph_module, self.frame, self.written)
         new, nodes = self._read(reader, candidates)
         tried = families.recognise([reader.leaves[x] for x in _dense_leaves(new) if x in reader.leaves], reader)
@@ -140,15 +144,13 @@ class _Site:
             return read
 
         values = {table: element(table) for table in candidates}
-        low, score = split(self.spec.score_expr.replace(values))
-        keep = simplify_indices(truth(self.spec.keep_expr.replace(values)) & low, self._space())
-        spec = replace(self.spec, keep=_text(keep), score=simplify_indices(score, self._space()).text)
+        space = self.frame.space
+        low, score = split(pushed(self.plain.score_expr.replace(values)))
+        keep = simplify_indices(truth(pushed(self.plain.keep_expr.replace(values))) & low, space)
+        spec = replace(self.plain, keep=_text(keep), score=simplify_indices(score, space).text)
         spec = _aligned(spec, self.frame)
         used = {e.args[0] for x in (spec.keep_expr, spec.score_expr) for e in x.walk() if e.op == "lookup"}
         return spec, {leaf: n for leaf, n in reader.leaves.items() if leaf in used}
-
-    def _space(self) -> IndexSpace:
-        return self.frame.space if self.spec.align == "start" else IndexSpace()
 
     def _remarks(self, reader: Reader, new: AttendSpec, candidates: Sequence[str]) -> str:
         remarks = [f"{n.name}: {r}" for n, r in reader.explained() if leaf_name(n) in _dense_leaves(new)]
@@ -160,6 +162,15 @@ class _Site:
 
 def _text(keep: Expr) -> str:
     return "" if keep.text == TRUE.text else keep.text
+
+
+def _from_start(spec: AttendSpec, frame: Frame) -> AttendSpec:
+    """The same with i counted from the first query, where nothing else in the spec uses i."""
+    if spec.align == "start" or spec.sink or spec.after:
+        return spec
+    ahead = {"i": I + (frame.space.keys - frame.space.queries)}
+    keep, score = spec.keep_expr.replace(ahead), spec.score_expr.replace(ahead)
+    return replace(spec, keep=_text(keep), score=score.text, align="start")
 
 
 def _aligned(spec: AttendSpec, frame: Frame) -> AttendSpec:

@@ -104,6 +104,7 @@ def _cat(reader: Reader, node: fx.Node, index: Index) -> Expr:
         starts.append(start)
         start = start + reader.frame.size(shape(part)[d])
     total: Expr | None = None
+    following = start
     for part, first in reversed(list(zip(parts, starts, strict=True))):
         own = (*index[:d], ZERO if is_one(shape(part)[d]) else index[d] - first, *index[d + 1 :])
         e = reader.at(part, own)
@@ -136,8 +137,9 @@ def _flip(reader: Reader, node: fx.Node, index: Index) -> Expr:
 
 
 def _repeat(reader: Reader, node: fx.Node, index: Index) -> Expr:
-    sizes, times = shape(node.args[0]), node.args[1]
-    own, counts = index[len(index) - len(sizes) :], times[len(index) - len(sizes) :]  # type: ignore[index, arg-type]
+    sizes = shape(node.args[0])
+    times: Any = node.args[1]
+    own, counts = index[len(index) - len(sizes) :], times[len(index) - len(sizes) :]
     return reader.at(node.args[0], tuple(
         ZERO if is_one(s) else e if is_one(c) else build("mod", e, reader.frame.size(s))
         for s, e, c in zip(sizes, own, counts, strict=True)
@@ -210,7 +212,8 @@ def _index(reader: Reader, node: fx.Node, index: Index) -> Expr:
     """Advanced indexing: the index tensors broadcast; they stand together, or in front where something lies between."""
     source: Any = node.args[0]
     sizes = shape(source)
-    picks: list[Any] = [*node.args[1], *[None] * (len(sizes) - len(node.args[1]))]  # type: ignore[misc, arg-type]
+    given: Any = node.args[1]
+    picks: list[Any] = [*given, *[None] * (len(sizes) - len(given))]
     used = [d for d, p in enumerate(picks) if p is not None]
     if any("bool" in str(picks[d].meta["val"].dtype) for d in used):
         raise Unreadable("selection by a condition")
@@ -237,7 +240,9 @@ def _checked(reader: Reader, e: Expr) -> Expr:
 
 def _index_select(reader: Reader, node: fx.Node, index: Index) -> Expr:
     d = _dim(node, 1, len(index))
-    return reader.at(node.args[0], (*index[:d], _checked(reader, reader.at(node.args[2], (index[d],))), *index[d + 1 :]))
+    return reader.at(
+        node.args[0], (*index[:d], _checked(reader, reader.at(node.args[2], (index[d],))), *index[d + 1 :])
+    )
 
 
 def _getitem(reader: Reader, node: fx.Node, index: Index) -> Expr:

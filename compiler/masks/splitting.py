@@ -20,6 +20,9 @@ def split(score: Expr) -> tuple[Expr, Expr]:
             keep = keep & condition
             parts.append(rest)
         return keep, _sum(parts)
+    if score.op == "mul" and len(score.args) == 2 and score.args[1].op == "const" and score.args[1].args[0] > 0:
+        keep, rest = split(score.args[0])
+        return keep, build("mul", rest, score.args[1])
     if score.op == "where":
         condition, a, b = score.args
         keep_a, a = split(a)
