@@ -1,4 +1,4 @@
-"""attend against formulas written out densely in float64: every form, values and gradients of q, k, v and of its tables."""
+"""attend against formulas written out densely in float64: every form, values and gradients of all it reads."""
 
 from __future__ import annotations
 

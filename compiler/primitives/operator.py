@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 Groups = Sequence[Sequence[Tensor]]  # the op's tensor arguments in order, a single tensor as a group of one
 Meaning = Callable[[Groups, str], list[Tensor]]
@@ -43,9 +44,9 @@ class Primitive:
         self._define(f"reattend::{self.name}", f"({arguments}, str spec) -> Tensor[]", self._run, self._empty)
         self._define(
             f"reattend::{self.name}_backward",
-            "(Tensor[] grads, Tensor[] tensors, int[] counts, int[] outputs, str spec) -> Tensor[]",
+            "(Tensor[] grads, Tensor[] tensors, int[] counts, int[] outputs, int[] wanted, str spec) -> Tensor[]",
             self._gradients,
-            lambda grads, tensors, counts, outputs, spec: [torch.empty_like(t) for t in tensors if _learns(t)],
+            lambda grads, tensors, counts, outputs, wanted, spec: [torch.empty_like(tensors[k]) for k in wanted],
         )
         torch.library.register_autograd(f"reattend::{self.name}", self._backward, setup_context=self._remember)
 
@@ -80,9 +81,8 @@ class Primitive:
         *tensors, spec = arguments
         groups = self._grouped(tensors)
         kernel, _ = self.choose(groups, spec)
-        given = {id(t) for group in groups for t in group}
-        results = (kernel.run if kernel else self.meaning)(groups, spec)
-        return [r.clone() if id(r) in given else r.contiguous() for r in results]  # an op may not return its inputs
+        taken = {t.untyped_storage().data_ptr() for group in groups for t in group}
+        return [_own(r, taken) for r in (kernel.run if kernel else self.meaning)(groups, spec)]
 
     def _empty(self, *arguments: Any) -> list[Tensor]:
         *tensors, spec = arguments
@@ -99,9 +99,12 @@ class Primitive:
         tensors = list(ctx.saved_tensors)
         present = [index for index, grad in enumerate(grads) if grad is not None]
         backward = getattr(torch.ops.reattend, f"{self.name}_backward").default
-        results = backward([grads[k].contiguous() for k in present], tensors, ctx.counts, present, ctx.spec)  # type: ignore[union-attr]
-        learned = iter(results)
-        flat = [next(learned) if _learns(t) else None for t in tensors]
+        needed = tree_leaves(ctx.needs_input_grad)  # one per tensor, in order, and the spec's
+        wanted = [k for k, t in enumerate(tensors) if needed[k] and _learns(t)]
+        found = backward([grads[k].contiguous() for k in present], tensors, ctx.counts, present, wanted, ctx.spec)  # type: ignore[union-attr]
+        flat: list[Tensor | None] = [None] * len(tensors)
+        for k, gradient in zip(wanted, found, strict=True):
+            flat[k] = gradient
         answer: list[Any] = []
         for count, is_list in zip(ctx.counts, ctx.lists, strict=True):
             group, flat = flat[:count], flat[count:]
@@ -109,9 +112,15 @@ class Primitive:
         return (*answer, None)
 
     def _gradients(
-        self, grads: list[Tensor], tensors: list[Tensor], counts: list[int], outputs: list[int], spec: str
+        self,
+        grads: list[Tensor],
+        tensors: list[Tensor],
+        counts: list[int],
+        outputs: list[int],
+        wanted: list[int],
+        spec: str,
     ) -> list[Tensor]:
-        leaves = [t.detach().requires_grad_(_learns(t)) for t in tensors]
+        leaves = [t.detach().requires_grad_(k in wanted) for k, t in enumerate(tensors)]
         groups, rest = [], leaves
         for count in counts:
             groups.append(rest[:count])
@@ -120,11 +129,20 @@ class Primitive:
         with _autograd_inside_an_op():
             results = (kernel.run if kernel and kernel.differentiable else self.meaning)(groups, spec)
         pairs = [(results[k], g) for k, g in zip(outputs, grads, strict=True) if results[k].requires_grad]
-        wanted = [t for t in leaves if t.requires_grad]
+        learned = [leaves[k] for k in wanted]
         if not pairs:
-            return [torch.zeros_like(t) for t in wanted]
-        found = torch.autograd.grad([r for r, _ in pairs], wanted, [g for _, g in pairs], allow_unused=True)
-        return [_like(t, g) for t, g in zip(wanted, found, strict=True)]
+            return [torch.zeros_like(t) for t in learned]
+        found = torch.autograd.grad([r for r, _ in pairs], learned, [g for _, g in pairs], allow_unused=True)
+        return [_like(t, g) for t, g in zip(learned, found, strict=True)]
+
+
+def _own(result: Tensor, taken: set[int]) -> Tensor:
+    """A result in memory of its own: an op may return neither its inputs nor one memory twice."""
+    whole = result.contiguous()
+    if whole.numel() and whole.untyped_storage().data_ptr() in taken:
+        whole = whole.clone()
+    taken.add(whole.untyped_storage().data_ptr())
+    return whole
 
 
 def _like(tensor: Tensor, gradient: Tensor | None) -> Tensor:

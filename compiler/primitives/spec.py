@@ -27,7 +27,7 @@ class Spec:
 
     @classmethod
     def of(cls: type[S], text: str) -> S:
-        found: S = _parse(cls, text)
+        found: S = _parse(cls, text)  # type: ignore[arg-type]
         return found
 
 
