@@ -156,7 +156,7 @@ def _cached(leaf: Leaf) -> bool:
 
 def _after_one_run(model: nn.Module, call: Call) -> tuple[Leaf, ...]:
     args, kwargs = copy.deepcopy((call.args, dict(call.kwargs)))
-    with torch.no_grad(), _unchanged(model):
+    with torch.no_grad(), unchanged(model):
         model(*args, **kwargs)
     after = Call.of(call.signature, args, kwargs)
     if len(after.leaves) != len(call.leaves):
@@ -236,7 +236,7 @@ def _export(model: nn.Module, call: Call, attempt: Attempt) -> Captured:
     tensors = tuple(t.detach() for t in attempt.tensors)  # one object passed twice would become one input
     grad = torch.is_grad_enabled()
     try:
-        with torch.no_grad(), _unchanged(model), _quiet(), plain_calls(model) as leaves:
+        with torch.no_grad(), unchanged(model), _quiet(), plain_calls(model) as leaves:
             program = torch.export.export(flat, tensors, dynamic_shapes=(shapes,), strict=False)
     finally:
         torch.set_grad_enabled(grad)
@@ -354,7 +354,7 @@ def _reason(error: Exception) -> str:
 
 
 @contextmanager
-def _unchanged(model: nn.Module) -> Iterator[None]:
+def unchanged(model: nn.Module) -> Iterator[None]:
     """Attributes, buffers and modes of all modules are put back, whatever happens inside."""
     before = [(m, dict(m.__dict__), dict(m._buffers)) for m in model.modules()]
     try:

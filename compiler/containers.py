@@ -165,7 +165,7 @@ def _apart_object(value: Any, path: str, leaves: list[Leaf], known: Mapping[int,
 
 
 def _object(made_of: type, named: dict[str, Any]) -> Any:
-    value = made_of.__new__(made_of)
+    value: Any = object.__new__(made_of)
     value.__dict__.update(named)
     if "keys" in named and "values" in named and is_cache(value):
         keys = named["keys"]

@@ -40,7 +40,7 @@ class Hosting:
 def host(model: nn.Module, program_for: ProgramFor, *, limit: int = 8, about: Any = None) -> nn.Module:
     """A twin of the model whose forward runs the graph that `program_for` makes for each call signature."""
     hosted = twin(original(model))
-    hosted.__class__ = hosted_class(type(hosted))
+    hosted.__class__ = hosted_class(type(hosted))  # type: ignore[arg-type]
     hosted.__dict__.pop("forward", None)
     hosted.__dict__[_STATE] = Hosting(program_for, limit=limit, config=_config_values(hosted), about=about)
     return hosted

@@ -37,7 +37,7 @@ def plain_calls(model: nn.Module) -> Iterator[set[str]]:
             plain = len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and isinstance(output, Tensor)
             (found if plain else others).add(paths[module])
 
-    handle = register_module_forward_hook(watch, with_kwargs=True)  # type: ignore[arg-type]
+    handle = register_module_forward_hook(watch, with_kwargs=True)
     try:
         yield found
     finally:
@@ -109,7 +109,7 @@ def _text(node: fx.Node) -> str:
     def shown(value: Any) -> Any:
         return "%" if isinstance(value, fx.Node) and value.op != "get_attr" else value
 
-    args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), shown)  # type: ignore[misc]
+    args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), shown)
     return f"{node.target} {args} {kwargs}"
 
 

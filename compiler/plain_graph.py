@@ -21,7 +21,8 @@ _NORMS = {"batch_norm": (3, 4, 5), "instance_norm": (3, 4, 5)}
 
 def plain(program: torch.export.ExportedProgram, model: nn.Module, inputs: Sequence[str]) -> fx.GraphModule:
     """The program's graph over the model's own parameters and buffers, its inputs named after the arguments."""
-    graph, root = fx.Graph(), {}
+    graph = fx.Graph()
+    root: dict[str, Any] = {}
     specs = {s.arg.name: s for s in program.graph_signature.input_specs}
     placed: dict[fx.Node, fx.Node] = {}
     kept: dict[fx.Node, str] = {}
