@@ -14,7 +14,7 @@ from .site import Grid, Site
 from .symbol_text import parse
 from .symbols import TRUE, Expr, name, read
 
-KEPT = frozenset({"bias", "softcap", "sinks", "padding", "mask", "dropout"})  # features that attend(site=...) honours
+KEPT = frozenset({"bias", "softcap", "sinks", "padding", "packed", "mask", "dropout"})  # by attend(site=...)
 _INDICES = {n: name(n) for n in ("b", "h", "i", "j", "N", "M")}
 
 

@@ -133,7 +133,7 @@ class Mechanism:
         if missing:
             return f"{self.slug} asks for port {', '.join(missing)}, which this site does not have"
         if self.part in ("core", "region"):
-            strange = sorted(site.features - set(self.honours) - dropped - {"rope", "packed"})
+            strange = sorted(site.features - set(self.honours) - dropped - {"rope"})
             if strange:
                 return f"{self.slug} does not honour {', '.join(strange)} (`drop: [{', '.join(strange)}]` permits it)"
         return self.fits(site)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
 from .facts import features
@@ -14,7 +15,9 @@ from .primitives.attend_spec import AttendSpec
 from .program import Change, Program, get_attr, insert_before, mount, tensor_name
 from .refusal import Refused
 from .site import Site
-from .symbols import TRUE
+from .surgery import insert
+from .symbol_eval import evaluate
+from .symbols import TRUE, Expr
 from .tracing import Fragment, Setting, trace
 
 
@@ -88,7 +91,10 @@ def _inputs(program: Program, site: Site, mechanism: Mechanism, attend: fx.Node,
     """The fragment's inputs: the ports it asks for, the site's tables, its own tensors."""
     ports = program.ports[site.path].nodes
     must, may = mechanism.wanted_ports()
-    inputs = {n: ports[n] for n in (*must, *may) if n in ports}
+    inputs = {n: ports[n] for n in (*must, *may) if n in ports and n != "key_padding"}
+    padding = program.ports[site.path].padding
+    if padding is not None and "key_padding" in (*must, *may):
+        inputs["key_padding"] = _key_padding(program, padding, ports, attend, anchor)
     inputs |= {f"table_{k}": node for k, node in enumerate(attend.args[2])}  # type: ignore[arg-type]
     like = anchor.meta["val"]
     fake = program.fake_mode.from_tensor
@@ -102,6 +108,23 @@ def _inputs(program: Program, site: Site, mechanism: Mechanism, attend: fx.Node,
             program, anchor, target, program.store.buffer(target, declared, like), fake
         )
     return inputs
+
+
+def _key_padding(
+    program: Program, padding: Expr, ports: dict[str, fx.Node], attend: fx.Node, anchor: fx.Node
+) -> fx.Node:
+    """The port key_padding (B, M), true where a key is real: the condition on keys alone, computed in the graph."""
+    tables = {f"t{k}": node for k, node in enumerate(attend.args[2])}  # type: ignore[arg-type]
+
+    def compute(q: Tensor, k: Tensor, **tables: Tensor) -> Tensor:
+        batch = torch.arange(q.shape[0], device=q.device).view(-1, 1, 1, 1)
+        key = torch.arange(k.shape[2], device=q.device).view(1, 1, 1, -1)
+        kept = evaluate(padding, {"b": batch, "j": key}, tables, whole=frozenset({"b", "j"}))
+        kept = kept if kept.dtype == torch.bool else kept != 0
+        return kept.expand(q.shape[0], 1, 1, k.shape[2]).flatten(0, 2)
+
+    (found,) = insert(program, anchor, compute, {"q": ports["q"], "k": ports["k"], **tables}, like=anchor)
+    return found
 
 
 def _own_tensor(program: Program, anchor: fx.Node, target: str, value: Tensor, fake: Any) -> fx.Node:

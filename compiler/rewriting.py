@@ -39,6 +39,7 @@ class Rewriting:
     captured: Captured | None = None
     misses: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    declined: dict[str, str] = field(default_factory=dict)  # sites at which a split cannot stand
     report: Report | None = None
 
     batches: tuple[Batch, ...] = ()  # held-out calls that quality is judged on
@@ -72,7 +73,8 @@ class Rewriting:
             for step in steps:
                 part = "core" if step.mechanism.part == "region" else step.mechanism.part
                 found[(step.path or f"{number}:{step.mechanism.slug}", part)] = step
-            warnings += [*decisions.warnings, *map(str, decisions.refusals)]
+            warnings += decisions.warnings
+            self.declined |= {d.path: one.refused for d in decisions for one in d.decided if one.refused}
         return list(found.values()), tuple(warnings)
 
     def _decide(
@@ -100,6 +102,9 @@ class Rewriting:
         """A recipe of which nothing could be done is refused with what would fit."""
         assert self.first is not None
         refused = self.first.outcome.refused
+        if self.declined and not steps:
+            path, reason = next(iter(self.declined.items()))
+            raise Refused(reason, where=path)
         if refused and len(refused) == len(steps):
             step, refusal = refused[0]
             others = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
@@ -124,7 +129,7 @@ class Rewriting:
         assert self.first is not None
         program, results = self.first.outcome.program, {r.path: r for r in self.first.sites}
         before, after = site_costs(raised.graph), site_costs(program.graph)
-        refused = {step.path: str(refusal) for step, refusal in self.first.outcome.refused}
+        refused = self.declined | {step.path: str(refusal) for step, refusal in self.first.outcome.refused}
         changes: dict[str, list[Change]] = {}
         for change in program.changes:
             changes.setdefault(change.site.path, []).append(change)

@@ -38,7 +38,7 @@ def steps_of(recipe: Recipe, sites: Sequence[Site]) -> tuple[list[Step], Decisio
         Step(decision.path, chosen, one.drop, one.where)
         for decision in decisions
         for one in decision.decided
-        if (chosen := _chosen(one, by_path[decision.path])) is not None and not one.refused
+        if not one.refused and (chosen := _chosen(one, by_path[decision.path])) is not None
     ]
     steps += [Step("", mechanism(choice.mechanism, **choice.settings), rule="passes") for choice in recipe.passes]
     if recipe.quantize and any(choice != KEEP for _, choice in recipe.quantize):
@@ -51,8 +51,6 @@ def _chosen(one: Decided, site: Site) -> Mechanism | None:
     if isinstance(wish, Keep):
         return None
     if isinstance(wish, Split):
-        if one.refused:
-            return None
         groups = tuple((heads, _core(choice)) for heads, choice in wish.over(site.heads, site.kv_heads))
         return SplitCore(groups)
     return _core(wish)

@@ -75,7 +75,7 @@ def forward(mechanism: Mechanism, setting: Setting, values: Mapping[str, Tensor]
     """mechanism.forward on named tensors: ports, table_k, param_<name>; drawn tensors are drawn here."""
     tables = _numbered(values, "table_")
     own = {n.removeprefix("param_"): t for n, t in values.items() if n.startswith("param_")}
-    live = LiveSite(setting.site, setting.spec, tuple(tables), {n: t for n, t in values.items() if "_" not in n})
+    live = LiveSite(setting.site, setting.spec, tuple(tables), _ports(values))
     like = next(iter(values.values()))
     for name, declared in mechanism.draws(setting.site).items():
         own[name] = declared.init(torch.empty(declared.shape, dtype=declared.dtype or like.dtype, device=like.device))
@@ -84,6 +84,10 @@ def forward(mechanism: Mechanism, setting: Setting, values: Mapping[str, Tensor]
     answer = mechanism.forward(live, Tensors(own), **ports)
     output, aux = answer if isinstance(answer, tuple) else (answer, Aux())
     return output, aux
+
+
+def _ports(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {n: t for n, t in values.items() if not n.startswith(("table_", "param_"))}
 
 
 def _numbered(values: Mapping[str, Tensor], prefix: str) -> list[Tensor]:
