@@ -82,16 +82,13 @@ def _truth(value: Value) -> Value:
 
 def _call(function: str, parts: Sequence[Value]) -> Value:
     like = next(p for p in parts if isinstance(p, Tensor))
-    tensors = [p if isinstance(p, Tensor) else torch.as_tensor(p, device=like.device) for p in parts]
-    if function == "where":
-        kind = torch.result_type(parts[1], parts[2])
-        return torch.where(_truth(tensors[0]), tensors[1].to(kind), tensors[2].to(kind))
-    if len(tensors) == 2:
-        kind = torch.result_type(parts[0], parts[1])
-        tensors = [t.to(kind) for t in tensors]
-    elif not like.is_floating_point() and function != "abs":
-        tensors = [t.to(torch.get_default_dtype()) for t in tensors]
-    return FUNCTIONS[function](*tensors)
+    if len(parts) > 1:  # a number takes the type of the tensor beside it, and is not rounded before
+        kind = torch.result_type(parts[-2], parts[-1])
+        pair = [torch.as_tensor(p, dtype=kind, device=like.device) for p in parts[-2:]]
+        if function == "where":
+            return torch.where(_truth(parts[0]).to(like.device), *pair)
+        return FUNCTIONS[function](*pair)
+    return FUNCTIONS[function](like if like.is_floating_point() or function == "abs" else like.float())
 
 
 def lookup(

@@ -316,15 +316,22 @@ def _sub(a: Expr, b: Expr) -> Expr:
     return _add(a, _mul(b, const(-1)))
 
 
+def _factors(args: tuple[Expr, ...]) -> Iterator[Expr]:
+    for arg in args:
+        if arg.op == "mul":
+            yield from _factors(arg.args)
+        else:
+            yield arg
+
+
 def _mul(*args: Expr) -> Expr:
     factor: Any = 1
     rest: list[Expr] = []
-    for arg in args:
-        for part in arg.args if arg.op == "mul" else (arg,):
-            if part.op == "const":
-                factor = factor * part.args[0]
-            else:
-                rest.append(part)
+    for part in _factors(args):
+        if part.op == "const":
+            factor = factor * part.args[0]
+        else:
+            rest.append(part)
     if not rest or (factor == 0 and all(r.is_integer for r in rest)):
         return const(factor)
     rest.sort(key=lambda e: e.text)
