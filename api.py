@@ -71,7 +71,7 @@ def optimize(
         work.store = earlier.store
     args, kwargs = _inputs(inner, example_inputs)
     work.batches, work.described = batches, described
-    fast = host(inner, work.program_for, about=work)
+    fast: Any = host(inner, work.program_for, about=work)
     fast.prepare(*args, **kwargs)
     if measure and not inner.training and work.report is not None:
         work.report.timing = _timed(inner, fast, args, kwargs)

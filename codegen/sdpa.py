@@ -7,7 +7,6 @@ blocks of query rows, each against the keys that its rows can reach.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -17,19 +16,11 @@ from torch import Tensor
 from ..compiler.primitives.attend import attend_op
 from ..compiler.primitives.attend_spec import CAUSAL, AttendSpec
 from ..compiler.primitives.operator import Groups, Kernel
+from ..compiler.reach import Reach, reach
 from ..compiler.symbol_eval import evaluate
 from ..compiler.symbols import Expr, build
 
 BLOCK_ROWS = 256  # query rows of one sliced call: smaller wastes fewer keys, larger calls less often
-
-
-@dataclass(frozen=True)
-class Reach:
-    """Where the keys of query i can lie: i - back <= j <= i + ahead, and the first `sinks`; None: no bound there."""
-
-    back: int | None = None
-    ahead: int | None = None
-    sinks: int = 0
 
 
 @lru_cache(maxsize=1024)
@@ -62,46 +53,6 @@ def why_not_softmax(text: str) -> str | None:
     if AttendSpec(score=spec.score, keep=spec.keep, align=spec.align).text != spec.text:
         return "asks for more than the output of a plain softmax over one segment"
     return None if linear_score(text) is not None else f"score {spec.score}"
-
-
-def _offset(condition: Expr) -> tuple[str, int] | None:
-    """("back", w) for i <= j + w, ("ahead", w) for j <= i + w."""
-    if condition.op != "le":
-        return None
-    left, right = condition.args
-    constant = 0
-    if right.op == "add" and len(right.args) == 2 and right.args[1].op == "const":
-        right, constant = right.args[0], int(right.args[1].args[0])
-    side = {("i", "j"): "back", ("j", "i"): "ahead"}.get((left.text, right.text))
-    return None if side is None else (side, constant)
-
-
-@lru_cache(maxsize=1024)
-def reach(text: str) -> Reach:
-    """Bounds that follow from a predicate's conditions; a condition that is not understood bounds nothing."""
-    back: int | None = None
-    ahead: int | None = None
-    sinks = 0
-    for condition in AttendSpec.of(text).conjuncts:
-        first, second = condition.args if condition.op == "or" and len(condition.args) == 2 else (condition, None)
-        if second is not None and _offset(first) is None:
-            first, second = second, first
-        bound = _offset(first)
-        if bound is None:
-            continue
-        side, width = bound
-        if second is None and side == "ahead":
-            ahead = width if ahead is None else min(ahead, width)
-        elif second is None:
-            back = width if back is None or sinks else min(back, width)
-            sinks = 0  # a plain bound is at least as tight as one with sinks
-        elif side == "back" and back is None and _is_sink(second):
-            back, sinks = width, int(second.args[1].args[0]) + 1
-    return Reach(back, ahead, sinks)
-
-
-def _is_sink(condition: Expr) -> bool:
-    return condition.op == "le" and condition.args[0].text == "j" and condition.args[1].op == "const"
 
 
 def _scale(text: str) -> float:
@@ -173,8 +124,8 @@ def _run_rows(groups: Groups, text: str) -> list[Tensor]:
         keys = _reached(first + shift, last + shift, m, bound, q.device)
         rows = torch.arange(first + shift, last + shift, device=q.device)
         mask = _mask(spec, _rest(text), rows, keys, q, m, named)
-        picked = [t if len(keys) == m else _take(t, keys, m, bound) for t in (k, v)]
-        parts.append(_masked(q[..., first:last, :], *picked, mask, _scale(text)))
+        near_k, near_v = (t if len(keys) == m else _take(t, keys, m, bound) for t in (k, v))
+        parts.append(_masked(q[..., first:last, :], near_k, near_v, mask, _scale(text)))
     return [torch.cat(parts, -2)] if parts else [q.new_empty(*q.shape[:-1], v.shape[-1])]
 
 

@@ -86,8 +86,8 @@ def _give_extras(program: Program) -> None:
     """Named losses and new buffer values are outputs behind the model's own."""
     extra = [node for _, node in (*program.losses, *program.buffers)]
     if extra:
-        output = next(iter(program.graph.graph.find_nodes(op="output")))
-        output.args = ((*output.args[0], *extra),)  # type: ignore[misc]
+        output: Any = next(iter(program.graph.graph.find_nodes(op="output")))
+        output.args = ((*output.args[0], *extra),)
 
 
 def _apply(program: Program, step: Step) -> None:

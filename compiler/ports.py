@@ -134,11 +134,10 @@ def _rank(node: fx.Node) -> int:
 
 def _input_of(projection: fx.Node) -> fx.Node:
     """The (B, N, C) hidden state of a projection, in front of a flattening view."""
-    at = 1 if op_name(projection) == "addmm" else 0
-    source = projection.args[at]
-    if _rank(source) == 2 and op_name(source) in ("view", "reshape", "_unsafe_view") and _rank(source.args[0]) == 3:  # type: ignore[arg-type]
-        return source.args[0]  # type: ignore[return-value]
-    return source  # type: ignore[return-value]
+    source: Any = projection.args[1 if op_name(projection) == "addmm" else 0]
+    if _rank(source) == 2 and op_name(source) in ("view", "reshape", "_unsafe_view") and _rank(source.args[0]) == 3:
+        source = source.args[0]
+    return source  # type: ignore[no-any-return]
 
 
 def _bare(node: Any) -> Any:

@@ -138,6 +138,8 @@ def insert_before(
     mapped: dict[fx.Node, fx.Node] = {}
     made: set[fx.Node] = set()
     outputs: Any = ()
+    root = graph.owning_module
+    assert root is not None, "a graph without a module has nowhere to keep constants"
     with graph.inserting_before(node):
         for inner in fragment.graph.nodes:
             if inner.op == "placeholder":
@@ -146,7 +148,7 @@ def insert_before(
                 outputs = inner.args[0]
             elif inner.op == "get_attr":
                 constant = getattr(fragment, str(inner.target))
-                mapped[inner] = graph.get_attr(_mount_constant(graph.owning_module, constant))
+                mapped[inner] = graph.get_attr(_mount_constant(root, constant))
                 mapped[inner].meta = dict(inner.meta)
             else:
                 copy = mapped[inner] = graph.node_copy(inner, lambda n: mapped[n])

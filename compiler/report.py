@@ -163,10 +163,14 @@ class Report:
         """Write the page (.html), the facts (.json) or the text (anything else)."""
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
-        content = {".html": self.html, ".json": lambda: json.dumps(self.to_dict(), indent=1)}.get(
-            target.suffix, self.text
-        )
-        target.write_text(content(), encoding="utf-8")
+        match target.suffix:
+            case ".html":
+                content = self.html()
+            case ".json":
+                content = json.dumps(self.to_dict(), indent=1)
+            case _:
+                content = self.text()
+        target.write_text(content, encoding="utf-8")
         return target
 
     def _repr_html_(self) -> str:

@@ -101,7 +101,7 @@ def _live(site: LiveSite, part: Site, heads: tuple[int, ...], device: torch.devi
     straight = _said(heads) == f"{heads[0]}-{heads[-1]}" or len(heads) == 1
     number = name("h") + heads[0] if straight else parse(f"t{len(tables)}[h]")
     texts = {f: getattr(spec, f) for f in ("keep", "score", "sink", "after")}
-    moved = {f: parse(text).replace({"h": number}).text if text else "" for f, text in texts.items()}
+    moved: dict[str, Any] = {f: parse(text).replace({"h": number}).text if text else "" for f, text in texts.items()}
     if not straight and any(moved[f] != texts[f] for f in texts):
         tables = (*tables, torch.tensor(heads, device=device))
     return LiveSite(part, replace(spec, **moved), tables, site.ports)
