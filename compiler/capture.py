@@ -355,19 +355,21 @@ def _reason(error: Exception) -> str:
 
 @contextmanager
 def unchanged(model: nn.Module) -> Iterator[None]:
-    """Attributes, buffers and modes of all modules are put back, whatever happens inside."""
-    before = [(m, dict(m.__dict__), dict(m._buffers)) for m in model.modules()]
+    """Attributes, buffers, hooks and modes of all modules are put back, whatever happens inside."""
+    before = [(m, dict(m.__dict__), _contents(m)) for m in model.modules()]
     try:
         yield
     finally:
-        for module, attributes, buffers in before:
-            if module.__dict__.keys() != attributes.keys() or any(
-                module.__dict__[n] is not v for n, v in attributes.items()
-            ):
-                module.__dict__.clear()
-                module.__dict__.update(attributes)
-            module._buffers.clear()
-            module._buffers.update(buffers)
+        for module, attributes, contents in before:
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+            for held, inside in contents:
+                held.clear()
+                held.update(inside)
+
+
+def _contents(module: nn.Module) -> list[tuple[dict[Any, Any], dict[Any, Any]]]:
+    return [(held, dict(held)) for held in module.__dict__.values() if isinstance(held, dict)]
 
 
 @contextmanager

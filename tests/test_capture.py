@@ -331,3 +331,11 @@ def test_tensors_kept_on_a_module_are_not_kept_and_said() -> None:
     assert model.seen is None and captured.notes == ("seen is not set by the captured forward",)
     x = torch.randn(4, 5)
     torch.testing.assert_close(run(captured, model, x[:, :3]), x[:, :3] * 2 + 1)
+
+
+def test_hooks_that_a_library_puts_on_at_the_first_run_are_not_left_half_done() -> None:
+    model = FAMILIES["bert"].make().eval()
+    other = copy.deepcopy(model)
+    given = ids(2, 5)
+    capture(model, kwargs={"input_ids": given})
+    same(model(given, output_hidden_states=True), other(given, output_hidden_states=True))
