@@ -81,7 +81,7 @@ class Primitive:
         *tensors, spec = arguments
         groups = self._grouped(tensors)
         kernel, _ = self.choose(groups, spec)
-        taken = {t.untyped_storage().data_ptr() for group in groups for t in group}
+        taken = {t.untyped_storage()._cdata for group in groups for t in group}
         return [_own(r, taken) for r in (kernel.run if kernel else self.meaning)(groups, spec)]
 
     def _empty(self, *arguments: Any) -> list[Tensor]:
@@ -139,9 +139,9 @@ class Primitive:
 def _own(result: Tensor, taken: set[int]) -> Tensor:
     """A result in memory of its own: an op may return neither its inputs nor one memory twice."""
     whole = result.contiguous()
-    if whole.numel() and whole.untyped_storage().data_ptr() in taken:
+    if whole.untyped_storage()._cdata in taken:
         whole = whole.clone()
-    taken.add(whole.untyped_storage().data_ptr())
+    taken.add(whole.untyped_storage()._cdata)
     return whole
 
 

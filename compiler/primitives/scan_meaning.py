@@ -64,7 +64,7 @@ def operands(groups: Groups, spec: ScanSpec) -> Operands:
         k = k * valid
         if decay is not None:
             decay = torch.where(valid, decay, 0.0 if spec.log_decay else 1.0)
-    document = _in_order(tables[spec.documents]) if spec.documents else None
+    document = in_order(tables[spec.documents]) if spec.documents else None
     fresh = v.new_zeros(*q.shape[:2], k.shape[-1], v.shape[-1])
     state = tables[spec.state].to(wide).expand(fresh.shape) if spec.state else fresh
     return Operands(x, k, v, decay, document, state)
@@ -75,7 +75,7 @@ def _feature(text: str, x: Tensor) -> Tensor:
     return torch.as_tensor(value, dtype=x.dtype, device=x.device).expand(x.shape)
 
 
-def _in_order(documents: Tensor) -> Tensor:
+def in_order(documents: Tensor) -> Tensor:
     """Ids of any kind as 0, 1, 2, ...: one more at each change."""
     ids = documents.reshape(-1, 1, documents.shape[-1])
     change = torch.zeros_like(ids, dtype=torch.long)
@@ -136,7 +136,7 @@ def _both_ways(x: Operands, spec: ScanSpec) -> tuple[Tensor, Tensor]:
     """Every row reads its whole document: what came before it and itself, and what comes after it, read backwards."""
     rows, state = _forwards(x, spec)
     assert x.document is not None
-    document = _in_order(x.document.flip(-1))
+    document = in_order(x.document.flip(-1))
     turned = Operands(x.q.flip(2), x.k.flip(2), x.v.flip(2), None, document, torch.zeros_like(x.state))
     later, _ = _forwards(turned, ScanSpec(read="before"))
     return rows + later.flip(2), state
