@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import copy
-import logging
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from .attempts import Attempt, attempts, filled, is_cached
 from .containers import Layout, Leaf, absorb, put_together, take_apart
 from .graph_state import graph_from, state_of
 from .leaves import plain_calls, stamp_leaves
@@ -20,6 +18,7 @@ from .plain_graph import plain, written
 from .ranges import Sizes, Symbol
 from .refusal import Refused
 from .signature import Call, SignatureKey, forward_signature, rebuild
+from .untouched import forgotten, quiet, unchanged
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _MUTABLE = ("object", "mapping", "items")
@@ -78,14 +77,6 @@ class Captured:
         return torch.zeros(sizes, dtype=self.dims.dtypes[index], device=first.device)  # type: ignore[arg-type]
 
 
-@dataclass(frozen=True)
-class Attempt:
-    """One way to export: the example's tensors and which of their dimensions are left open."""
-
-    tensors: tuple[Tensor, ...]
-    open: tuple[frozenset[int], ...]
-
-
 @dataclass
 class Seen:
     """What tracing told about the call beside its graph."""
@@ -100,11 +91,11 @@ def capture(
 ) -> Captured:
     """The graph of one call. The model is left as it was, also where that fails."""
     call = Call.of(forward_signature(model), args, kwargs)
-    example = _filled(model, call)
+    example = filled(model, call)
     reasons: list[str] = []
-    attempts = _attempts(call, example) if dynamic else [Attempt(example, (frozenset(),) * len(example))]
+    ways = attempts(call, example) if dynamic else [Attempt(example, (frozenset(),) * len(example))]
     error: Exception | None = None
-    for attempt in attempts:
+    for attempt in ways:
         try:
             captured = _export(model, call, attempt)
         except Refused:
@@ -113,7 +104,7 @@ def capture(
             error = error or failed
             reasons.append(_reason(failed))
             continue
-        notes = _static(captured.dims, attempts[0], reasons) if dynamic else ()
+        notes = _static(captured.dims, ways[0], reasons) if dynamic else ()
         return replace(captured, notes=(*notes, *captured.notes))
     fits = "no branches on tensor values, no .item(), tensors in and out; or capture its parts"
     raise Refused(reasons[-1], where=type(model).__name__, fits=fits) from error
@@ -134,98 +125,6 @@ def setting(model: nn.Module) -> tuple[str, ...]:
     return mode, f"{str(weight.dtype).removeprefix('torch.')}{device}"
 
 
-# --- the example ------------------------------------------------------------------------------------------------------
-
-_QUERIES, _PAST = 3, 10  # sizes of a decoder's example call: none of them 0 or 1, which torch.export takes as constants
-
-
-def _filled(model: nn.Module, call: Call) -> tuple[Tensor, ...]:
-    """The call's tensors; a cache that is empty is filled by one run, to learn its shapes."""
-    if not any(_cached(leaf) for leaf in call.leaves):
-        return call.tensors  # type: ignore[return-value]
-    leaves = call.leaves
-    if any(leaf.tensor is None for leaf in leaves):
-        leaves = _after_one_run(model, call)
-    batch, queries, past = _decoder_sizes(call)
-    return tuple(_resized(leaf, ours, batch, queries, past) for leaf, ours in zip(leaves, call.leaves, strict=True))
-
-
-def _cached(leaf: Leaf) -> bool:
-    return ".layers." in leaf.path
-
-
-def _after_one_run(model: nn.Module, call: Call) -> tuple[Leaf, ...]:
-    args, kwargs = copy.deepcopy((call.args, dict(call.kwargs)))
-    with torch.no_grad(), unchanged(model):
-        model(*args, **kwargs)
-    after = Call.of(call.signature, args, kwargs)
-    if len(after.leaves) != len(call.leaves):
-        raise Refused("a cache without layers", where="past_key_values", fits="DynamicCache(config=model.config)")
-    return after.leaves
-
-
-def _decoder_sizes(call: Call) -> tuple[int, int, int]:
-    plain_tensors = [leaf.tensor for leaf in call.leaves if not _cached(leaf) and leaf.tensor is not None]
-    keys = [leaf.tensor for leaf in call.leaves if leaf.path.endswith(".keys") and leaf.tensor is not None]
-    first = next(t for t in plain_tensors if t.ndim > 1)
-    return first.shape[0], first.shape[1], keys[0].shape[2] if keys else 0
-
-
-def _resized(leaf: Leaf, ours: Leaf, batch: int, queries: int, past: int) -> Tensor:
-    tensor = leaf.tensor
-    assert tensor is not None
-    sizes = list(tensor.shape)
-    if _cached(leaf):
-        if tensor.ndim == 4:
-            sizes[0], sizes[2] = 2, _PAST
-        elif tensor.ndim == 2:
-            sizes[0] = _PAST
-        return torch.zeros(sizes, dtype=tensor.dtype, device=tensor.device)
-    if sizes and sizes[0] == batch:
-        sizes[0] = 2
-    keys_too = "mask" in leaf.path
-    for dim in range(1, len(sizes)):
-        if sizes[dim] == queries + past and (past or (keys_too and dim == len(sizes) - 1)):
-            sizes[dim] = _QUERIES + _PAST
-        elif sizes[dim] == queries and dim < max(2, len(sizes) - 1):
-            sizes[dim] = _QUERIES
-    return torch.ones(sizes, dtype=tensor.dtype, device=tensor.device)
-
-
-def _attempts(call: Call, example: tuple[Tensor, ...]) -> list[Attempt]:
-    """From everything open to nothing; sizes of 1 doubled first, since torch.export takes them as constants."""
-    both = tuple(_open(leaf, t) for leaf, t in zip(call.leaves, example, strict=True))
-    batch = tuple(o & {0} for o in both)
-    doubled, batches = _doubled(example, both), _doubled(example, batch)
-    ways = [Attempt(doubled, both), Attempt(batches, both), Attempt(batches, batch)]
-    ways = [w for k, w in enumerate(ways) if not any(_alike(w, before) for before in ways[:k])]
-    return [*ways, Attempt(example, (frozenset(),) * len(example))]
-
-
-def _alike(one: Attempt, other: Attempt) -> bool:
-    return one.open == other.open and all(a.shape == b.shape for a, b in zip(one.tensors, other.tensors))
-
-
-def _open(leaf: Leaf, tensor: Tensor) -> frozenset[int]:
-    if not tensor.ndim:
-        return frozenset()
-    if _cached(leaf):
-        return frozenset({0, 2} if tensor.ndim == 4 else {0} if tensor.ndim == 2 else ())
-    whole = not tensor.is_floating_point()
-    if tensor.ndim == 4 and "mask" in leaf.path:
-        return frozenset({0, 2, 3})
-    sequence = tensor.ndim >= 2 and (whole or tensor.ndim == 3 or (tensor.ndim == 2 and "mask" in leaf.path))
-    return frozenset({0, 1} if sequence else {0})
-
-
-def _doubled(example: tuple[Tensor, ...], opened: tuple[frozenset[int], ...]) -> tuple[Tensor, ...]:
-    def double(tensor: Tensor, dims: frozenset[int]) -> Tensor:
-        times = [2 if d in dims and size == 1 else 1 for d, size in enumerate(tensor.shape)]
-        return tensor.repeat(times) if 2 in times else tensor
-
-    return tuple(double(t, o) for t, o in zip(example, opened))
-
-
 # --- the export -------------------------------------------------------------------------------------------------------
 
 
@@ -236,7 +135,7 @@ def _export(model: nn.Module, call: Call, attempt: Attempt) -> Captured:
     tensors = tuple(t.detach() for t in attempt.tensors)  # one object passed twice would become one input
     grad = torch.is_grad_enabled()
     try:
-        with torch.no_grad(), unchanged(model), _quiet(), plain_calls(model) as leaves:
+        with torch.no_grad(), unchanged(model), quiet(), plain_calls(model) as leaves:
             program = torch.export.export(flat, tensors, dynamic_shapes=(shapes,), strict=False)
     finally:
         torch.set_grad_enabled(grad)
@@ -264,7 +163,7 @@ def _flat(model: nn.Module, call: Call, attempt: Attempt, seen: Seen) -> nn.Modu
         _relate(call, tensors, attempt)
         values, args, kwargs = rebuild(call.signature, call.layouts, tensors)
         given = [leaf for name, value in values.items() for leaf in take_apart(value, name)[0]]
-        with _forgotten(view, seen.forgotten):
+        with forgotten(view, seen.forgotten):
             answer = own(*args, **kwargs)
         extra = _grown(call, values, given, seen)
         named = {id(v): n for n, v in values.items() if dict(call.layouts)[n].kind in _MUTABLE}
@@ -279,11 +178,11 @@ def _relate(call: Call, tensors: Sequence[Tensor], attempt: Attempt) -> None:
     """Sizes that are one and the same are said to be: the batch of all inputs, the lengths of a cache."""
     firsts: dict[str, Any] = {}
     for leaf, tensor, example, dims in zip(call.leaves, tensors, attempt.tensors, attempt.open, strict=True):
-        if 0 in dims and (not _cached(leaf) or tensor.ndim == 4):
+        if 0 in dims and (not is_cached(leaf) or tensor.ndim == 4):
             batch, size = firsts.setdefault("batch", (tensor.shape[0], example.shape[0]))
             if size == example.shape[0]:
                 torch._check(tensor.shape[0] == batch)
-        if 2 in dims and _cached(leaf):
+        if 2 in dims and is_cached(leaf):
             past, size = firsts.setdefault("past", (tensor.shape[2], example.shape[2]))
             if size == example.shape[2]:
                 torch._check(tensor.shape[2] == past)
@@ -348,52 +247,3 @@ def _reason(error: Exception) -> str:
             place = f" ({name.rsplit('/', 1)[-1]}:{trace.tb_lineno}, in {trace.tb_frame.f_code.co_name})"
         trace = trace.tb_next
     return f"{said[:200]}{place}"
-
-
-# --- leaving things as they were --------------------------------------------------------------------------------------
-
-
-@contextmanager
-def unchanged(model: nn.Module) -> Iterator[None]:
-    """Attributes, buffers, hooks and modes of all modules are put back, whatever happens inside."""
-    before = [(m, dict(m.__dict__), _contents(m)) for m in model.modules()]
-    try:
-        yield
-    finally:
-        for module, attributes, contents in before:
-            module.__dict__.clear()
-            module.__dict__.update(attributes)
-            for held, inside in contents:
-                held.clear()
-                held.update(inside)
-
-
-def _contents(module: nn.Module) -> list[tuple[dict[Any, Any], dict[Any, Any]]]:
-    return [(held, dict(held)) for held in module.__dict__.values() if isinstance(held, dict)]
-
-
-@contextmanager
-def _forgotten(model: nn.Module, names: set[str]) -> Iterator[None]:
-    """Tensors that a forward keeps on its modules are not kept: while tracing they are fake."""
-    before = [(path, m, dict(m.__dict__)) for path, m in model.named_modules()]
-    yield
-    for path, module, attributes in before:
-        for name, value in list(module.__dict__.items()):
-            if isinstance(value, Tensor) and attributes.get(name) is not value:
-                names.add(f"{path}.{name}" if path else name)
-                if name in attributes:
-                    module.__dict__[name] = attributes[name]
-                else:
-                    del module.__dict__[name]
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """torch.export logs each dimension that it fixes; the notes say that in one line."""
-    logger = logging.getLogger("torch._export.non_strict_utils")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .capture import unchanged
 from .refusal import Refused
 from .signature import forward_signature
+from .untouched import unchanged
 
 BATCH, LENGTH = 2, 12
 

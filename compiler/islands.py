@@ -8,11 +8,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from .capture import Captured, capture, unchanged
+from .capture import Captured, capture
 from .hosted import ProgramFor, host
 from .ownership import twin
 from .refusal import Refused
 from .signature import Call, forward_signature, rebuild
+from .untouched import unchanged
 
 Given = tuple[tuple[Any, ...], dict[str, Any]]
 

@@ -1,0 +1,111 @@
+"""Ways to export one call, from every open dimension to none: example tensors, and which of their sizes stay open."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .containers import Leaf
+from .refusal import Refused
+from .signature import Call
+from .untouched import unchanged
+
+_QUERIES, _PAST = 3, 10  # sizes of a decoder's example call: none of them 0 or 1, which torch.export takes as constants
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One way to export: the example's tensors and which of their dimensions are left open."""
+
+    tensors: tuple[Tensor, ...]
+    open: tuple[frozenset[int], ...]
+
+
+def filled(model: nn.Module, call: Call) -> tuple[Tensor, ...]:
+    """The call's tensors; a cache that is empty is filled by one run, to learn its shapes."""
+    if not any(is_cached(leaf) for leaf in call.leaves):
+        return call.tensors  # type: ignore[return-value]
+    leaves = call.leaves
+    if any(leaf.tensor is None for leaf in leaves):
+        leaves = _after_one_run(model, call)
+    batch, queries, past = _decoder_sizes(call)
+    return tuple(_resized(leaf, ours, batch, queries, past) for leaf, ours in zip(leaves, call.leaves, strict=True))
+
+
+def is_cached(leaf: Leaf) -> bool:
+    return ".layers." in leaf.path
+
+
+def _after_one_run(model: nn.Module, call: Call) -> tuple[Leaf, ...]:
+    args, kwargs = copy.deepcopy((call.args, dict(call.kwargs)))
+    with torch.no_grad(), unchanged(model):
+        model(*args, **kwargs)
+    after = Call.of(call.signature, args, kwargs)
+    if len(after.leaves) != len(call.leaves):
+        raise Refused("a cache without layers", where="past_key_values", fits="DynamicCache(config=model.config)")
+    return after.leaves
+
+
+def _decoder_sizes(call: Call) -> tuple[int, int, int]:
+    plain_tensors = [leaf.tensor for leaf in call.leaves if not is_cached(leaf) and leaf.tensor is not None]
+    keys = [leaf.tensor for leaf in call.leaves if leaf.path.endswith(".keys") and leaf.tensor is not None]
+    first = next(t for t in plain_tensors if t.ndim > 1)
+    return first.shape[0], first.shape[1], keys[0].shape[2] if keys else 0
+
+
+def _resized(leaf: Leaf, ours: Leaf, batch: int, queries: int, past: int) -> Tensor:
+    tensor = leaf.tensor
+    assert tensor is not None
+    sizes = list(tensor.shape)
+    if is_cached(leaf):
+        if tensor.ndim == 4:
+            sizes[0], sizes[2] = 2, _PAST
+        elif tensor.ndim == 2:
+            sizes[0] = _PAST
+        return torch.zeros(sizes, dtype=tensor.dtype, device=tensor.device)
+    if sizes and sizes[0] == batch:
+        sizes[0] = 2
+    keys_too = "mask" in leaf.path
+    for dim in range(1, len(sizes)):
+        if sizes[dim] == queries + past and (past or (keys_too and dim == len(sizes) - 1)):
+            sizes[dim] = _QUERIES + _PAST
+        elif sizes[dim] == queries and dim < max(2, len(sizes) - 1):
+            sizes[dim] = _QUERIES
+    return torch.ones(sizes, dtype=tensor.dtype, device=tensor.device)
+
+
+def attempts(call: Call, example: tuple[Tensor, ...]) -> list[Attempt]:
+    """From everything open to nothing; sizes of 1 doubled first, since torch.export takes them as constants."""
+    both = tuple(_open(leaf, t) for leaf, t in zip(call.leaves, example, strict=True))
+    batch = tuple(o & {0} for o in both)
+    doubled, batches = _doubled(example, both), _doubled(example, batch)
+    ways = [Attempt(doubled, both), Attempt(batches, both), Attempt(batches, batch)]
+    ways = [w for k, w in enumerate(ways) if not any(_alike(w, before) for before in ways[:k])]
+    return [*ways, Attempt(example, (frozenset(),) * len(example))]
+
+
+def _alike(one: Attempt, other: Attempt) -> bool:
+    return one.open == other.open and all(a.shape == b.shape for a, b in zip(one.tensors, other.tensors))
+
+
+def _open(leaf: Leaf, tensor: Tensor) -> frozenset[int]:
+    if not tensor.ndim:
+        return frozenset()
+    if is_cached(leaf):
+        return frozenset({0, 2} if tensor.ndim == 4 else {0} if tensor.ndim == 2 else ())
+    whole = not tensor.is_floating_point()
+    if tensor.ndim == 4 and "mask" in leaf.path:
+        return frozenset({0, 2, 3})
+    sequence = tensor.ndim >= 2 and (whole or tensor.ndim == 3 or (tensor.ndim == 2 and "mask" in leaf.path))
+    return frozenset({0, 1} if sequence else {0})
+
+
+def _doubled(example: tuple[Tensor, ...], opened: tuple[frozenset[int], ...]) -> tuple[Tensor, ...]:
+    def double(tensor: Tensor, dims: frozenset[int]) -> Tensor:
+        times = [2 if d in dims and size == 1 else 1 for d, size in enumerate(tensor.shape)]
+        return tensor.repeat(times) if 2 in times else tensor
+
+    return tuple(double(t, o) for t, o in zip(example, opened))

@@ -1,0 +1,57 @@
+"""Leaving a model as it was: what a trace or a trial run changes on its modules is put back."""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """Attributes, buffers, hooks and modes of all modules are put back, whatever happens inside."""
+    before = [(m, dict(m.__dict__), _contents(m)) for m in model.modules()]
+    try:
+        yield
+    finally:
+        for module, attributes, contents in before:
+            module.__dict__.clear()
+            module.__dict__.update(attributes)
+            for held, inside in contents:
+                held.clear()
+                held.update(inside)
+
+
+def _contents(module: nn.Module) -> list[tuple[dict[Any, Any], dict[Any, Any]]]:
+    return [(held, dict(held)) for held in module.__dict__.values() if type(held) in (dict, OrderedDict)]
+
+
+@contextmanager
+def forgotten(model: nn.Module, names: set[str]) -> Iterator[None]:
+    """Tensors that a forward keeps on its modules are not kept: while tracing they are fake."""
+    before = [(path, m, dict(m.__dict__)) for path, m in model.named_modules()]
+    yield
+    for path, module, attributes in before:
+        for name, value in list(module.__dict__.items()):
+            if isinstance(value, Tensor) and attributes.get(name) is not value:
+                names.add(f"{path}.{name}" if path else name)
+                if name in attributes:
+                    module.__dict__[name] = attributes[name]
+                else:
+                    del module.__dict__[name]
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """torch.export logs each dimension that it fixes; the notes say that in one line."""
+    logger = logging.getLogger("torch._export.non_strict_utils")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
