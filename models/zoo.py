@@ -202,7 +202,7 @@ def _llava() -> Family:
         import transformers as hf
 
         vision = hf.CLIPVisionConfig(**_IMAGE | {"num_hidden_layers": 3})
-        config = hf.LlavaConfig(vision, hf.LlamaConfig(**_GROUPED), image_token_index=99)
+        config = hf.LlavaConfig(vision_config=vision, text_config=hf.LlamaConfig(**_GROUPED), image_token_index=99)
         config._attn_implementation = spelling
         return _seeded(lambda: hf.LlavaForConditionalGeneration(config))
 
@@ -241,11 +241,12 @@ def _timm_models() -> list[Family]:
         _timm("timm_eva", "eva02_tiny_patch14_224", 2, **plain),
         _timm("timm_swin", "swin_tiny_patch4_window7_224", 4, **windows),
         _timm("timm_swinv2", "swinv2_tiny_window8_256", 4, EAGER, **windows),
-        _timm("timm_maxvit", "maxvit_rmlp_pico_rw_256", 4, size=64, img_size=64, depths=(1, 1), embed_dim=(16, 32)),
+        _timm("timm_maxvit", "maxvit_rmlp_pico_rw_256", 4, size=64, img_size=64, depths=(1, 1), embed_dim=(32, 64)),
         _timm("timm_coatnet", "coatnet_rmlp_nano_rw_224", 2, size=64, img_size=64, depths=(1, 1, 1, 1),
-              embed_dim=(16, 16, 32, 32)),
-        _timm("timm_mvitv2", "mvitv2_tiny", 2, EAGER, img_size=32, depths=(1, 1), embed_dim=16, num_heads=1),
-        _timm("timm_levit", "levit_128s", 0, EAGER, size=64, img_size=64, embed_dim=(32, 48), num_heads=(2, 3), depth=(1, 1)),
+              embed_dim=(16, 16, 32, 64)),
+        _timm("timm_mvitv2", "mvitv2_tiny", 10, EAGER, img_size=32),
+        _timm("timm_levit", "levit_128s", 3, EAGER, size=64, img_size=64, embed_dim=(32, 48), num_heads=(2, 3),
+              depth=(1, 1)),
         _timm("timm_convnext", "convnext_atto", 0, PLAIN),
         _timm("timm_efficientvit", "efficientvit_b0", 0, PLAIN),
     ]  # fmt: skip
@@ -288,7 +289,9 @@ def _diffusion(name: str, model: str, settings: dict[str, Any], inputs: Callable
         from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
         made: Any = _seeded(lambda: getattr(diffusers, model)(**settings))
-        made.set_attn_processor(AttnProcessor2_0() if spelling == "sdpa" else AttnProcessor())
+        for module in made.modules():
+            if hasattr(module, "set_processor"):
+                module.set_processor(AttnProcessor2_0() if spelling == "sdpa" else AttnProcessor())
         return made
 
     return Family(name, build, lambda: ((), inputs() | {"return_dict": False}), BOTH, sites)

@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from torch import fx
 
 from ..ports import op_name
+from ..refusal import Refused
 from .chains import products_behind, raise_chain
+from .in_place import without_writes
 from .reading import Unreadable
 from .sdpa import raise_sdpa
 from .softmaxes import as_softmax
@@ -36,11 +38,13 @@ def raise_sites(graph_module: fx.GraphModule, *, recompile: bool = True) -> Rais
     raised: list[fx.Node] = []
     misses: list[NearMiss] = []
     graph = graph_module.graph
+    graph.eliminate_dead_code()
+    without_writes(graph)
     for node in list(graph.nodes):
         if op_name(node) == "scaled_dot_product_attention":
             try:
                 raised.append(raise_sdpa(node))
-            except Unreadable as reason:
+            except (Unreadable, Refused) as reason:
                 misses.append(_miss(node, str(reason)))
             continue
         softmax = as_softmax(node)
@@ -54,7 +58,7 @@ def raise_sites(graph_module: fx.GraphModule, *, recompile: bool = True) -> Rais
         else:
             try:
                 raised.append(raise_chain(softmax, behind[0]))
-            except Unreadable as reason:
+            except (Unreadable, Refused) as reason:
                 misses.append(_miss(node, str(reason)))
     graph.eliminate_dead_code()
     graph.lint()

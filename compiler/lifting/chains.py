@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,13 +11,15 @@ from torch import fx
 
 from ..ports import PROJECTIONS, RESHAPING, op_name
 from ..symbols import TRUE, Expr, name
+from .drawn import drawn
+from .empty_rows import always_keeps
 from .heads import Layout, Shaping, head_count, layout, without_repeats
 from .index_paths import SAME, ZERO, Index, same_size, shape_of, source_index
 from .products import Operand, Product, as_product
-from .reading import READABLE, Reader, Unreadable, broadcast, is_top_of, keep_and_score, plain_name
+from .reading import READABLE, Reader, Unreadable, broadcast, keep_and_score, plain_name, top_of
 from .scaling import unscaled
 from .softmaxes import Softmax
-from .writing import Reading, write
+from .writing import Reading, stand_in, write
 
 I, J, S, W = name("i"), name("j"), name("s"), name("w")
 
@@ -47,7 +50,8 @@ def raise_chain(softmax: Softmax, behind: fx.Node) -> fx.Node:
     weights, values, swapped = _sides(outer, softmax)
     sizes = [shape_of(behind)[a] for a in outer.batch]
     index = _weights_index(weights, len(sizes))
-    reader = Reader(lambda n, at: _ends(n, at, softmax.node, W, places), tables)
+    shaping = Shaping(behind)
+    reader = Reader(lambda n, at: _ends(n, at, softmax.node, W, places), tables, lambda n: _draw(shaping, n, softmax, values))
     places: list[Index] = []
     after = reader.read(weights.node, index, lambda n: n is softmax.node)
     if not places:
@@ -63,27 +67,45 @@ def raise_chain(softmax: Softmax, behind: fx.Node) -> fx.Node:
     counted = head_count(behind.args[0 if not swapped else 1], sizes[0]) if len(sizes) == 1 else None  # type: ignore[arg-type]
     counted = counted or (_heads_of(found, values, sizes[0]) if len(sizes) == 1 else None)
     shape = layout(sizes, [*found.batch, *at], counted, grouped=grouped)
-    _not_elsewhere([softmax.node, *softmax.inside, *reader.chain, inner.node], behind)
-    shaping = Shaping(behind)
+    between = [*softmax.inside, *reader.chain, *inner.inside, *outer.inside]
+    _not_elsewhere([softmax.node, inner.node, *between], [behind, *reader.dropped])
     q_side, k_side = found.sides
     _tokens_contracted(q_side)
     q = shaping.rows(q_side, [shape.settle(e) for e in found.batch])
     k = shaping.rows(k_side, [shape.settle(e) for e in found.batch])
-    v = shaping.rows(Operand(values.node, values.batch, values.contracted, values.free), shape.values)
+    v = shaping.rows(replace(values, free=values.contracted, contracted=values.free), shape.values)
     heads = shape_of(q)[1]
     bare_k, bare_v = without_repeats(k, heads), without_repeats(v, heads)
     if same_size(shape_of(bare_k)[1], shape_of(bare_v)[1]):
         k, v = bare_k, bare_v
     elif same_size(shape_of(k)[1], 1) != same_size(shape_of(v)[1], 1):
         raise Unreadable("keys and values have different numbers of heads")
-    q, k, factor = unscaled(q, k)
-    keep, plain = keep_and_score(shape.settle(score).replace({"s": S * factor * inner.factor}))
+    q, k, factor, settle = unscaled(q, k)
+    whole = shape.settle(score).replace({"s": S * factor * inner.factor})
+    keep, plain = keep_and_score(whole, lambda kept: always_keeps(kept, tables))
     reading = Reading(q, k, v, plain, "" if keep.text == TRUE.text else keep.text, tables,
                       after="" if after.text == "w" else shape.settle(after).text,
                       sink=shape.settle(sink).text if sink is not None else "")  # fmt: skip
     attend, out = write(shaping, reading)
+    settle()
     _replace(shaping, outer, behind, out, shape, swapped)
     return attend
+
+
+def _draw(shaping: Shaping, dropout: fx.Node, softmax: Softmax, values: Operand) -> fx.Node:
+    """The table of a dropout of weights; its sizes are read off the products' other operands."""
+    product = next((p for p in map(as_product, _behind(softmax.scores)) if isinstance(p, Product)), None)
+    sources = [values.node] if product is None else [product.left.node, product.right.node, values.node]
+    return drawn(shaping, shape_of(dropout), dropout.args[1], sources)
+
+
+def _behind(node: fx.Node) -> list[fx.Node]:
+    """A node and what it is computed from, nearest first, as far as readable operations go."""
+    found = [node]
+    for current in found:
+        if as_product(current) is None and plain_name(current) in READABLE | {"cat"}:
+            found += [n for n in current.all_input_nodes if n not in found]
+    return found
 
 
 def _sides(outer: Product, softmax: Softmax) -> tuple[Operand, Operand, bool]:
@@ -118,6 +140,7 @@ def _scores(softmax: Softmax, at: Index, reader: Reader) -> tuple[Expr, Expr | N
     chain: list[fx.Node] = []
     while plain_name(scores) in SAME or _top_taken_off(scores):
         chain.append(scores)
+        reader.dropped += _top_taken_off(scores)
         scores = scores.args[0]
     column = None
     if op_name(scores) == "cat" and (int(scores.args[1]) if len(scores.args) > 1 else 0) % len(at) == softmax.axis:  # type: ignore[call-overload]
@@ -149,7 +172,7 @@ def _scores(softmax: Softmax, at: Index, reader: Reader) -> tuple[Expr, Expr | N
         return S + reader.table(product.added, broadcast(here, product.added)) * product.added_factor
 
     inner = Reader(product_at, reader.tables)
-    inner.chain = reader.chain
+    inner.chain, inner.dropped = reader.chain, reader.dropped
     score = inner.read(scores, at, lambda n: isinstance(as_product(n), Product))
     if not ends:
         raise Unreadable("no product of queries and keys in front of the softmax")
@@ -159,8 +182,8 @@ def _scores(softmax: Softmax, at: Index, reader: Reader) -> tuple[Expr, Expr | N
     return score, sink, *ends[0]
 
 
-def _top_taken_off(node: Any) -> bool:
-    return op_name(node) == "sub" and is_top_of(node.args[1], node.args[0])
+def _top_taken_off(node: Any) -> tuple[fx.Node, ...]:
+    return top_of(node.args[1], node.args[0]) if op_name(node) == "sub" else ()
 
 
 def _rows_and_columns(product: Product, here: Index) -> bool:
@@ -193,12 +216,12 @@ def _heads_of(found: _Inner, values: Operand, batch: Any) -> int | None:
     return None
 
 
-def _not_elsewhere(chain: Sequence[fx.Node], behind: fx.Node) -> None:
+def _not_elsewhere(chain: Sequence[fx.Node], known: Sequence[fx.Node]) -> None:
     """Scores and weights must have no other use: a rewrite would leave it behind."""
-    inside = {*chain, behind}
-    for node in chain:
+    inside = {*chain, *known}
+    for node in inside - {known[0]}:
         for user in node.users:
-            if user in inside or op_name(user) in ("sym_size", "amax", "max", "logsumexp", "sum"):
+            if user in inside or op_name(user) == "sym_size":
                 continue
             if plain_name(user) != op_name(user):
                 raise Unreadable(f"%{node.name} is changed in place by %{user.name}")
@@ -233,4 +256,4 @@ def _replace(shaping: Shaping, outer: Product, behind: fx.Node, out: fx.Node, sh
     wanted = behind.meta["val"].dtype
     if out.meta["val"].dtype != wanted:
         out = shaping.call(torch.ops.aten.to.dtype, out, wanted)
-    behind.replace_all_uses_with(out)
+    stand_in(behind, out)

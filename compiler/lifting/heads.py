@@ -113,14 +113,30 @@ class Shaping:
             node.meta["val"] = op(*values)
         return node
 
+    def size(self, node: fx.Node, axis: int) -> fx.Node:
+        """A size of a tensor as a node."""
+        with self.graph.inserting_before(self.before):
+            found = self.graph.call_function(aten.sym_size.int, (node, axis))
+        found.meta = dict(found.meta) | {"val": shape_of(node)[axis]}
+        return found
+
     def rows(self, operand: Operand, where: Sequence[Expr]) -> fx.Node:
         """An operand as (batch..., rows, contracted) -> (B, H, rows, contracted); `where`: its batch axes as b and h."""
         node = operand.node
         axes = [a for a in operand.batch if a >= 0]
         order = [*axes, operand.free, operand.contracted]
+        if operand.extra >= 0:
+            node = self._squeezed(node, operand.extra)
+            order = [a - (a > operand.extra) for a in order]
         node = self._permuted(node, order)
         texts = [e.text for e, a in zip(where, operand.batch) if a >= 0]
         return self._to_heads(node, texts, shape_of(node))
+
+    def _squeezed(self, node: fx.Node, axis: int) -> fx.Node:
+        rank = len(shape_of(node))
+        if op_name(node) == "unsqueeze" and int(node.args[1]) % rank == axis:  # type: ignore[arg-type]
+            return node.args[0]  # type: ignore[return-value]
+        return self.call(aten.squeeze.dim, node, axis)
 
     def _permuted(self, node: fx.Node, order: list[int]) -> fx.Node:
         if order == list(range(len(order))):

@@ -125,7 +125,7 @@ def _through(source: Sequence[Any], target: Sequence[Any], index: Index) -> list
     for size, part in zip(target, index):
         if not isinstance(size, int) and flat.text != "0":
             return None
-        flat = flat * size + part if flat.text != "0" else part
+        flat = joined(flat, size, part)
     if not source:
         return []
     found: list[Expr] = []
@@ -139,6 +139,15 @@ def _through(source: Sequence[Any], target: Sequence[Any], index: Index) -> list
         flat = flat // size
     found.append(ZERO if same_size(source[0], 1) else flat)
     return found[::-1]
+
+
+def joined(outer: Expr, size: Any, inner: Expr) -> Expr:
+    """outer * size + inner; what // and % had split is whole again."""
+    if outer.text == "0":
+        return inner
+    if inner.op == "mod" and inner.args[1].text == str(size) and outer.text == (inner.args[0] // size).text:
+        return inner.args[0]  # type: ignore[no-any-return]
+    return outer * size + inner
 
 
 def _product(sizes: Sequence[Any]) -> Any:

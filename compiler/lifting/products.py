@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from ..ports import op_name
-from .index_paths import Index, shape_of
+from .index_paths import same_size, shape_of
 
 
 @dataclass(frozen=True)
@@ -18,6 +18,7 @@ class Operand:
     batch: tuple[int, ...]  # axes, in the order of the product's batch; -1 where it has none (broadcast)
     free: int
     contracted: int
+    extra: int = -1  # an axis of size 1 that stands for the other side's free axis, in a * b summed
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,7 @@ class Product:
     factor: float = 1.0
     added: fx.Node | None = None  # baddbmm's input
     added_factor: float = 1.0
-
-    def index(self, index: Index) -> tuple[Index, object, object]:
-        """Index expressions of the batch axes, of left.free and of right.free."""
-        return tuple(index[a] for a in self.batch), index[self.rows], index[self.columns]
+    inside: tuple[fx.Node, ...] = ()  # nodes between the sides and the product
 
 
 PRODUCTS = frozenset({"matmul", "bmm", "mm", "baddbmm", "einsum"})
@@ -45,6 +43,8 @@ PRODUCTS = frozenset({"matmul", "bmm", "mm", "baddbmm", "einsum"})
 def as_product(node: fx.Node) -> Product | str | None:
     """The product that a node is; why it is not one that attention is made of; None where it is no product at all."""
     name = op_name(node)
+    if name == "sum":
+        return _multiplied_and_summed(node)
     if name not in PRODUCTS:
         return None
     if name == "einsum":
@@ -74,6 +74,31 @@ def as_product(node: fx.Node) -> Product | str | None:
 def _aligned(own: int, rank: int) -> tuple[int, ...]:
     """Batch axes of a side with fewer axes: missing ones in front."""
     return tuple(axis - (rank - own) if axis >= rank - own else -1 for axis in range(rank - 2))
+
+
+def _multiplied_and_summed(node: fx.Node) -> Product | None:
+    """(a * b).sum(axis), with each side of size 1 where the other has its free axis."""
+    times, axes = node.args[0], node.args[1] if len(node.args) > 1 else None
+    if op_name(times) != "mul" or not isinstance(axes, list | tuple) or len(axes) != 1 or node.args[2:3] == (True,):
+        return None
+    left, right = times.args[:2]  # type: ignore[union-attr]
+    whole = shape_of(times)
+    if not isinstance(left, fx.Node) or not isinstance(right, fx.Node):
+        return None
+    if len(shape_of(left)) != len(whole) or len(shape_of(right)) != len(whole):
+        return None
+    contracted = int(axes[0]) % len(whole)
+    single = [[same_size(s, 1) for s in shape_of(side)] for side in (left, right)]
+    others = [a for a in range(len(whole)) if a != contracted]
+    free = [[a for a in others if not own[a] and other[a]] for own, other in (single, single[::-1])]
+    if len(free[0]) != 1 or len(free[1]) != 1 or single[0][contracted] or single[1][contracted]:
+        return None
+    (rows,), (columns,) = free
+    batch = tuple(a for a in others if a not in (rows, columns))
+    kept = {axis: place for place, axis in enumerate(others)}
+    sides = (Operand(left, batch, rows, contracted, columns), Operand(right, batch, columns, contracted, rows))
+    places = tuple(kept[a] for a in batch)
+    return Product(node, *sides, places, kept[rows], kept[columns], inside=(times,))  # type: ignore[arg-type]
 
 
 def _einsum(node: fx.Node) -> Product | str:

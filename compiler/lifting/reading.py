@@ -33,9 +33,15 @@ def plain_name(node: fx.Node) -> str:
 class Reader:
     """Reads towards `ends`: nodes that stand for a named value (the product: s, the softmax: w)."""
 
-    def __init__(self, ends: Callable[[fx.Node, Index], Expr | None], tables: list[fx.Node]) -> None:
-        self.ends, self.tables = ends, tables
+    def __init__(
+        self,
+        ends: Callable[[fx.Node, Index], Expr | None],
+        tables: list[fx.Node],
+        draw: Callable[[fx.Node], fx.Node] | None = None,
+    ) -> None:
+        self.ends, self.tables, self.draw = ends, tables, draw
         self.chain: list[fx.Node] = []
+        self.dropped: list[fx.Node] = []  # what a stable softmax subtracts, which changes nothing
 
     def leads(self, node: Any, is_end: Callable[[fx.Node], bool], depth: int = 40) -> bool:
         """Whether readable operations lead from a node back to an end."""
@@ -76,13 +82,16 @@ class Reader:
         args = node.args
         match called:
             case "dropout":
-                if len(args) > 2 and args[2] and args[1]:
-                    raise Unreadable("dropout of the weights is active")
-                return part(args[0])
+                if not (len(args) > 2 and args[2] and args[1]):
+                    return part(args[0])
+                if self.draw is None:
+                    raise Unreadable(f"%{node.name}: active dropout of the scores")
+                return part(args[0]) * self.table(self.draw(node), index)
             case "add" | "sub" | "rsub":
                 alpha = node.kwargs.get("alpha", args[2] if called == "rsub" and len(args) > 2 else 1)
-                stable = called == "sub" and is_top_of(args[1], args[0])
-                if stable:  # softmax does not see what is subtracted from a whole row
+                top = top_of(args[1], args[0]) if called == "sub" else ()
+                if top:  # softmax does not see what is subtracted from a whole row
+                    self.dropped += top
                     return part(args[0])
                 left, right = part(args[0]), part(args[1]) * as_expr(alpha)  # type: ignore[arg-type]
                 return left + right if called == "add" else left - right if called == "sub" else right - left
@@ -185,34 +194,38 @@ def constant_of(node: Any) -> float | None:
     return None
 
 
-def is_top_of(top: Any, scores: Any) -> bool:
-    """amax(x) or max(x)[0] of the same x, kept or detached."""
-    while isinstance(top, fx.Node) and (op_name(top) in SAME or op_name(top) in ("unsqueeze", "expand")):
+def top_of(top: Any, scores: Any) -> tuple[fx.Node, ...]:
+    """The nodes of amax(x) or max(x)[0] of the same x, kept or detached; none where it is something else."""
+    found: list[fx.Node] = []
+    while isinstance(top, fx.Node):
+        found.append(top)
+        first = getattr(top.target, "__name__", "") == "getitem" and top.args[1] == 0
+        if op_name(top) in ("amax", "max", "logsumexp"):
+            return tuple(found) if top.args[0] is scores else ()
+        if not first and op_name(top) not in SAME and op_name(top) not in ("unsqueeze", "expand"):
+            return ()
         top = top.args[0]
-    if isinstance(top, fx.Node) and getattr(top.target, "__name__", "") == "getitem" and top.args[1] == 0:
-        top = top.args[0]
-    if not isinstance(top, fx.Node) or op_name(top) not in ("amax", "max", "logsumexp"):
-        return False
-    return top.args[0] is scores
+    return ()
 
 
-def keep_and_score(e: Expr) -> tuple[Expr, Expr]:
-    """Conditions under which the score is minus infinity, taken out of it: where(c, -inf, x) keeps ~c."""
+def keep_and_score(e: Expr, fills: Callable[[Expr], bool]) -> tuple[Expr, Expr]:
+    """Conditions under which the score is minus infinity, taken out of it: where(c, -inf, x) keeps ~c.
+
+    `fills(keep)`: whether a finite fill where `keep` does not hold means the same.
+    """
     if e.op == "where":
         condition, yes, no = e.args
-        if _is_lowest(yes):
-            keep, score = keep_and_score(no)
-            return keep & ~condition, score
-        if _is_lowest(no):
-            keep, score = keep_and_score(yes)
-            return keep & condition, score
+        for lowest, other, kept in ((yes, no, ~condition), (no, yes, condition)):
+            if _is_lowest(lowest) and (lowest.args[0] == -math.inf or fills(kept)):
+                keep, score = keep_and_score(other, fills)
+                return keep & kept, score
     if e.op == "add":
         keeps, terms = const(True), []
         for arg in e.args:
             if (
                 arg.op == "where" and "s" not in arg.names and any(_is_lowest(a) for a in arg.args[1:])
             ) or "s" in arg.names:
-                keep, arg = keep_and_score(arg)
+                keep, arg = keep_and_score(arg, fills)
                 keeps = keeps & keep
             terms.append(arg)
         return keeps, build("add", *terms)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import fx
@@ -10,10 +11,11 @@ from ..ports import RESHAPING, op_name
 from .reading import plain_name
 
 
-def unscaled(q: fx.Node, k: fx.Node) -> tuple[fx.Node, fx.Node, float]:
-    """Constant factors on q and k, taken into the scale where nothing else reads the scaled tensor."""
+def unscaled(q: fx.Node, k: fx.Node) -> tuple[fx.Node, fx.Node, float, Callable[[], None]]:
+    """q and k without constant factors that nothing else reads, the factor, and what makes it so once that is written."""
     factor = 1.0
     sides = []
+    scaled: list[tuple[fx.Node, fx.Node]] = []
     for side in (q, k):
         node: Any = side
         while isinstance(node, fx.Node) and len(node.users) <= 1 and (plain_name(node) in RESHAPING):
@@ -23,10 +25,16 @@ def unscaled(q: fx.Node, k: fx.Node) -> tuple[fx.Node, fx.Node, float]:
             source = node.args[0]
             if node is side:
                 side = source
-            node.replace_all_uses_with(source)
+            else:
+                scaled.append((node, source))
             factor *= scalar
         sides.append(side)
-    return sides[0], sides[1], factor
+
+    def settle() -> None:
+        for node, source in scaled:
+            node.replace_all_uses_with(source)
+
+    return sides[0], sides[1], factor, settle
 
 
 def _scalar(node: Any) -> float | None:

@@ -10,11 +10,12 @@ from torch import fx
 from ..ports import op_name
 from ..primitives.attend_spec import CAUSAL
 from ..symbols import Expr, name
+from .drawn import drawn
 from .heads import Shaping, without_repeats
 from .index_paths import ZERO, same_size, shape_of
 from .reading import Unreadable
 from .scaling import unscaled
-from .writing import Reading, write
+from .writing import Reading, stand_in, write
 
 _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 
@@ -22,8 +23,6 @@ _ARGUMENTS = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
 def raise_sdpa(node: fx.Node) -> fx.Node:
     """Replace one aten.scaled_dot_product_attention; returns the attend node."""
     given: dict[str, Any] = dict(zip(_ARGUMENTS, node.args)) | dict(node.kwargs)
-    if given.get("dropout_p"):
-        raise Unreadable("dropout of the weights is active")
     shaping = Shaping(node)
     q, k, v = given["query"], given["key"], given["value"]
     rank = max(len(shape_of(x)) for x in (q, k, v))
@@ -32,7 +31,7 @@ def raise_sdpa(node: fx.Node) -> fx.Node:
     heads = shape_of(q)[1]
     k, v = _same(without_repeats(k, heads), without_repeats(v, heads), k, v)
     scale = given.get("scale")
-    q, k, factor = unscaled(q, k)
+    q, k, factor, settle = unscaled(q, k)
     score: Expr = name("s") * (factor * float(shape_of(q)[-1] ** -0.5 if scale is None else scale))
     keep = ""
     tables: list[fx.Node] = []
@@ -46,14 +45,19 @@ def raise_sdpa(node: fx.Node) -> fx.Node:
             keep = looked.text if not keep else f"({keep}) & {looked.text}"
         else:
             score = score + looked
-    attend, out = write(shaping, Reading(q, k, v, score, keep, tables))
+    after = ""
+    if given.get("dropout_p"):
+        tables.append(drawn(shaping, (*shape_of(q)[:-1], shape_of(k)[-2]), given["dropout_p"], [q, k]))
+        after = f"t{len(tables) - 1}[b, h, i, j] * w"
+    attend, out = write(shaping, Reading(q, k, v, score, keep, tables, after))
+    settle()
     if rank == 3:
         out = shaping.call(torch.ops.aten.squeeze.dim, out, 1)
     elif rank == 2:
         out = shaping.call(torch.ops.aten.squeeze.dim, shaping.call(torch.ops.aten.squeeze.dim, out, 0), 0)
     elif rank == 5:
         out = shaping.call(torch.ops.aten.unflatten.int, out, 0, [-1, lead[1]])
-    node.replace_all_uses_with(out)
+    stand_in(node, out)
     node.graph.erase_node(node)
     return attend
 

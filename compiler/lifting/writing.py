@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..ports import PROJECTIONS, op_name
 from ..primitives.attend_spec import AttendSpec
 from ..symbols import Expr
 from .heads import Shaping
@@ -26,6 +27,18 @@ class Reading:
     tables: list[fx.Node]
     after: str = ""
     sink: str = ""
+
+
+def stand_in(old: fx.Node, new: fx.Node) -> None:
+    """Let `new` be read in place of `old`. Its memory may lie otherwise, so views behind it become reshapes."""
+    old.replace_all_uses_with(new)
+    queue = [new]
+    for node in queue:
+        if op_name(node) in ("view", "_unsafe_view"):
+            node.target = torch.ops.aten.reshape.default
+        for user in node.users:
+            if user not in queue and len(queue) < 64 and op_name(user) not in PROJECTIONS:
+                queue.append(user)
 
 
 def write(shaping: Shaping, found: Reading) -> tuple[fx.Node, fx.Node]:
