@@ -123,6 +123,10 @@ PLAIN = {
     "flipped twice": (lambda q: causal(q).flip(0).flip(1).t(), "j <= i"),
     "meshgrid": (lambda q: torch.le(*reversed(torch.meshgrid(torch.arange(q.shape[2]), torch.arange(q.shape[2]),
                                                              indexing="ij"))), "j <= i"),
+    "blocks, reshaped": (lambda q: causal(q).reshape(q.shape[2], 1, q.shape[2]).flatten(0, 1), "j <= i"),
+    "dilated": (lambda q: ((square(q)[0] - square(q)[1]) % 2 == 0) & causal(q), "((i - j) % 2 == 0) & (j <= i)"),
+    "from the end of a larger one": (lambda q: torch.ones(q.shape[2] + 3, q.shape[2] + 3).bool().tril()[3:, 3:],
+                                     "j <= i"),
     "first column joined": (lambda q: torch.cat([torch.ones(q.shape[2], 1, dtype=torch.bool), causal(q)[:, 1:]], 1),
                             "(j <= 0) | (j <= i)"),
 }  # fmt: skip
@@ -178,6 +182,33 @@ def test_queries_at_the_end_of_the_keys() -> None:
     for dynamic in (True, False):
         verdict, spec, tables, _ = folded(mask, keys=17, dynamic=dynamic)
         assert (spec.keep, spec.align, tables) == ("j <= i", "end", []), verdict
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_lowest_number_of_a_short_dtype(dtype: torch.dtype) -> None:
+    def mask(q: Tensor) -> Tensor:
+        return torch.full((q.shape[2], q.shape[2]), torch.finfo(dtype).min, dtype=dtype).triu(1)
+
+    verdict, spec, tables, _ = folded(mask, spec=ADDITIVE)
+    assert (spec.keep, spec.score, tables) == ("j <= i", "s * 0.5", []), verdict
+
+
+def test_a_window_per_head_looks_up_its_width() -> None:
+    def mask(q: Tensor) -> Tensor:
+        i, j = square(q)
+        return (i - j < torch.tensor([2, 4, 8, 16])[:, None, None]) & (j <= i)
+
+    verdict, spec, tables, _ = folded(mask)
+    assert spec.keep == "(i - j < t0[h]) & (j <= i)" and len(tables) == 1, verdict
+
+
+@pytest.mark.parametrize("blocks", [lambda: torch.kron(torch.eye(3), torch.ones(4, 4)).bool(),
+                                    lambda: torch.block_diag(*[torch.ones(4, 4)] * 3).bool(),
+                                    lambda: (torch.arange(12)[:, None] // 4 == torch.arange(12) // 4).view(3, 4, 12)
+                                    .view(12, 12)])  # fmt: skip
+def test_blocks_however_they_are_made(blocks: Callable[[], Tensor]) -> None:
+    verdict, spec, tables, _ = folded(lambda q: blocks(), dynamic=False)
+    assert (spec.keep, tables) == ("i // 4 == j // 4", []), verdict
 
 
 def test_a_buffer_of_a_triangle() -> None:
@@ -252,8 +283,24 @@ def test_a_mask_written_in_place_is_recognised_by_its_values() -> None:
         found[:, :3] = True
         return found
 
-    verdict, spec, tables, _ = folded(mask)
+    verdict, spec, tables, graph_module = folded(mask)
     assert (spec.keep, tables, verdict.proof) == ("(j <= 2) | (j <= i)", [], "evaluated"), verdict
+    assert not [n for n in graph_module.graph.nodes if n.name.startswith(("fill_", "ones", "tril"))]
+
+
+def test_a_write_that_others_see_stays() -> None:
+    class Shared(nn.Module):
+        def forward(self, q: Tensor) -> tuple[Tensor, Tensor]:
+            table = torch.zeros(q.shape[2], q.shape[2])
+            table[:, :2].fill_(1.0)
+            keep = (table > 0) | causal(q)
+            return run(q, [q, q], [keep[None, None]], AttendSpec(score="s", keep="t0[0, 0, i, j]")), table
+
+    q = torch.randn(2, 4, N, 8)
+    graph_module: Any = export(Shared(), (q,), strict=False).module()
+    fold_masks(graph_module)
+    for found, wanted in zip(graph_module(q), Shared()(q), strict=True):
+        torch.testing.assert_close(found, wanted)
 
 
 def test_a_mask_written_in_place_is_never_misread() -> None:

@@ -162,16 +162,11 @@ def test_decoding_counts_from_the_end() -> None:
 
 
 @pytest.mark.slow
-def test_more_layers_cost_little_more() -> None:
-    def cost(layers: int) -> tuple[float, float]:
-        started = time.perf_counter()
-        captured = capture(llama(num_hidden_layers=layers), (), dict(input_ids=IDS, use_cache=False))
-        exported = time.perf_counter() - started
-        raise_sites(captured.graph)
-        started = time.perf_counter()
-        fold_masks(captured.graph)
-        return time.perf_counter() - started, exported
-
-    few, _ = cost(4)
-    many, exported = cost(40)
-    assert many < 3 * few + 0.1 and many < 0.05 * exported
+def test_forty_layers_cost_little_beside_their_export() -> None:
+    started = time.perf_counter()
+    captured = capture(llama(num_hidden_layers=40), (), dict(input_ids=IDS, use_cache=False))
+    exported = time.perf_counter() - started
+    raise_sites(captured.graph)
+    started = time.perf_counter()
+    verdicts = fold_masks(captured.graph)
+    assert len(verdicts) == 40 and time.perf_counter() - started < 0.05 * exported

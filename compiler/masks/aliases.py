@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import fx
 
+METADATA_ONLY = (torch.ops.aten.detach_.default,)  # written to, by the schema, and no value changes
+
 
 def shares_memory(user: fx.Node, source: fx.Node) -> bool:
     """Whether an operator gives a view of a tensor, or writes into it."""
@@ -42,7 +44,7 @@ def nodes_written_in_place(graph: fx.Graph) -> frozenset[fx.Node]:
                 continue
             nodes = [a for a in (value if isinstance(value, list | tuple) else [value]) if isinstance(a, fx.Node)]
             shared.extend(nodes)
-            if argument.alias_info.is_write:
+            if argument.alias_info.is_write and n.target not in METADATA_ONLY:
                 written.extend(nodes)
         _join(n, shared, parent, root)
     roots = {root(n) for n in written}

@@ -19,7 +19,8 @@ from .aliases import shares_memory
 from .frame import formula
 from .reading import attribute, backward_slice
 
-LOW = -5e8  # a logit below this has no weight
+LOW = -5e8  # a logit below this has no weight;
+LOW_HALF = -3e4  # where the mask is a float16 tensor, whose lowest number is -65504
 ELEMENTS = 1 << 22  # compared at a time
 EXAMPLE = 1 << 18  # elements of a mask at which the example's own sizes are given up for smaller ones
 ENOUGH = 2  # sizes at which the comparison must have been possible
@@ -242,13 +243,14 @@ def _differs(
     values = compute([n for side in sides for _, n in side], sizes, known, gm, style)
     before = {name: value for (name, _), value in zip(sides[0], values, strict=False)}
     after = {name: value for (name, _), value in zip(sides[1], values[len(sides[0]) :], strict=True)}
+    low = LOW_HALF if any(t.dtype == torch.float16 for t in before.values()) else LOW
     batch, heads, n, m = grid
     rows = max(1, ELEMENTS // max(1, batch * heads * m))
     for start in range(0, n, rows):
         block = torch.arange(start, min(n, start + rows))
         products = torch.randn(batch, heads, len(block), m, generator=torch.Generator().manual_seed(start))
-        a = _logits(old.spec, before, products, block, grid)
-        b = _logits(new.spec, after, products, block, grid)
+        a = _logits(old.spec, before, products, block, grid, low)
+        b = _logits(new.spec, after, products, block, grid, low)
         if not torch.equal(a == -math.inf, b == -math.inf):
             return f"{int(((a == -math.inf) != (b == -math.inf)).sum())} positions differ"
         kept = a != -math.inf
@@ -258,7 +260,7 @@ def _differs(
 
 
 def _logits(
-    spec: AttendSpec, tables: dict[str, Tensor], products: Tensor, rows: Tensor, grid: tuple[int, ...]
+    spec: AttendSpec, tables: dict[str, Tensor], products: Tensor, rows: Tensor, grid: tuple[int, ...], low: float
 ) -> Tensor:
     batch, heads, n, m = grid
     names = {
@@ -274,4 +276,4 @@ def _logits(
     keep = evaluate(spec.keep_expr, names, tables) if spec.keep else torch.tensor(True)
     keep = keep if keep.dtype == torch.bool else keep != 0
     score = torch.where(keep, score.to(torch.float32), -math.inf).expand(products.shape)
-    return torch.where(score > LOW, score, -math.inf)
+    return torch.where(score > low, score, -math.inf)

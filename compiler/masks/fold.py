@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from ..symbol_text import parse
 from ..symbols import FALSE, TRUE, Expr, build
 from .aliases import nodes_written_in_place, structure_keys
 from .arithmetic import pushed, truth
+from .erasing import erase_unused
 from .evaluation import Side, disagreement
 from .families import Families
 from .frame import Frame
@@ -63,7 +64,7 @@ def fold_masks(graph_module: fx.GraphModule) -> tuple[MaskVerdict, ...]:
             replaced.extend(tables)
             node.args = (q, kv, list(found.tables), found.spec)
     if replaced:
-        _erase_unused(graph_module.graph, replaced)
+        erase_unused(graph_module.graph, replaced)
         graph_module.recompile()
     return tuple(verdicts)
 
@@ -119,7 +120,8 @@ class _Site:
         if len(_dense_leaves(new)) > len(_dense_leaves(self.spec)):
             return "it is made of several tensors over queries and keys"
         side, tables = _numbered(new, nodes | dict(self.old.tables))
-        if side.text == self.text:
+        same_score = side.score == self.spec.score
+        if side.text == self.text or (same_score and (set(tables) == set(self.tables) or _all_dense(side))):
             return "; ".join(reader.reasons()) or "nothing to fold"
         cut = [reader.leaves[x] for x in nodes if x in reader.leaves]
         after = Side(side, tuple((f"t{k}", t) for k, t in enumerate(tables)))
@@ -191,6 +193,11 @@ def _dense_leaves(spec: AttendSpec) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def _all_dense(spec: AttendSpec) -> bool:
+    """Whether a predicate is nothing but tensors over queries and keys."""
+    return bool(spec.conjuncts) and all(c.op == "ne" and any(map(is_dense, c.args)) for c in spec.conjuncts)
+
+
 def _leftovers(spec: AttendSpec) -> tuple[str, ...]:
     """Lookups of the score, and those of the predicate that need a tensor over queries and keys."""
     biases = [e.text for e in spec.score_expr.walk() if e.op == "lookup"]
@@ -211,7 +218,7 @@ def _numbered(spec: AttendSpec, nodes: dict[str, fx.Node]) -> tuple[AttendSpec, 
     def renamed(text: str) -> str:
         return _renamed(parse(text), named).text if text else text
 
-    fields = {f: renamed(getattr(spec, f)) for f in ("keep", "score", "weight", "sink", "after")}
+    fields: dict[str, Any] = {f: renamed(getattr(spec, f)) for f in ("keep", "score", "weight", "sink", "after")}
     return replace(spec, **fields), tuple(tables)
 
 
@@ -221,20 +228,3 @@ def _renamed(e: Expr, named: Callable[[str], str]) -> Expr:
     if e.op in ("name", "const"):
         return e
     return build(e.op, *(_renamed(a, named) for a in e.args))
-
-
-def _erase_unused(graph: fx.Graph, roots: Iterable[fx.Node]) -> None:
-    """Remove the roots and what only they needed; checks of a removed tensor's metadata go with it."""
-    todo = list(dict.fromkeys(roots))
-    while todo:
-        n = todo.pop()
-        if n.op in ("placeholder", "output") or n._erased:
-            continue
-        checks = [u for u in n.users if "_assert_tensor_metadata" in str(u.target)]
-        if len(checks) < len(n.users) or (n.op == "call_function" and n.is_impure()):
-            continue
-        for check in checks:
-            graph.erase_node(check)
-        inputs = n.all_input_nodes
-        graph.erase_node(n)
-        todo.extend(inputs)

@@ -57,6 +57,8 @@ def simplify_indices(e: Expr, space: IndexSpace = ANYWHERE) -> Expr:
         return _decide(e, space)
     if e.op in ("floordiv", "mod"):
         return _divided(e, space)
+    if e.op == "add":
+        return _divided_and_joined(e)
     if e.op in ("and", "or"):
         return _without_implied(_absorbed(e))
     return e
@@ -94,6 +96,18 @@ def _divided(e: Expr, space: IndexSpace) -> Expr:
     top, bottom = e.args
     if bottom.is_integer and top.is_integer and space.never_negative(top) and space.never_negative(bottom - top - 1):
         return const(0) if e.op == "floordiv" else top
+    return e
+
+
+def _divided_and_joined(e: Expr) -> Expr:
+    """`x // c * c + x % c` is x."""
+    texts = {part.text: part for part in e.args}
+    for part in e.args:
+        if part.op == "mod" and part.is_integer:
+            whole = (build("floordiv", *part.args) * part.args[1]).text
+            if whole in texts:
+                rest = [p for p in e.args if p is not part and p is not texts[whole]]
+                return build("add", part.args[0], *rest)
     return e
 
 

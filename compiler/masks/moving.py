@@ -240,9 +240,8 @@ def _checked(reader: Reader, e: Expr) -> Expr:
 
 def _index_select(reader: Reader, node: fx.Node, index: Index) -> Expr:
     d = _dim(node, 1, len(index))
-    return reader.at(
-        node.args[0], (*index[:d], _checked(reader, reader.at(node.args[2], (index[d],))), *index[d + 1 :])
-    )
+    picked = _checked(reader, reader.at(node.args[2], (index[d],)))
+    return reader.at(node.args[0], (*index[:d], picked, *index[d + 1 :]))
 
 
 def _getitem(reader: Reader, node: fx.Node, index: Index) -> Expr:

@@ -63,9 +63,8 @@ def cast(e: Expr, old: torch.dtype, new: torch.dtype) -> Expr:
         return number(e, 1.0 if new.is_floating_point else 1, 0.0 if new.is_floating_point else 0)
     if new.is_floating_point and old.is_floating_point and e.op == "where":
         return choose(e.args[0], cast(e.args[1], old, new), cast(e.args[2], old, new))
-    if old == new or (
-        new in (torch.float32, torch.float64) and (e.is_integer or old in (torch.float16, torch.bfloat16))
-    ):
+    wider = new in (torch.float32, torch.float64) and (e.is_integer or old in (torch.float16, torch.bfloat16))
+    if old == new or wider:
         return e
     if e.op == "where" and new.is_floating_point and all(a.op == "const" for a in e.args[1:]):
         return choose(e.args[0], cast(e.args[1], old, new), cast(e.args[2], old, new))

@@ -1,8 +1,8 @@
 """A tensor of the graph as a function of its index: symbolic interpretation, pulled from one element backwards.
 
-`Reader.at(node, index)` gives the element of a node as an expression. Operators that create, move, compare or combine values
-are read; whatever else a value comes from stays a tensor that is looked up: `leaf_node[index]`. A parameter is always
-a leaf, and so is every tensor derived from one without a choice in between: a bias is data, never a formula.
+`Reader.at(node, index)` gives the element of a node as an expression. Operators that create, move, compare or combine
+values are read; whatever else a value comes from stays a tensor that is looked up: `leaf_node[index]`. A parameter is
+always a leaf, and so is every tensor derived from one without a choice in between: a bias is data, never a formula.
 """
 
 from __future__ import annotations
