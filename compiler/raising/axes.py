@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import Any
 
 import sympy
+from torch.utils._sympy.functions import FloorDiv
 
 Size = Any  # an int, or the sympy expression of a symbolic size
 
@@ -27,8 +28,16 @@ def extent(size: Any) -> Size:
     """A size as an int or an expression."""
     if isinstance(size, int):
         return size
-    expression = size.node.expr if hasattr(size, "node") else size
+    expression = _divided(size.node.expr if hasattr(size, "node") else size)
     return int(expression) if expression.is_Integer else expression
+
+
+@lru_cache(maxsize=4096)
+def _divided(expression: Any) -> Any:
+    """Divisions of sizes taken as exact: what a view cuts in pieces has pieces of one size."""
+    if not expression.has(FloorDiv):
+        return expression
+    return expression.replace(lambda e: isinstance(e, FloorDiv), lambda e: e.args[0] / e.args[1])
 
 
 def extents(tensor: Any) -> tuple[Size, ...]:

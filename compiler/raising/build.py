@@ -71,10 +71,8 @@ class Builder:
     def shaped(self, node: fx.Node, groups: Groups) -> fx.Node:
         if extents(tensor_of(node)) == tuple(product(g) for g in groups):
             return node
-        sizes = [self.size(g) for g in groups]
-        symbolic = [k for k, s in enumerate(sizes) if isinstance(s, fx.Node)]
-        if len(symbolic) == 1:
-            sizes[symbolic[0]] = -1
+        symbolic = [g for g in groups if not isinstance(product(g), int)]
+        sizes = [-1 if len(symbolic) == 1 and g is symbolic[0] else self.size(g) for g in groups]
         return self.call(aten.reshape.default, node, sizes)
 
     def arranged(self, node: fx.Node, groups: Groups, wanted: Groups) -> fx.Node:

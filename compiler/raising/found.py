@@ -30,15 +30,10 @@ def place_of(softmax: Softmax) -> Place:
     _no_queries_in_values(weighted, v, i)
     _not_pooling(q, k, i)
     _not_channels(q, i, d)
-    known = {*leaves(i), *leaves(scores.columns)}
-    outer = tuple(a for a in all_leaves(scores.shape) if a not in known and a not in set(leaves(_whole(softmax, scores))))
+    known = {*leaves(i), *leaves(scores.columns), *leaves(scores.shape[softmax.dim])}
+    outer = tuple(tuple(a for a in leaves(g) if a not in known) for g in scores.shape)
     return Place(weighted.product.node, weighted.out, q, k, v, i, leaves(scores.columns), d, weighted.features, outer,
                  scores.value.expr, scores.value.keep, weighted.after, scores.sink, leaves=table)  # fmt: skip
-
-
-def _whole(softmax: Softmax, scores: Scores) -> Group:
-    """The softmax's own axis, a sink's column included."""
-    return scores.shape[softmax.dim]
 
 
 def _side_of_keys(softmax: Softmax, scores: Scores) -> int:

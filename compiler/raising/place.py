@@ -14,7 +14,7 @@ from ..primitives.attend_spec import AttendSpec
 from ..symbols import TRUE, Expr, as_expr, name
 from .axes import Axis, Group, Groups, all_leaves, leaves, same
 from .build import INDICES, Builder, aten
-from .layout import tensor_of
+from .layout import op_name, tensor_of
 from .near import Unraised
 from .operands import Stage, beside_features, best, onward, origin, stages, without_factor
 from .weights import DRAWN
@@ -41,7 +41,7 @@ class Place:
     j: Group
     d: Group  # axes that the product sums over
     e: Group  # axes that only the values have
-    outer: Group  # all others, batch first
+    outer: Groups  # all others, as the scores have them, batch first
     score: Expr
     keep: Expr = TRUE
     after: Expr | None = None
@@ -83,10 +83,9 @@ def write(place: Place) -> fx.Node:
 
 def _batch_and_heads(place: Place, found: dict[str, list[Stage]]) -> tuple[Group, Group]:
     """Heads share a dimension with the features somewhere; else they are the last axis in front of queries and keys."""
-    outer = leaves(place.outer)
     if place.heads is not None:
         heads = leaves(place.heads)
-        return tuple(a for a in outer if a not in heads), heads
+        return tuple(a for a in all_leaves(place.outer) if a not in heads), heads
     inner = (*leaves(place.i), *leaves(place.j))
     seen: set[Axis] = set()
     for role in ("q", "k", "v"):
@@ -96,11 +95,21 @@ def _batch_and_heads(place: Place, found: dict[str, list[Stage]]) -> tuple[Group
         seen |= beside_features([*trail, *(behind.trail if behind else ())], features, inner)
     ahead = [groups for _, groups in onward(place.node, place.out)]
     seen |= beside_features(ahead, place.e, inner)
-    outer = leaves(place.outer)  # the walk may have taken axes apart
-    heads = tuple(a for a in outer if a in seen)
-    if not heads and len(outer) > 1 and isinstance(outer[-1].size, int):
-        heads = outer[-1:]
+    outer = all_leaves(place.outer)
+    heads = tuple(a for a in outer if a in seen) or _last_axes(place, found["k"])
     return tuple(a for a in outer if a not in heads), heads
+
+
+def _last_axes(place: Place, keys: list[Stage]) -> Group:
+    """The last dimension of the scores in front of queries and keys; with those before it where keys are shared along it."""
+    outer = [leaves(g) for g in place.outer if g]
+    there = set(all_leaves(keys[-1].groups))
+    heads: Group = ()
+    while len(outer) > 1 and all(isinstance(a.size, int) for a in outer[-1]):
+        heads = (*outer.pop(), *heads)
+        if there & set(heads):
+            break
+    return heads
 
 
 def _keys_and_values(place: Place, found: dict[str, list[Stage]], batch: Group, heads: Group) -> tuple[Stage, Stage]:
@@ -166,6 +175,24 @@ def _put(place: Place, builder: Builder, result: fx.Node, groups: Groups) -> Non
         out = builder.arranged(result, groups, place.out)
     node.replace_all_uses_with(out)
     _erase(node)
+    _views_become_reshapes(out)
+
+
+_STOPS = frozenset({"linear", "matmul", "addmm", "mm", "bmm", "conv2d", "einsum", "layer_norm", "embedding"})
+
+
+def _views_become_reshapes(start: fx.Node) -> None:
+    """A view that the old result's memory layout allowed need not be one of the new result's."""
+    queue, seen = [start], {start}
+    while queue:
+        for user in queue.pop().users:
+            if user in seen or user.op != "call_function" or op_name(user) in _STOPS:
+                continue
+            if user.target is aten.view.default:
+                user.target = aten.reshape.default
+            if len(seen) < 64:
+                seen.add(user)
+                queue.append(user)
 
 
 def _erase(node: fx.Node) -> None:

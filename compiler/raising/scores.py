@@ -78,7 +78,7 @@ def read_scores(softmax: Softmax) -> Scores:
             columns = fresh(tensor_of(part).shape[softmax.dim])
             bare = tuple(() if d == softmax.dim else g for d, g in enumerate(groups))
             groups = tuple(columns if d == softmax.dim else g for d, g in enumerate(groups))
-            sink, node = reader.leaf(extra, bare), part
+            sink, node = reader.leaf(*_flat(extra, bare)), part
         else:
             break
     value = reader.read(node, groups)
@@ -320,6 +320,14 @@ def unexpanded(node: Any, groups: Groups) -> tuple[Any, Groups]:
         if len(all_leaves(there)) < count:
             best, count = (current, there), len(all_leaves(there))
     return best
+
+
+def _flat(node: fx.Node, groups: Groups) -> tuple[fx.Node, Groups]:
+    """Before the views that gave it dimensions of size 1."""
+    node, groups = unexpanded(node, groups)
+    while (moved := back(node, groups)) is not None and len(moved[1]) < len(groups):
+        node, groups = moved
+    return node, groups
 
 
 def _at_most(e: Any, bound: float) -> bool:

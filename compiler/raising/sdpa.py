@@ -57,7 +57,7 @@ def place_of_sdpa(node: fx.Node) -> Place:
     heads = outer[-1] if len(outer) > 1 else None
     return Place(
         node, (*outer, i, e), Operand(q, q_groups), Operand(k, (*k_outer, j, d)), Operand(v, (*v_outer, j, e)),
-        i, j, d, e, tuple(a for g in outer for a in leaves(g)), score, keep, after, heads=heads, leaves=tables,
+        i, j, d, e, tuple(outer), score, keep, after, heads=heads, leaves=tables,
     )  # fmt: skip
 
 

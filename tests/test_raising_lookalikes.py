@@ -1,0 +1,289 @@
+"""What looks like attention and is not stays as it is, and the nearest miss says why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from reattend.compiler.capture import capture
+from reattend.compiler.raising import raise_sites
+
+B, N, C, H, D = 2, 6, 16, 4, 4
+
+
+@dataclass(frozen=True)
+class LookAlike:
+    """A module's forward over x (B, N, C), and what the nearest misses must say; no reason: not even a softmax is there."""
+
+    name: str
+    run: Callable[[Projections, Tensor], Any]
+    reasons: tuple[str, ...]
+
+
+class Projections(nn.Module):
+    """Layers to write look-alikes with."""
+
+    def __init__(self, run: Callable[[Projections, Tensor], Any]) -> None:
+        super().__init__()
+        self.run = run
+        self.q, self.k, self.v, self.o = (nn.Linear(C, C) for _ in range(4))
+        self.gate = nn.Linear(C, H)
+        self.one = nn.Linear(C, 1)
+        self.experts = nn.ModuleList([nn.Linear(C, C) for _ in range(H)])
+        self.query = nn.Parameter(torch.randn(C))
+        self.slots = nn.Parameter(torch.randn(C, 5))
+        self.memory = nn.Parameter(torch.randn(5, C))
+        self.mix = nn.Conv2d(H, H, 1)
+        self.across = nn.Linear(H, H)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.run(self, x)
+
+    def heads(self, layer: nn.Module, x: Tensor) -> Tensor:
+        return layer(x).view(x.shape[0], -1, H, D).transpose(1, 2)
+
+    def qkv(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return self.heads(self.q, x), self.heads(self.k, x), self.heads(self.v, x)
+
+    def merged(self, o: Tensor) -> Tensor:
+        return self.o(o.transpose(1, 2).flatten(2))
+
+
+def router(m: Projections, x: Tensor) -> Tensor:
+    w = m.gate(x).softmax(-1)
+    return torch.einsum("bne,bnce->bnc", w, torch.stack([e(x) for e in m.experts], -1))
+
+
+def top_router(m: Projections, x: Tensor) -> Tensor:
+    w, where = torch.topk(m.gate(x).softmax(-1), 2)
+    return w.sum(-1, keepdim=True) * x + where.sum()
+
+
+def product_router(m: Projections, x: Tensor) -> Tensor:
+    w = (x @ m.slots[:, :H]).softmax(-1)
+    return torch.einsum("bne,bnec->bnc", w, torch.stack([e(x) for e in m.experts], 2))
+
+
+def pooling(m: Projections, x: Tensor) -> Tensor:
+    return (m.one(x).softmax(1).transpose(1, 2) @ x).squeeze(1)
+
+
+def vector_pooling(m: Projections, x: Tensor) -> Tensor:
+    return torch.einsum("bn,bnc->bc", (x @ m.query).softmax(-1), x)
+
+
+def slots(m: Projections, x: Tensor) -> Tensor:
+    q, k, v = m.qkv(x)
+    return m.merged((q @ k.mT).softmax(-2) @ v)
+
+
+def slots_renormalised(m: Projections, x: Tensor) -> Tensor:
+    q, k, v = m.qkv(x)
+    w = (q @ k.mT).softmax(-2) + 1e-8
+    return m.merged((w / w.sum(-1, keepdim=True)) @ v)
+
+
+def over_heads(m: Projections, x: Tensor) -> Tensor:
+    q, k, v = m.qkv(x)
+    return m.merged((q @ k.mT).softmax(1) @ v)
+
+
+def returned_weights(m: Projections, x: Tensor) -> tuple[Tensor, Tensor]:
+    q, k, v = m.qkv(x)
+    w = (q @ k.mT).softmax(-1)
+    return m.merged(w @ v), w
+
+
+def mean_weights(m: Projections, x: Tensor) -> tuple[Tensor, Tensor]:
+    q, k, v = m.qkv(x)
+    w = (q @ k.mT).softmax(-1)
+    return m.merged(w @ v), w.mean(1)
+
+
+def returned_scores(m: Projections, x: Tensor) -> tuple[Tensor, Tensor]:
+    q, k, v = m.qkv(x)
+    s = q @ k.mT * 0.5
+    return m.merged(s.softmax(-1) @ v), s
+
+
+def scores_of_next_layer(m: Projections, x: Tensor) -> Tensor:
+    q, k, v = m.qkv(x)
+    s = q @ k.mT
+    y = m.merged(s.softmax(-1) @ v)
+    q, k, v = m.qkv(y)
+    return m.merged((q @ k.mT + s).softmax(-1) @ v)
+
+
+def no_values(m: Projections, x: Tensor) -> Tensor:
+    q, k, _ = m.qkv(x)
+    return (q @ k.mT).softmax(-1)
+
+
+def contrastive(m: Projections, x: Tensor) -> Tensor:
+    image, text = F.normalize(m.q(x[:, 0]), dim=-1), F.normalize(m.k(x[:, 1]), dim=-1)
+    return (image @ text.t() * 10.0).softmax(-1)
+
+
+def classifier(m: Projections, x: Tensor) -> Tensor:
+    return (m.gate(x.mean(1)) / 0.7).softmax(-1)
+
+
+def linear_attention(m: Projections, x: Tensor) -> Tensor:
+    q, k, v = m.qkv(x)
+    return m.merged(q.softmax(-1) @ (k.softmax(-2).mT @ v))
+
+
+def channels(m: Projections, x: Tensor) -> Tensor:
+    q, k, v = (t.mT for t in m.qkv(x))  # (B, H, D, N)
+    q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+    return m.o(((q @ k.mT).softmax(-1) @ v).permute(0, 3, 1, 2).flatten(2))
+
+
+def talking_heads(m: Projections, x: Tensor) -> Tensor:
+    q, k, v = m.qkv(x)
+    return m.merged(m.mix(q @ k.mT).softmax(-1) @ v)
+
+
+def talking_weights(m: Projections, x: Tensor) -> Tensor:
+    q, k, v = m.qkv(x)
+    w = m.across((q @ k.mT).softmax(-1).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+    return m.merged(w @ v)
+
+
+def heads_mixed_by_product(m: Projections, x: Tensor) -> Tensor:
+    q, k, v = m.qkv(x)
+    w = torch.einsum("bhij,hg->bgij", (q @ k.mT).softmax(-1), m.across.weight)
+    return m.merged(w @ v)
+
+
+def top_keys(m: Projections, x: Tensor) -> Tensor:
+    q, k, v = m.qkv(x)
+    best, where = (q @ k.mT).topk(3, -1)
+    return m.merged((best.softmax(-1).unsqueeze(-2) @ v.unsqueeze(2).expand(-1, -1, N, -1, -1)
+                     .gather(3, where.unsqueeze(-1).expand(-1, -1, -1, -1, D))).squeeze(-2))  # fmt: skip
+
+
+def gumbel(m: Projections, x: Tensor) -> Tensor:
+    noise = -torch.log(-torch.log(torch.rand(H).clamp(1e-6, 1 - 1e-6)))
+    return ((m.gate(x) + noise) / 0.5).softmax(-1) @ m.across.weight
+
+
+def memory(m: Projections, x: Tensor) -> Tensor:
+    return (x @ m.slots).softmax(-1) @ m.memory
+
+
+def distances(m: Projections, x: Tensor) -> Tensor:
+    return (-torch.cdist(m.q(x), m.k(x))).softmax(-1) @ m.v(x)
+
+
+def sum_over_heads(m: Projections, x: Tensor) -> Tensor:
+    q, k, v = m.qkv(x)
+    return torch.einsum("bhij,bhjd->bid", (q @ k.mT).softmax(-1), v)
+
+
+def values_per_query(m: Projections, x: Tensor) -> Tensor:
+    q, k, v = m.qkv(x)
+    w = (q @ k.mT).softmax(-1)
+    return m.merged(torch.einsum("bhij,bhijd->bhid", w, v.unsqueeze(2) - v.unsqueeze(3)))
+
+
+def smoothed(m: Projections, x: Tensor) -> Tensor:
+    q, k, v = m.qkv(x)
+    w = (q @ k.mT).exp()
+    return m.merged((w / (w.sum(-1, keepdim=True) + 1.0)) @ v)
+
+
+def squared(m: Projections, x: Tensor) -> Tensor:
+    q, k, v = m.qkv(x)
+    return m.merged((q @ k.mT).softmax(-1).pow(2) @ v)
+
+
+def running_sum(m: Projections, x: Tensor) -> Tensor:
+    q, k, v = m.qkv(x)
+    return m.merged((q @ k.mT).cumsum(-1).softmax(-1) @ v)
+
+
+def no_softmax(m: Projections, x: Tensor) -> Tensor:
+    q, k, v = m.qkv(x)
+    return m.merged(q @ (k.mT @ v))
+
+
+def relu_attention(m: Projections, x: Tensor) -> Tensor:
+    q, k, v = m.qkv(x)
+    return m.merged((q @ k.mT).relu() / N @ v)
+
+
+NO_PRODUCT = "no product of queries and keys"
+LOOK_ALIKES = [
+    LookAlike("mixture of experts", router, (NO_PRODUCT,)),
+    LookAlike("top-2 router", top_router, (NO_PRODUCT,)),
+    LookAlike("router by a product", product_router, ("differ from query to query",)),
+    LookAlike("pooling by a layer", pooling, (NO_PRODUCT,)),
+    LookAlike("pooling by a vector", vector_pooling, (NO_PRODUCT,)),
+    LookAlike("slot attention", slots, ("softmax over axis 2, its product with values sums over axis 3",)),
+    LookAlike("slot attention, renormalised", slots_renormalised, ("the weights are also used by",)),
+    LookAlike("softmax over heads", over_heads, ("softmax over axis 1, the keys of its product",)),
+    LookAlike("weights returned", returned_weights, ("the weights are returned",)),
+    LookAlike("mean weights returned", mean_weights, ("the weights are also used by %mean",)),
+    LookAlike("scores returned", returned_scores, ("the scores are returned",)),
+    LookAlike("scores handed on", scores_of_next_layer, ("the scores are also used by %add",)),
+    LookAlike("no values", no_values, ("the weights are returned",)),
+    LookAlike("contrastive logits", contrastive, ("the weights are returned",)),
+    LookAlike("classifier with a temperature", classifier, (NO_PRODUCT,)),
+    LookAlike("linear attention", linear_attention, (NO_PRODUCT, NO_PRODUCT)),
+    LookAlike("attention over channels", channels, ("the queries are channels of %linear",)),
+    LookAlike("talking heads", talking_heads, ("between the product %matmul and the softmax stands %conv2d",)),
+    LookAlike("talking weights", talking_weights, ("the weights meet %linear_3 (linear)",)),
+    LookAlike("heads mixed by a product", heads_mixed_by_product, ("sums over axis 1",)),
+    LookAlike("the best keys only", top_keys, ("stands %topk",)),
+    LookAlike("gumbel softmax", gumbel, (NO_PRODUCT,)),
+    LookAlike("learned memory", memory, ("are a weight: a gate over learned slots",)),
+    LookAlike("distances", distances, (NO_PRODUCT,)),
+    LookAlike("sum over heads", sum_over_heads, ("sums over axis 1 and 3",)),
+    LookAlike("values per query", values_per_query, ("differ from query to query",)),
+    LookAlike("sum with one more", smoothed, ("is changed before it divides",)),
+    LookAlike("squared weights", squared, ("the weights meet %pow",)),
+    LookAlike("running sum of scores", running_sum, ("stands %cumsum",)),
+    LookAlike("no softmax", no_softmax, ()),
+    LookAlike("relu attention", relu_attention, ()),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("look_alike", LOOK_ALIKES, ids=lambda s: s.name)
+def test_look_alike(look_alike: LookAlike) -> None:
+    x = torch.randn(B, N, C)
+    with torch.no_grad():
+        captured = capture(Projections(look_alike.run).eval(), (x,), dynamic=False)
+        torch.manual_seed(1)
+        wanted = captured.graph(x)
+        raised = raise_sites(captured.graph)
+        torch.manual_seed(1)
+        found = captured.graph(x)
+    expected = 1 if look_alike.name == "scores handed on" else 0
+    assert len(raised.nodes) == 0 or expected
+    said = [m.reason for m in raised.misses]
+    assert len(said) >= len(look_alike.reasons), said
+    for reason in look_alike.reasons:
+        assert any(reason in s for s in said), said
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(found, wanted))
+
+
+def test_a_miss_names_module_and_node() -> None:
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = Projections(returned_weights)
+
+        def forward(self, x: Tensor) -> Any:
+            return self.inner(x)
+
+    captured = capture(Outer().eval(), (torch.randn(B, N, C),))
+    (miss,) = raise_sites(captured.graph).misses
+    assert miss.where == "inner"
+    assert miss.node in {n.name for n in captured.graph.graph.nodes}
