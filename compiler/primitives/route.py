@@ -36,7 +36,7 @@ def route(scores: Tensor, k: int, *, valid: Tensor | None = None) -> tuple[Tenso
     ):
         found = f"valid of shape {tuple(valid.shape)}"
         raise Refused(found, where="route", fits=f"what broadcasts to {tuple(scores.shape)}")
-    indices, values = route_op(scores, [] if valid is None else [valid], RouteSpec(int(k)).text)
+    values, indices = route_op(scores, [] if valid is None else [valid], RouteSpec(int(k)).text)
     return indices, values
 
 
@@ -50,12 +50,12 @@ def route_meaning(groups: Groups, text: str) -> list[Tensor]:
     missing = k - order.shape[-1]
     indices = torch.where(values > -math.inf, order, -1)
     pad = torch.nn.functional.pad
-    return [pad(indices, (0, missing), value=-1), pad(values, (0, missing), value=-math.inf)]
+    return [pad(values, (0, missing), value=-math.inf), pad(indices, (0, missing), value=-1)]
 
 
 def route_shapes(groups: Groups, text: str) -> list[Tensor]:
     scores, k = groups[0][0], RouteSpec.of(text).k
-    return [scores.new_empty(*scores.shape[:-1], k, dtype=torch.long), scores.new_empty(*scores.shape[:-1], k)]
+    return [scores.new_empty(*scores.shape[:-1], k), scores.new_empty(*scores.shape[:-1], k, dtype=torch.long)]
 
 
 route_op = Primitive("route", ("scores", "tables*"), route_meaning, route_shapes)

@@ -77,7 +77,7 @@ def _feature(text: str, x: Tensor) -> Tensor:
 
 def in_order(documents: Tensor) -> Tensor:
     """Ids of any kind as 0, 1, 2, ...: one more at each change."""
-    ids = documents.reshape(-1, 1, documents.shape[-1])
+    ids = (documents if documents.ndim == 2 else documents[None]).unsqueeze(1)
     change = torch.zeros_like(ids, dtype=torch.long)
     change[..., 1:] = ids[..., 1:] != ids[..., :-1]
     return change.cumsum(-1)
