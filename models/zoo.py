@@ -243,7 +243,7 @@ def _timm_models() -> list[Family]:
         _timm("timm_swinv2", "swinv2_tiny_window8_256", 4, EAGER, **windows),
         _timm("timm_maxvit", "maxvit_rmlp_pico_rw_256", 4, size=64, img_size=64, depths=(1, 1), embed_dim=(32, 64)),
         _timm("timm_coatnet", "coatnet_rmlp_nano_rw_224", 2, size=64, img_size=64, depths=(1, 1, 1, 1),
-              embed_dim=(16, 16, 32, 64)),
+              embed_dim=(32, 32, 32, 64)),
         _timm("timm_mvitv2", "mvitv2_tiny", 10, EAGER, img_size=32),
         _timm("timm_levit", "levit_128s", 3, EAGER, size=64, img_size=64, embed_dim=(32, 48), num_heads=(2, 3),
               depth=(1, 1)),

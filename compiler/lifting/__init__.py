@@ -12,7 +12,7 @@ from torch import fx
 from ..ports import op_name
 from ..refusal import Refused
 from .chains import products_behind, raise_chain
-from .in_place import without_writes
+from .in_place import without_dead, without_writes
 from .reading import Unreadable
 from .sdpa import raise_sdpa
 from .softmaxes import as_softmax
@@ -38,8 +38,9 @@ def raise_sites(graph_module: fx.GraphModule, *, recompile: bool = True) -> Rais
     raised: list[fx.Node] = []
     misses: list[NearMiss] = []
     graph = graph_module.graph
-    graph.eliminate_dead_code()
+    without_dead(graph)
     without_writes(graph)
+    without_dead(graph)
     for node in list(graph.nodes):
         if op_name(node) == "scaled_dot_product_attention":
             try:
@@ -60,7 +61,7 @@ def raise_sites(graph_module: fx.GraphModule, *, recompile: bool = True) -> Rais
                 raised.append(raise_chain(softmax, behind[0]))
             except (Unreadable, Refused) as reason:
                 misses.append(_miss(node, str(reason)))
-    graph.eliminate_dead_code()
+    without_dead(graph)
     graph.lint()
     if recompile:
         graph_module.recompile()

@@ -64,8 +64,7 @@ def raise_chain(softmax: Softmax, behind: fx.Node) -> fx.Node:
     score, sink, inner, inner_at = _scores(softmax, at, reader)
     found = _Inner(inner, inner_at)
     grouped = len(sizes) == 3 and _grouped(inner, sizes)
-    counted = head_count(behind.args[0 if not swapped else 1], sizes[0]) if len(sizes) == 1 else None  # type: ignore[arg-type]
-    counted = counted or (_heads_of(found, values, sizes[0]) if len(sizes) == 1 else None)
+    counted = _heads_of(found, values, sizes[0]) if len(sizes) == 1 else None
     shape = layout(sizes, [*found.batch, *at], counted, grouped=grouped)
     between = [*softmax.inside, *reader.chain, *inner.inside, *outer.inside]
     _not_elsewhere([softmax.node, inner.node, *between], [behind, *reader.dropped])
@@ -209,8 +208,8 @@ def _grouped(inner: Product, sizes: Sequence[Any]) -> bool:
 
 
 def _heads_of(found: _Inner, values: Operand, batch: Any) -> int | None:
-    for side in (*found.sides, values):
-        heads = head_count(side.node, batch)
+    for side, feature in ((values, values.free), *((side, side.contracted) for side in found.sides)):
+        heads = head_count(side.node, batch, shape_of(side.node)[feature])
         if heads:
             return heads
     return None

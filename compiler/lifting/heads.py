@@ -69,25 +69,23 @@ def _divisor(used: Sequence[Expr]) -> int | None:
     return None
 
 
-def head_count(node: fx.Node, batch: Any) -> int | None:
+_WIDE = frozenset({"linear", "addmm", "select", "add"})
+
+
+def head_count(node: fx.Node, batch: Any, feature: Any) -> int | None:
     """Heads of an operand (B * H, N, D): from the view that joined them, or from the width E = H * D of a projection."""
-    size, seen = shape_of(node), 0
+    seen = 0
     current: Any = node
     while isinstance(current, fx.Node) and seen < 12:
         shape = shape_of(current)
         if len(shape) == 4 and isinstance(shape[1], int) and same_size(_product(shape[:2]), batch):
             return shape[1]
-        if len(shape) == 3 and isinstance(shape[-1], int) and shape[-1] != size[-1] and size[-1] in _ints(size):
-            inner = min(x for x in (size[-1], size[-2]) if isinstance(x, int))
-            if shape[-1] % inner == 0 and op_name(current) in ("linear", "addmm", "select", "add"):
-                return int(shape[-1] // inner)
+        wide = shape[-1] if len(shape) == 3 and isinstance(feature, int) else None
+        if isinstance(wide, int) and wide > feature and wide % feature == 0 and op_name(current) in _WIDE:
+            return wide // feature
         sources = [a for a in current.args if isinstance(a, fx.Node)]
         current, seen = (sources[0] if sources else None), seen + 1
     return None
-
-
-def _ints(shape: Sequence[Any]) -> list[int]:
-    return [s for s in shape if isinstance(s, int)]
 
 
 def _product(sizes: Sequence[Any]) -> Any:

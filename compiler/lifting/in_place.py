@@ -26,6 +26,19 @@ def without_writes(graph: fx.Graph) -> None:
             _replace(node)
 
 
+def without_dead(graph: fx.Graph) -> None:
+    """Remove what nobody reads, also operations that could draw random numbers and do not."""
+    graph.eliminate_dead_code(lambda node: node.is_impure() and not _draws_nothing(node))
+
+
+def _draws_nothing(node: fx.Node) -> bool:
+    if op_name(node) == "dropout":
+        return not (node.args[1] and node.args[2])
+    if op_name(node) == "scaled_dot_product_attention":
+        return not (node.args[4:5] or (node.kwargs.get("dropout_p"),))[0]
+    return False
+
+
 def _writes(node: fx.Node) -> bool:
     return op_name(node).endswith("_") and not op_name(node).startswith("_")
 

@@ -64,7 +64,7 @@ class Reader:
         constant = constant_of(node)
         if constant is not None:
             return const(constant)
-        if not self.leads(node, is_end):
+        if plain_name(node) not in READABLE or not self.leads(node, is_end):
             return self.table(node, index)
         self.chain.append(node)
         called = plain_name(node)
