@@ -73,6 +73,14 @@ def flat() -> tuple[Tensor, ...]:
     return torch.randn(B * H, N, D), torch.randn(B * H, M, D), torch.randn(B * H, M, E)
 
 
+def batch_of_eight() -> tuple[Tensor, ...]:
+    return torch.randn(8, H, N, D), torch.randn(8, H, M, D), torch.randn(8, H, M, E)
+
+
+def single() -> tuple[Tensor, ...]:
+    return torch.randn(N, D), torch.randn(M, D), torch.randn(M, E)
+
+
 def tokens_first() -> tuple[Tensor, ...]:
     return torch.randn(B, N, H, D), torch.randn(B, M, H, D), torch.randn(B, M, H, E)
 
@@ -106,6 +114,18 @@ def masked_exponentials(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
 def multiplied_exponentials(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
     e = torch.exp(q @ k.mT * SCALE) * m.float()
     return e / e.sum(-1, keepdim=True) @ v
+
+
+def divided_behind(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = q @ k.mT * SCALE
+    e = torch.exp(s - s.amax(-1, keepdim=True))
+    return (e @ v) / e.sum(-1, keepdim=True)
+
+
+def two_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Two halves of the features under two scales."""
+    s = q[..., :4] @ k[..., :4].mT + 2.0 * (q[..., 4:] @ k[..., 4:].mT)
+    return soft(s) @ v
 
 
 def log_sum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -224,6 +244,11 @@ SPELLINGS = [
     Spelling("logsumexp", log_sum),
     Spelling("masked exponentials", masked_exponentials, keep="~t0[b, 0, 0, j]", inputs=with_mask(B, 1, 1, M)),
     Spelling("multiplied exponentials", multiplied_exponentials, keep="t0[b, 0, i, j]", inputs=with_mask(B, 1, N, M)),
+    Spelling("divided behind the values", divided_behind),
+    Spelling("two products", two_products, score="s + t0[b, h, i, j] * 2.0"),
+    Spelling("no batch, no heads", lambda q, k, v: soft(q @ k.t() * SCALE) @ v, inputs=single, heads=1, kv_heads=1),
+    Spelling("fused, no batch", lambda q, k, v: F.scaled_dot_product_attention(q, k, v), inputs=single, heads=1, kv_heads=1),
+    Spelling("fused, batch alone", lambda q, k, v: F.scaled_dot_product_attention(q, k, v), inputs=flat, heads=1, kv_heads=1),
     Spelling("float32 inside", lambda q, k, v: F.softmax(q @ k.mT * SCALE, -1, dtype=torch.float32).to(q.dtype) @ v),
     Spelling("tril", tril, keep="~t0[i, j]", inputs=square, score=f"s / {math.sqrt(D)!r}"),
     Spelling("triu added", triu_added, score=f"s * {SCALE!r} + t0[i, j]", inputs=square),
@@ -247,7 +272,7 @@ SPELLINGS = [
     Spelling("grouped in five dimensions", grouped_5d, inputs=grouped, kv_heads=2),
     Spelling("grouped einsum", grouped_einsum, inputs=grouped, kv_heads=2),
     Spelling("one key head", lambda q, k, v: soft(q @ k[:, :1].mT * SCALE) @ v[:, :1], inputs=grouped, kv_heads=1),
-    Spelling("mask per window", windows, score=f"s * {SCALE!r} + t0[0, b % 2, 0, i, j]"),
+    Spelling("mask per window", windows, score=f"s * {SCALE!r} + t0[0, b % 2, 0, i, j]", inputs=batch_of_eight),
     Spelling("bias per row of a grid", relative_rows, score=f"s * {SCALE!r} + t0[b, h, i, j // 3, 0]", inputs=with_bias(B, H, N, 3)),
     Spelling("mask behind the softmax", later_mask, after="t0[h, i, j] * w", inputs=with_bias(H, N, M)),
     Spelling("inactive dropout", lambda q, k, v: F.dropout(soft(q @ k.mT * SCALE), 0.1, False) @ v),
@@ -279,3 +304,78 @@ def test_spelling(spelling: Spelling) -> None:
     assert node.args[0].meta["val"].shape[1] == spelling.heads
     assert node.args[1][0].meta["val"].shape[1] == spelling.kv_heads
     assert torch.allclose(found, wanted, atol=2e-6, rtol=1e-5)
+
+
+class Trained(nn.Module):
+    """Attention with dropout as it is while training."""
+
+    def __init__(self, *, fused: bool) -> None:
+        super().__init__()
+        self.fused = fused
+        self.qkv = nn.Linear(H * D, 3 * H * D)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).view(*x.shape[:2], 3, H, D).permute(2, 0, 3, 1, 4)
+        p = 0.25 if self.training else 0.0
+        if self.fused:
+            return F.scaled_dot_product_attention(q, k, v, dropout_p=p)
+        return F.dropout(soft(q @ k.mT * SCALE), p, self.training) @ v
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_active_dropout_is_drawn_in_the_graph(fused: bool) -> None:
+    x = torch.randn(B, 64, H * D)
+    with torch.no_grad():
+        captured = capture(Trained(fused=fused).train(), (x,))
+        raised = raise_sites(captured.graph)
+        spec = AttendSpec.of(raised.nodes[0].args[3])
+        assert spec.after == "where(t0[b, h, i, j] < 0.75, w / 0.75, 0.0)"
+        runs = torch.stack([captured.graph(x)[0] for _ in range(200)])
+        plain = Trained.forward
+        model = Trained(fused=fused).eval()
+        model.load_state_dict(dict(captured.graph.state_dict()))
+        wanted = plain(model, x)
+    assert not torch.equal(runs[0], runs[1])
+    assert (runs.mean(0) - wanted).abs().max() < 0.2 * wanted.abs().max()
+
+
+def test_heads_that_are_one_dimension_with_the_features_are_heads() -> None:
+    class Joined(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v, self.o = (nn.Linear(H * D, H * D) for _ in range(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            length, batch, width = x.shape  # tokens first, heads folded into the batch (torch.nn, bloom, t5, opt)
+            q, k, v = (f(x).view(length, batch * H, D).transpose(0, 1) for f in (self.q, self.k, self.v))
+            w = torch.bmm(q * SCALE, k.transpose(1, 2)).softmax(-1)
+            return self.o(torch.bmm(w, v).transpose(0, 1).reshape(length, batch, width))
+
+    x = torch.randn(N, B, H * D)
+    captured = capture(Joined().eval(), (x,))
+    wanted = captured.graph(x)[0]
+    (node,) = raise_sites(captured.graph).nodes
+    assert [str(s) for s in node.args[0].meta["val"].shape][1::2] == [str(H), str(D)]
+    assert torch.allclose(captured.graph(x)[0], wanted, atol=1e-6)
+
+
+def test_a_raised_graph_runs_at_other_sizes() -> None:
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv = nn.Linear(H * D, 3 * H * D)
+
+        def forward(self, x: Tensor) -> Tensor:
+            b, n, _ = x.shape
+            q, k, v = self.qkv(x).view(b, n, 3, H, D).permute(2, 0, 3, 1, 4).flatten(1, 2)
+            s = torch.bmm(q, k.transpose(1, 2)).view(b, H, n, n) * SCALE
+            s = s + torch.arange(n).view(1, 1, 1, n)
+            return torch.bmm(soft(s).view(b * H, n, n), v).view(b, H, n, D).transpose(1, 2).flatten(2)
+
+    model = Layer().eval()
+    captured = capture(model, (torch.randn(B, N, H * D),))
+    (node,) = raise_sites(captured.graph).nodes
+    assert AttendSpec.of(node.args[3]).score.startswith(f"s * {SCALE!r} + t0[")
+    for b, n in ((1, 7), (3, 33)):
+        x = torch.randn(b, n, H * D)
+        assert torch.allclose(captured.graph(x)[0], model(x), atol=1e-5)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from ..refusal import Refused
+from .deferred import normalise_first
 from .found import place_of
 from .inplace import make_values
 from .near import NearMiss, Unraised, module_path
@@ -35,6 +36,7 @@ def raise_sites(graph_module: fx.GraphModule) -> Raised:
     graph = graph_module.graph
     graph.eliminate_dead_code()
     make_values(graph)
+    normalise_first(graph)
     made: list[fx.Node] = []
     misses: list[NearMiss] = []
     for node in list(graph.nodes):

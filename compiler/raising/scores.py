@@ -109,6 +109,9 @@ def _what_instead(node: fx.Node) -> str:
     while seen < 64 and node.op == "call_function":
         seen += 1
         inner = [a for a in node.all_input_nodes if tensor_of(a) is not None]
+        if op_name(node) == "" and op_name(node.args[0]):  # one of several results
+            node = node.args[0]  # type: ignore[assignment]
+            break
         if op_name(node) not in (*UNARY, *BINARY, "where", "masked_fill", "clamp", "neg") and back(
             node, fresh_groups(tensor_of(node))
         ) is None:

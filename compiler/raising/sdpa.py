@@ -27,8 +27,6 @@ def place_of_sdpa(node: fx.Node) -> Place:
     given: dict[str, Any] = {**dict(zip(_NAMES, node.args)), **node.kwargs}
     q, k, v = (given[n] for n in _NAMES[:3])
     q_groups = fresh_groups(tensor_of(q))
-    if len(q_groups) < 3:
-        raise Unraised(node, "q has no batch dimension")
     *outer, i, d = q_groups
     j = fresh(tensor_of(k).shape[-2])
     k_outer, e = _outer_of(k, outer, given), fresh(tensor_of(v).shape[-1])

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import fx
 
 from .layout import CASTS, KEEPING, VIEWS, argument, op_name, tensor_of
+from .near import Unraised
 
 FUSED = frozenset({"softmax", "_softmax", "_safe_softmax", "special_softmax"})
 
@@ -29,14 +29,6 @@ class Shift:
 
     scores: fx.Node
     inside: frozenset[fx.Node]
-
-
-def softmaxes(graph: fx.Graph) -> Iterator[Softmax]:
-    """All softmaxes of a graph, in order."""
-    for node in list(graph.nodes):
-        found = softmax_at(node)
-        if found is not None:
-            yield found
 
 
 def softmax_at(node: fx.Node) -> Softmax | None:
@@ -82,6 +74,8 @@ def _divided_by_sum(node: fx.Node) -> Softmax | None:
             if op_name(total) != "reciprocal" and not (op_name(total) == "pow" and total.args[1] == -1):
                 continue
             total = through(total.args[0], views=True)
+        if _is_changed_sum(total, top):
+            raise Unraised(node, f"the sum is changed by %{total.name} before it divides")
         if op_name(total) in ("clamp_min", "clamp") and _at_most_one(total) and _is_shifted(top):
             total = through(total.args[0], views=True)  # the largest exponential is 1, so the sum is at least 1
         dims = argument(total, 1, "dim") if op_name(total) == "sum" else None
@@ -93,6 +87,18 @@ def _divided_by_sum(node: fx.Node) -> Softmax | None:
             inside |= {n for n in _down(bottom, until=total)} | {total}
             return Softmax(node, scores, _dim(top, dims[0]), frozenset(inside), kept)
     return None
+
+
+def _is_changed_sum(total: fx.Node, top: fx.Node) -> bool:
+    """Something is added to the sum of the exponentials themselves."""
+    if op_name(total) not in ("add", "maximum") or not is_exponential(top):
+        return False
+    sums = [through(n, views=True) for n in total.all_input_nodes]
+    return any(op_name(n) == "sum" and through(n.args[0]) is through(top) for n in sums)
+
+
+def is_exponential(node: fx.Node) -> bool:
+    return tensor_of(node) is not None and _exponential(node) is not None
 
 
 def _at_most_one(node: fx.Node) -> bool:
@@ -111,6 +117,8 @@ def _exponential(top: fx.Node) -> tuple[fx.Node, set[fx.Node], tuple[tuple[fx.No
     kept: list[tuple[fx.Node, bool]] = []
     node = top
     while op_name(node) != "exp":
+        if node.op != "call_function":
+            return None
         inside.add(node)
         if op_name(node) in CASTS | KEEPING:
             node = node.args[0]  # type: ignore[assignment]
