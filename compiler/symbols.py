@@ -63,7 +63,21 @@ class Table:
         parts = index if isinstance(index, tuple) else (index,)
         if len(parts) != self.tensor.ndim:
             raise Refused(f"a table of {self.tensor.ndim} dimensions looked up with {len(parts)} indices")
-        return Expr("lookup", (self, *(as_expr(part) for part in parts)))
+        found = Expr("lookup", (self, *[as_expr(part) for part in parts]))
+        if _READING:
+            found._text = f"table{self._number(_READING[-1])}[{', '.join([a.text for a in found.args[1:]])}]"
+        return found
+
+    def _number(self, seen: list[Table]) -> int:
+        """Its place among the tables of the function being read: an order that is the same in every run."""
+        for number, known in enumerate(seen):
+            if known.tensor is self.tensor:
+                return number
+        seen.append(self)
+        return len(seen) - 1
+
+
+_READING: list[list[Table]] = []  # the tables met so far by each function that is being read
 
 
 class Expr:
@@ -244,14 +258,34 @@ def table(tensor: torch.Tensor) -> Table:
 
 def read(function: Callable[..., Any], known: Mapping[str, Expr], *, what: str) -> Expr:
     """Run a predicate or score function on symbols; its parameters are asked for by name, in any order."""
+    _READING.append([])
     try:
-        parameters = list(inspect.signature(function).parameters)
-    except ValueError:  # torch.relu and its like tell no names: they are functions of the first
-        return as_expr(function(next(iter(known.values()))))
+        return as_expr(_called(function, known, what))
+    finally:
+        _READING.pop()
+
+
+def _called(function: Callable[..., Any], known: Mapping[str, Expr], what: str) -> Any:
+    parameters = _parameters(function)
+    if parameters is None:  # torch.relu and its like tell no names: they are functions of the first
+        return function(next(iter(known.values())))
     unknown = [p for p in parameters if p not in known]
     if unknown:
         raise Refused(f"{what} asks for {', '.join(unknown)}", fits=f"its parameters can be {', '.join(known)}")
-    return as_expr(function(**{p: known[p] for p in parameters}))
+    return function(**{p: known[p] for p in parameters})
+
+
+def _parameters(function: Callable[..., Any]) -> list[str] | None:
+    """Names of the parameters; from the code where there is one, which torch.compile can trace, unlike inspect."""
+    plain = getattr(function, "__func__", function)
+    code = getattr(plain, "__code__", None)
+    if code is None or code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS):
+        try:
+            return list(inspect.signature(function).parameters)
+        except ValueError:
+            return None
+    names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    return list(names if plain is function else names[1:])
 
 
 # --- construction: one function per operator, each gives the canonical form -------------------------------------------
@@ -298,7 +332,7 @@ def _linear(e: Expr) -> tuple[dict[str, tuple[Expr, Any]], Any]:
 
 
 def _from_linear(terms: Mapping[str, tuple[Expr, Any]], constant: Any) -> Expr:
-    parts = [_scaled(term, factor) for _, (term, factor) in sorted(terms.items()) if factor != 0]
+    parts = [_scaled(*terms[key]) for key in sorted(terms) if terms[key][1] != 0]
     if constant != 0 or not parts:
         parts.append(const(constant))
     return parts[0] if len(parts) == 1 else Expr("add", tuple(parts))
@@ -394,7 +428,7 @@ def _compare_affine(op: str, terms: dict[str, tuple[Expr, Any]], constant: Any) 
         op, constant = "le", constant + 1
     if not terms:
         return const({"le": constant <= 0, "eq": constant == 0, "ne": constant != 0}[op])
-    if op in ("eq", "ne") and min(terms.items())[1][1] < 0:
+    if op in ("eq", "ne") and terms[min(terms)][1] < 0:
         terms, constant = {k: (t, -f) for k, (t, f) in terms.items()}, -constant
     left = {k: v for k, v in terms.items() if v[1] > 0}
     right = {k: (t, -f) for k, (t, f) in terms.items() if f < 0}
@@ -426,7 +460,7 @@ def _lattice(op: str, args: tuple[Expr, ...], absorbing: bool) -> Expr:
             del parts[text]
     if any(_not(part).text in parts for part in parts.values()):
         return const(absorbing)
-    ordered = tuple(part for _, part in sorted(parts.items()))
+    ordered = tuple([parts[key] for key in sorted(parts)])
     if not ordered:
         return const(not absorbing)
     return ordered[0] if len(ordered) == 1 else Expr(op, ordered)

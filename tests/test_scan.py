@@ -350,7 +350,7 @@ def test_exported_with_open_sizes_and_compiled() -> None:
 
     auto = torch.export.Dim.AUTO
     ep = torch.export.export(Both(), inputs(2, 6), dynamic_shapes=({0: auto, 2: auto},) * 4, strict=False)
-    compiled = torch.compile(Both(), backend="aot_eager", dynamic=True)
+    compiled = torch.compile(Both(), backend="aot_eager", dynamic=True, fullgraph=True)
     for size in ((3, 9), (2, 70)):
         x = tuple(t.requires_grad_() for t in inputs(*size))
         expected = Both()(*x)

@@ -136,7 +136,7 @@ def _both_ways(x: Operands, spec: ScanSpec) -> tuple[Tensor, Tensor]:
     """Every row reads its whole document: what came before it and itself, and what comes after it, read backwards."""
     rows, state = _forwards(x, spec)
     assert x.document is not None
-    document = in_order(x.document.flip(-1))
+    document = in_order(x.document.squeeze(1).flip(-1))
     turned = Operands(x.q.flip(2), x.k.flip(2), x.v.flip(2), None, document, torch.zeros_like(x.state))
     later, _ = _forwards(turned, ScanSpec(read="before"))
     return rows + later.flip(2), state

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -18,12 +18,7 @@ class Spec:
 
     @property
     def text(self) -> str:
-        given = {
-            f.name: getattr(self, f.name)
-            for f in fields(self)
-            if getattr(self, f.name) != f.default or f.default is MISSING
-        }
-        return json.dumps(given, sort_keys=True, separators=(",", ":"), default=_plain)
+        return _written(self)
 
     @classmethod
     def of(cls: type[S], text: str) -> S:
@@ -31,8 +26,20 @@ class Spec:
         return found
 
 
-def _plain(value: Any) -> Any:
-    return {f.name: getattr(value, f.name) for f in fields(value) if getattr(value, f.name) != f.default}
+def _written(value: Any) -> str:
+    """JSON, in words that torch.compile can trace (it cannot trace json.dumps)."""
+    if isinstance(value, Spec):
+        own = type(value)  # a default is an attribute of the class
+        names = sorted([f.name for f in fields(value)])
+        given = {name: getattr(value, name) for name in names if getattr(value, name) != getattr(own, name, None)}
+        return "{" + ",".join([f'"{key}":{_written(given[key])}' for key in given]) + "}"
+    if isinstance(value, tuple | list):
+        return "[" + ",".join([_written(v) for v in value]) + "]"
+    if isinstance(value, str):
+        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return repr(value)
 
 
 @lru_cache(maxsize=4096)
