@@ -21,16 +21,18 @@ from .compiler.capture import capture
 from .compiler.catalogue import mechanism_table as mechanism_table
 from .compiler.check import check as check
 from .compiler.cost import site_costs
+from .compiler.example_inputs import example_inputs as inferred_inputs
 from .compiler.explanation import Explanation
 from .compiler.facts import describe
 from .compiler.held_out import as_batch, held_out
 from .compiler.hosted import about, host, original
+from .compiler.islands import capture_islands, host_islands
 from .compiler.lifting import raise_sites
 from .compiler.masks import fold_masks
 from .compiler.recipe import Recipe, guard
 from .compiler.recipe_load import load_recipe
-from .compiler.refusal import Refused
-from .compiler.report import NO_DATA, Timing
+from .compiler.refusal import Refused, Uncapturable
+from .compiler.report import NO_DATA, SiteList, Timing, joined
 from .compiler.rewriting import Rewriting, model_facts
 from .compiler.site import Site
 from .compiler.steps import fitting, vocabulary
@@ -71,11 +73,14 @@ def optimize(
         work.store = earlier.store
     args, kwargs = _inputs(inner, example_inputs)
     work.batches, work.described = batches, described
-    fast: Any = host(inner, work.program_for, about=work)
-    fast.prepare(*args, **kwargs)
-    if measure and not inner.training and work.report is not None:
-        work.report.timing = _timed(inner, fast, args, kwargs)
-    log.info("%s", work.report.verdict() if work.report else "")
+    try:
+        fast: Any = host(inner, work.program_for, about=work)
+        fast.prepare(*args, **kwargs)
+    except Uncapturable as whole:
+        fast = _in_islands(inner, work, whole, args, kwargs)
+    if measure and not inner.training:
+        fast.report.timing = _timed(inner, fast, args, kwargs)
+    log.info("%s", fast.report.verdict())
     return fast
 
 
@@ -105,6 +110,21 @@ def explain(model: Any, example_inputs: Inputs = None) -> Explanation:
     )
 
 
+def _in_islands(
+    model: nn.Module, work: Rewriting, whole: Uncapturable, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Any:
+    """The model with its largest capturable parts rewritten in place; the report says which, and why not the whole."""
+    paths = capture_islands(model, args, kwargs, lambda captured: bool(raise_sites(captured.graph).nodes))
+    parts = {path: Rewriting(work.recipes, work.name, path, notes=[f"an island at {path}"]) for path in paths}
+    fast: Any = host_islands(model, list(paths), lambda path: parts[path].program_for)
+    with torch.no_grad():
+        fast(*args, **kwargs)
+    report = joined([part.report for part in parts.values() if part.report is not None])
+    report.notes = (f"captured in {len(paths)} islands, not whole: {whole}", *work.notes, *report.notes)
+    fast.__dict__ |= {"report": report, "sites": SiteList(report.rows)}
+    return fast
+
+
 def _needs_data(recipe: Recipe, batches: Sequence[Any]) -> None:
     if recipe.verify.needs_data and not batches:
         found = f"bounds {', '.join(recipe.verify.needs_data)} without data"
@@ -113,11 +133,7 @@ def _needs_data(recipe: Recipe, batches: Sequence[Any]) -> None:
 
 
 def _inputs(model: nn.Module, given: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if given is not None:
-        return as_batch(given)
-    from .compiler.example_inputs import example_inputs
-
-    return example_inputs(model)
+    return inferred_inputs(model) if given is None else as_batch(given)
 
 
 def _timed(original: nn.Module, fast: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Timing | None:

@@ -17,10 +17,13 @@ from .symbols import Expr, name
 MAX_PREFIX = 8  # class, distillation and register tokens in front of a grid
 
 
-def describe(graph_module: fx.GraphModule) -> tuple[tuple[Site, ...], dict[str, Ports]]:
-    """The sites of a raised graph in order, and the ports of each; every attend node learns its site's path."""
+def describe(graph_module: fx.GraphModule, prefix: str = "") -> tuple[tuple[Site, ...], dict[str, Ports]]:
+    """The sites of a raised graph in order, and the ports of each; every attend node learns its site's path.
+
+    prefix: where the graph's module stands in the whole model, if it is a part of one.
+    """
     nodes = [n for n in graph_module.graph.nodes if n.target is ATTEND]
-    paths = _paths(nodes)
+    paths = _paths(nodes, prefix)
     images = [n for n in graph_module.graph.nodes if op_name(n) in ("conv2d", "convolution", "_convolution")]
     order = {n: k for k, n in enumerate(graph_module.graph.nodes)}
     sites, ports = [], {}
@@ -33,8 +36,8 @@ def describe(graph_module: fx.GraphModule) -> tuple[tuple[Site, ...], dict[str, 
     return tuple(sites), ports
 
 
-def _paths(nodes: Sequence[fx.Node]) -> list[str]:
-    plain = [module_path(n) for n in nodes]
+def _paths(nodes: Sequence[fx.Node], prefix: str) -> list[str]:
+    plain = [".".join(part for part in (prefix, module_path(n)) if part) for n in nodes]
     many = Counter(plain)
     seen: Counter[str] = Counter()
     paths = []

@@ -47,13 +47,13 @@ class Outcome:
     misses: tuple[str, ...] = ()
 
 
-def raise_program(captured: Captured, store: Store) -> tuple[Program, tuple[str, ...]]:
+def raise_program(captured: Captured, store: Store, prefix: str = "") -> tuple[Program, tuple[str, ...]]:
     """Every attention as one node, masks as predicates, facts and ports; and what only looked like attention."""
     raised = raise_sites(captured.graph, recompile=False)  # folding the masks compiles the graph anew
     fold_masks(captured.graph)
-    sites, ports = describe(captured.graph)
+    sites, ports = describe(captured.graph, prefix)
     misses = tuple(f"{miss.where}: {miss.reason} (%{miss.node})" for miss in raised.misses)
-    return Program(captured.graph, sites, ports, store, notes=list(captured.notes)), misses
+    return Program(captured.graph, sites, ports, store, prefix, notes=list(captured.notes)), misses
 
 
 def rewrite(raised: Program, steps: Iterable[Step], *, without: frozenset[str] = frozenset()) -> Outcome:

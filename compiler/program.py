@@ -64,6 +64,7 @@ class Program:
     sites: tuple[Site, ...]
     ports: dict[str, Ports]
     store: Store
+    prefix: str = ""  # where the graph's module stands in the whole model, if it is a part of one
     changes: list[Change] = field(default_factory=list)
     losses: list[tuple[str, fx.Node]] = field(default_factory=list)
     buffers: list[tuple[str, fx.Node]] = field(default_factory=list)
@@ -89,7 +90,9 @@ class Program:
         ports = {path: own.moved(mapped) for path, own in self.ports.items()}
         fresh = fx.GraphModule(self.graph, graph)
         fresh.meta = dict(self.graph.meta)
-        return Program(fresh, self.sites, ports, self.store, notes=list(self.notes), fragments=self.fragments)
+        return Program(
+            fresh, self.sites, ports, self.store, self.prefix, notes=list(self.notes), fragments=self.fragments
+        )
 
     @property
     def fake_mode(self) -> Any:
@@ -100,9 +103,11 @@ class Program:
         raise Refused("the graph has no shapes", where="program")
 
 
-def tensor_name(site: Site, mechanism: Mechanism, name: str) -> str:
+def tensor_name(program: Program, site: Site, mechanism: Mechanism, name: str) -> str:
     """model.layers.3.self_attn.reattend.agent.an_bias; the k-th call of a shared module has tensors of its own."""
     module, _, call = site.path.partition("#")
+    if program.prefix:
+        module = module.removeprefix(program.prefix).lstrip(".")
     slug = f"{mechanism.slug}_{call}" if call else mechanism.slug
     return ".".join(part for part in (module, "reattend", slug, name) if part)
 

@@ -24,6 +24,10 @@ class Refused(ValueError):
         return Refused(self.found, where=f"{where}: {self.where}" if self.where else where, fits=self.fits)
 
 
+class Uncapturable(Refused):
+    """A model, or a part of one, that torch.export does not take as it is."""
+
+
 def nearest(name: str, known: Iterable[str], *, kind: str = "known") -> str:
     """What to say after an unknown name: the nearest known one, then the list.
 

@@ -6,7 +6,7 @@ import html
 import json
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +175,31 @@ class Report:
 
     def _repr_html_(self) -> str:
         return self.html()
+
+
+def joined(reports: Sequence[Report]) -> Report:
+    """One report for a model that was rewritten in several parts; deviations stand at the parts' own outputs."""
+    first = reports[0]
+    before, after = Cost(), Cost()
+    for report in reports:
+        before, after = before + report.predicted[0], after + report.predicted[1]
+    worst = max((r.output for r in reports if r.output is not None), key=lambda d: d.relative, default=None)
+    return replace(
+        first,
+        rows=tuple(row for report in reports for row in report.rows),
+        passes=tuple(dict.fromkeys(p for report in reports for p in report.passes)),
+        misses=tuple(m for report in reports for m in report.misses),
+        output=worst,
+        predicted=(before, after),
+        warnings=tuple(dict.fromkeys(w for report in reports for w in report.warnings if _everywhere(w, reports))),
+        notes=tuple(n for report in reports for n in report.notes),
+    )
+
+
+def _everywhere(warning: str, reports: Sequence[Report]) -> bool:
+    """A rule that decides nothing in one part may decide in another: said only where it is idle in all."""
+    rule, idle, _ = warning.partition(": decides nothing")
+    return not idle or all(any(w.startswith(f"{rule}{idle}") for w in r.warnings) for r in reports)
 
 
 def _cells(row: Row) -> tuple[str, str, str, str, str]:

@@ -42,7 +42,7 @@ def put(program: Program, path: str, mechanism: Mechanism, *, dropped: frozenset
     for name, node in zip(fragment.losses, results[1:], strict=False):
         program.losses.append((f"{path}.{name}", node))
     for name, node in zip(fragment.buffers, results[1 + len(fragment.losses) :], strict=True):
-        program.buffers.append((tensor_name(site, mechanism, name), node))
+        program.buffers.append((tensor_name(program, site, mechanism, name), node))
     targets = {n: str(inputs[n].target) for n in fragment.inputs if n.startswith("param_")}
     own = {n: program.store.get(target) for n, target in targets.items()}
     change = Change(site, mechanism, setting, fragment, str(attend.args[3]), own, tuple(targets.values()),
@@ -99,11 +99,11 @@ def _inputs(program: Program, site: Site, mechanism: Mechanism, attend: fx.Node,
     like = anchor.meta["val"]
     fake = program.fake_mode.from_tensor
     for name, declared in mechanism.params(site).items():
-        target = tensor_name(site, mechanism, name)
+        target = tensor_name(program, site, mechanism, name)
         value: Tensor = program.store.parameter(target, declared, like)
         inputs[f"param_{name}"] = _own_tensor(program, anchor, target, value, fake)
     for name, declared in mechanism.buffers(site).items():
-        target = tensor_name(site, mechanism, name)
+        target = tensor_name(program, site, mechanism, name)
         inputs[f"param_{name}"] = _own_tensor(
             program, anchor, target, program.store.buffer(target, declared, like), fake
         )

@@ -33,6 +33,7 @@ class Rewriting:
 
     recipes: tuple[Recipe, ...]
     name: str
+    prefix: str = ""  # where the model stands in a whole that could not be captured
     store: Store = field(default_factory=Store)
     notes: list[str] = field(default_factory=list)
     first: Checked | None = None
@@ -56,7 +57,7 @@ class Rewriting:
     def program_for(self, model: nn.Module, call: Call) -> Captured:
         """The lowered graph of one call's signature."""
         captured = capture(model, call.args, dict(call.kwargs))
-        raised, misses = raise_program(captured, self.store)
+        raised, misses = raise_program(captured, self.store, self.prefix)
         steps, warnings = self._steps(raised)
         if self.first is None:
             return self._decide(model, captured, raised, steps, misses, warnings, call)

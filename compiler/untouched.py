@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -47,11 +49,17 @@ def forgotten(model: nn.Module, names: set[str]) -> Iterator[None]:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """torch.export logs each dimension that it fixes; the notes say that in one line."""
-    logger = logging.getLogger("torch._export.non_strict_utils")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    """torch.export logs each dimension that it fixes and prints the whole graph where it fails: not to be seen."""
+    loggers = [logging.getLogger(name) for name in _LOUD]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
-        yield
+        with contextlib.redirect_stderr(io.StringIO()):
+            yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels):
+            logger.setLevel(level)
+
+
+_LOUD = ("torch._export.non_strict_utils", "torch.fx.experimental.symbolic_shapes")

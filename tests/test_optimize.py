@@ -248,3 +248,27 @@ def test_explain_lists_sites_with_their_masks() -> None:
     assert "keeps     j <= i" in found.text("layers.1.attn")
     with pytest.raises(Refused, match="layers.9"):
         found.text("layers.9")
+
+
+def test_a_model_that_cannot_be_captured_whole_is_rewritten_in_islands(capfd: pytest.CaptureFixture[str]) -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = stack(2), stack(1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            return self.last(-x if x.sum() > 0 else x)
+
+    model = Branching().eval()
+    wanted = recipe(
+        {"match": "first.layers.0.*", "attention": {"window": {"window": 3}}}, {"match": "*", "attention": "softmax"}
+    )
+    fast = optimized(model, wanted)
+    assert [row.site.path for row in fast.sites] == ["first.layers.0.attn", "first.layers.1.attn", "last.layers.0.attn"]
+    assert fast.sites["first.layers.0.attn"].mechanism.startswith("window")
+    assert "captured in 2 islands" in fast.report.text() and not fast.report.warnings
+    exact = optimized(model, "exact")
+    for x in (X, -X, torch.randn(3, 12, 32)):
+        torch.testing.assert_close(exact(x), model(x), atol=1e-5, rtol=1e-5)
+    assert "def forward" not in capfd.readouterr().err
