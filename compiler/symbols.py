@@ -118,7 +118,7 @@ class Expr:
     def names(self) -> frozenset[str]:
         return frozenset(e.args[0] for e in self.walk() if e.op == "name")
 
-    def replace(self, values: Mapping[str, Any]) -> Expr:
+    def replace(self, values: Mapping[Any, Any]) -> Expr:
         """The expression with names (or whole lookups of a named table, through a callable) put in."""
         if self.op == "name":
             word: str = self.args[0]
@@ -471,7 +471,7 @@ def _not(a: Expr) -> Expr:
         case "const":
             return const(not a.args[0])
         case "not":
-            return a.args[0]  # type: ignore[no-any-return]
+            return a.args[0]
         case "le" if not _may_be_nan(a):
             return _compare("lt", a.args[1], a.args[0])
         case "lt" if not _may_be_nan(a):

@@ -61,7 +61,7 @@ class Linear(Mechanism):
     def forward(  # type: ignore[override]
         self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor | None = None
     ) -> Tensor:
-        return scan(  # type: ignore[no-any-return]
+        return scan(
             q,
             k,
             v,
