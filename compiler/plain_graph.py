@@ -9,6 +9,7 @@ import torch
 from torch import fx, nn
 from torch.export.graph_signature import InputKind
 
+from .draft import Draft
 from .refusal import Refused
 
 CONSTANTS = "_reattend_constants"
@@ -49,7 +50,7 @@ def plain(program: torch.export.ExportedProgram, model: nn.Module, inputs: Seque
             placed[node] = graph.node_copy(node, lambda n: placed[n])
             placed[node].meta = _meta(node)
     used = {n.target for n in graph.nodes if n.op == "get_attr"}
-    module = fx.GraphModule({t: v for t, v in root.items() if t in used}, graph)
+    module = Draft({t: v for t, v in root.items() if t in used}, graph)
     return module.train(model.training)
 
 

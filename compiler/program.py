@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from .draft import Draft
 from .mechanism import Mechanism, Param
 from .ports import Ports
 from .refusal import Refused
@@ -88,7 +89,7 @@ class Program:
         for old, new in mapped.items():
             new.meta = dict(old.meta)
         ports = {path: own.moved(mapped) for path, own in self.ports.items()}
-        fresh = fx.GraphModule(self.graph, graph)
+        fresh = Draft(self.graph, graph)
         fresh.meta = dict(self.graph.meta)
         return Program(
             fresh, self.sites, ports, self.store, self.prefix, notes=list(self.notes), fragments=self.fragments

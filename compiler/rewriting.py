@@ -12,6 +12,7 @@ from torch import nn
 
 from .capture import Captured, capture
 from .cost import Cost, graph_cost, site_costs
+from .draft import drafting
 from .held_out import Batch
 from .mechanism import KINDS
 from .pipeline import Checked, Outcome, Step, checked_rewrite, lower, raise_program, rewrite
@@ -56,6 +57,10 @@ class Rewriting:
 
     def program_for(self, model: nn.Module, call: Call) -> Captured:
         """The lowered graph of one call's signature."""
+        with drafting():
+            return self._program_for(model, call)
+
+    def _program_for(self, model: nn.Module, call: Call) -> Captured:
         captured = capture(model, call.args, dict(call.kwargs))
         raised, misses = raise_program(captured, self.store, self.prefix)
         steps, warnings = self._steps(raised)
