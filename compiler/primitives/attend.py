@@ -8,6 +8,7 @@ the functions look up, and the text. Rows that keep nothing give 0 and a log-sum
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -111,7 +112,9 @@ def attend(
                            after=after, leader=leader, relative=relative, tiles=tiles, kv_heads=kv_heads, rows=rows,
                            segments=segments, outputs=outputs)  # fmt: skip
     tables = Tables()
-    factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    factor = (
+        operator.index(q.shape[-1]) ** -0.5 if scale is None else float(scale)
+    )  # a number, also where sizes are open
     main = Segment(k, v, keep, score, k_positions, rows)
     texts = [segment_texts(tables, main, with_terms(relative) * factor, causal, len(relative))]
     texts += [segment_texts(tables, part, name("s") * factor, causal, len(relative)) for part in segments]
