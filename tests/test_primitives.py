@@ -16,6 +16,7 @@ from reattend.compiler.primitives.gather import gather, scatter
 from reattend.compiler.primitives.group import group
 from reattend.compiler.primitives.merge import merge
 from reattend.compiler.primitives.operator import Primitive
+from reattend.compiler.primitives.prefix import prefix
 from reattend.compiler.primitives.reduce_kv import reduce_kv
 from reattend.compiler.primitives.route import route
 from reattend.compiler.primitives.scan import scan
@@ -86,6 +87,18 @@ CASES = [
         (2, 2, 2, 2, 0),
     ),
     Case("scan, one state", lambda q, k, v: scan(q, k, v, causal=False), qkv, (2, 2, 2)),
+    Case(
+        "prefix affine",
+        lambda a, x: prefix("affine", a, x),
+        lambda n, kind: [torch.rand(B, H, n, 1, dtype=kind), torch.randn(B, H, n, D, dtype=kind)],
+        (2, 2),
+    ),
+    Case(
+        "prefix softmax",
+        lambda s, v: prefix("softmax", s, v),
+        lambda n, kind: [torch.randn(B, H, n, dtype=kind), torch.randn(B, H, n, D, dtype=kind)],
+        (2, 2),
+    ),
     Case(
         "merge",
         lambda o, o2, z, z2: merge([(o, z), (o2, z2)]),
@@ -211,7 +224,8 @@ def test_compiled_with_gradients(case: Case) -> None:
     def run(compiled: bool) -> tuple[Tensors, Tensors]:
         torch.manual_seed(0)
         tensors = learning(case.draw(6, torch.float32))
-        call = torch.compile(Calls(case), backend="aot_eager") if compiled else Calls(case)
+        torch.compiler.reset()  # every case compiles the same method of Calls
+        call = torch.compile(Calls(case), backend="aot_eager", fullgraph=True) if compiled else Calls(case)
         outputs = call(*tensors)
         total = sum(o.masked_fill(o == -torch.inf, 0.0).square().sum() for o in outputs if o.requires_grad)
         return [o.detach() for o in outputs], list(torch.autograd.grad(total, [t for t in tensors if t.requires_grad]))
