@@ -15,6 +15,7 @@ from ..refusal import Refused
 from .deferred import normalise_first
 from .found import place_of
 from .inplace import make_values
+from .layout import is_idle
 from .near import NearMiss, Unraised, module_path
 from .place import Place, write
 from .sdpa import is_sdpa, place_of_sdpa
@@ -34,7 +35,7 @@ class Raised:
 def raise_sites(graph_module: fx.GraphModule) -> Raised:
     """Raise every site in place. Numbers are unchanged, but for rows that keep no key: they become 0."""
     graph = graph_module.graph
-    graph.eliminate_dead_code()
+    _erase_idle(graph)
     make_values(graph)
     normalise_first(graph)
     made: list[fx.Node] = []
@@ -48,7 +49,7 @@ def raise_sites(graph_module: fx.GraphModule) -> Raised:
                 made.append(_written(place))
         except Unraised as reason:
             misses.append(NearMiss(module_path(node), reason.node.name, reason.reason))
-    graph.eliminate_dead_code()
+    _erase_idle(graph)
     graph.lint()
     graph_module.recompile()
     return Raised(tuple(made), tuple(misses))
@@ -66,3 +67,9 @@ def _written(place: Place) -> fx.Node:
         return write(place)
     except Refused as refused:
         raise Unraised(place.node, str(refused)) from None
+
+
+def _erase_idle(graph: fx.Graph) -> None:
+    for node in reversed(graph.nodes):
+        if is_idle(node):
+            graph.erase_node(node)

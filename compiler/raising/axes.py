@@ -50,6 +50,11 @@ def fresh(size: Any) -> Group:
     return () if size == 1 else (Axis(size),)
 
 
+def cut(group: Group, size: Size) -> Group:
+    """What a tensor of this size has of a group that it broadcasts to."""
+    return group if size != 1 or product(group) == 1 else ()
+
+
 def fresh_groups(tensor: Any) -> Groups:
     return tuple(fresh(s) for s in tensor.shape)
 
@@ -82,7 +87,7 @@ def regroup(groups: Groups, shape: tuple[Size, ...]) -> Groups | None:
     pending = list(all_leaves(groups))
     out: list[Group] = []
     for size in shape:
-        dim: list[Axis] = []
+        dim: list[Axis] = [pending.pop(0)] if size == 1 and pending and pending[0].size == 1 else []
         rest = size
         while rest != 1:
             if not pending:
@@ -100,6 +105,9 @@ def regroup(groups: Groups, shape: tuple[Size, ...]) -> Groups | None:
             else:
                 return None
         out.append(tuple(dim))
+    if out and all(axis.size == 1 for axis in pending):
+        out[-1] = (*out[-1], *pending)
+        return tuple(out)
     return None if pending else tuple(out)
 
 

@@ -59,7 +59,9 @@ class Builder:
         for tensor in self.sized:
             for dim, found in enumerate(extents(tensor_of(tensor))):
                 if found == size:
-                    known = [u for u in tensor.users if op_name(u) in SIZES and u.args[1:] == (dim,) and u < self.anchor]
+                    known = [
+                        u for u in tensor.users if op_name(u) in SIZES and u.args[1:] == (dim,) and u < self.anchor
+                    ]
                     return known[0] if known else self.call(aten.sym_size.int, tensor, dim)
         for tensor in self.sized:
             for dim, found in enumerate(extents(tensor_of(tensor))):
@@ -166,5 +168,3 @@ def _place(group: Group, runs: dict[str, tuple[Group, Expr]]) -> str | None:
     if not axes:
         return ""
     return next((word for word, (run, _) in runs.items() if run == axes), None)
-
-

@@ -20,7 +20,7 @@ def constant(node: Any, *, buffers: bool = False) -> float | None:
     if isinstance(node, bool | int | float):
         return node
     value = tensor_of(node)
-    if value is None or not all(s == 1 for s in value.shape) and op_name(node) not in ("expand", *MADE):
+    if value is None or (not all(s == 1 for s in value.shape) and op_name(node) not in ("expand", *MADE)):
         return None
     found = _value(node, buffers)
     return None if found is None else found.item()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from torch import fx
 
+from ..symbols import TRUE, Expr, build
 from .axes import Axis, Group, Groups, all_leaves, leaves
-from .layout import data_users
+from .layout import data_users, op_name, tensor_of
 from .near import Unraised
 from .operands import beside_features, is_weight, onward, origin, stages
 from .place import Operand, Place
@@ -32,8 +34,39 @@ def place_of(softmax: Softmax) -> Place:
     _not_channels(q, i, d)
     known = {*leaves(i), *leaves(scores.columns), *leaves(scores.shape[softmax.dim])}
     outer = tuple(tuple(a for a in leaves(g) if a not in known) for g in scores.shape)
+    score, keep = _with_fills(scores, i)
     return Place(weighted.product.node, weighted.out, q, k, v, i, leaves(scores.columns), d, weighted.features, outer,
-                 scores.value.expr, scores.value.keep, weighted.after, scores.sink, leaves=table)  # fmt: skip
+                 score, keep, weighted.after, scores.sink, leaves=table)  # fmt: skip
+
+
+def _with_fills(scores: Scores, i: Group) -> tuple[Expr, Expr]:
+    """A finite fill gives rows that keep nothing equal weights: where a call could have such rows it stays in the score."""
+    score, keep = scores.value.expr, TRUE
+    parts = scores.value.keep.args if scores.value.keep.op == "and" else (scores.value.keep,)
+    for part in parts:
+        if part.text in scores.fills and any(
+            _may_empty(*scores.leaves[w], i) for w in part.names if w in scores.leaves
+        ):
+            score = build("where", part, score, scores.fills[part.text])
+        else:
+            keep = keep & part
+    return score, keep
+
+
+def _may_empty(mask: fx.Node, groups: Groups, i: Group) -> bool:
+    """It tells queries apart by the values of a call. One that tells only keys apart is padding: some key is real."""
+    if not set(leaves(i)) & set(all_leaves(groups)):
+        return False
+    queue, seen = [mask], {mask}
+    while queue:
+        node = queue.pop()
+        if node.op == "placeholder" and tensor_of(node) is not None:
+            return True
+        for source in node.all_input_nodes if tensor_of(node) is not None else ():
+            if source not in seen and not op_name(node).endswith("_like"):
+                seen.add(source)
+                queue.append(source)
+    return False
 
 
 def _side_of_keys(softmax: Softmax, scores: Scores) -> int:
@@ -113,5 +146,3 @@ def _not_channels(q: Operand, i: Group, d: Group) -> None:
     rows, summed = set(leaves(i)), set(leaves(d))
     if rows <= behind.features and not summed & behind.features:
         raise Unraised(q.node, f"the queries are channels of %{behind.node.name}: attention over channels, not tokens")
-
-

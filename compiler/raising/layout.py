@@ -7,13 +7,15 @@ from typing import Any
 import torch
 from torch import fx
 
-from .axes import Group, Groups, extents, fresh, leaves, quotient, regroup
+from .axes import Group, Groups, cut, extents, fresh, leaves, quotient, regroup
 
 VIEWS = frozenset({"view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as"})
 VIEWS |= {"reshape_as", "_reshape_alias"}
 KEEPING = frozenset({"contiguous", "clone", "alias", "detach", "lift_fresh_copy", "lift_fresh", "detach_"})
 CASTS = frozenset({"to", "_to_copy", "type_as", "float", "half", "bfloat16"})
-TURNS = frozenset({"transpose", "permute", "t", "swapaxes", "swapdims", "movedim", "moveaxis", "mT", "numpy_T", "adjoint"})
+TURNS = frozenset(
+    {"transpose", "permute", "t", "swapaxes", "swapdims", "movedim", "moveaxis", "mT", "numpy_T", "adjoint"}
+)
 SIZES = frozenset({"sym_size", "sym_numel", "sym_stride", "_assert_tensor_metadata"})
 
 
@@ -70,7 +72,7 @@ def _back(node: fx.Node, source: fx.Node, groups: Groups) -> Groups | None:
         return None if order is None else tuple(groups[order.index(d)] for d in range(len(order)))
     if name in ("expand", "expand_as"):
         kept = groups[len(groups) - len(shape) :]
-        return tuple(() if size == 1 else group for group, size in zip(kept, shape))
+        return tuple(cut(group, size) for group, size in zip(kept, shape))
     if name == "slice" and shape == extents(tensor_of(node)):
         return groups
     if name in ("repeat", "repeat_interleave", "tile"):
@@ -119,6 +121,17 @@ def turned(node: fx.Node, rank: int) -> list[int] | None:
     a, b = node.args[1] % rank, node.args[2] % rank  # type: ignore[operator]
     order[a], order[b] = order[b], order[a]  # type: ignore[index]
     return order
+
+
+def is_idle(node: fx.Node) -> bool:
+    """Nobody reads it, and running it does nothing else; dropout that is off counts as random for torch.fx, not here."""
+    if node.users or node.op != "call_function":
+        return False
+    off = {
+        "dropout": lambda n: not n.args[2],
+        "scaled_dot_product_attention": lambda n: not argument(n, 4, "dropout_p", 0),
+    }
+    return off.get(op_name(node), lambda n: not n.is_impure())(node)
 
 
 def ahead(node: fx.Node, groups: Groups) -> Groups | None:

@@ -12,7 +12,9 @@ from .axes import Axis, Group, Groups, all_leaves, fresh, leaves
 from .constants import constant
 from .layout import ahead, argument, back, data_users, is_upcast, op_name, tensor_of
 
-PROJECTIONS = frozenset({"linear", "addmm", "mm", "matmul", "conv1d", "conv2d", "convolution", "_convolution", "einsum"})
+PROJECTIONS = frozenset(
+    {"linear", "addmm", "mm", "matmul", "conv1d", "conv2d", "convolution", "_convolution", "einsum"}
+)
 
 
 @dataclass(frozen=True)

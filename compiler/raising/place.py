@@ -14,7 +14,7 @@ from ..primitives.attend_spec import AttendSpec
 from ..symbols import TRUE, Expr, as_expr, name
 from .axes import Axis, Group, Groups, all_leaves, leaves, same
 from .build import INDICES, Builder, aten
-from .layout import op_name, tensor_of
+from .layout import is_idle, op_name, tensor_of
 from .near import Unraised
 from .operands import Stage, beside_features, best, onward, origin, stages, without_factor
 from .weights import DRAWN
@@ -197,7 +197,7 @@ def _views_become_reshapes(start: fx.Node) -> None:
 
 def _erase(node: fx.Node) -> None:
     """A node that nothing reads, and what only led to it."""
-    if node.users or node.op != "call_function" or node.is_impure():
+    if not is_idle(node):
         return
     sources = node.all_input_nodes
     node.graph.erase_node(node)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
-from .axes import Groups, extents, fresh
+from .axes import Groups, cut, extents, fresh
 from .layout import argument, op_name, tensor_of
 
 Labels = tuple[str, ...]
@@ -47,7 +47,7 @@ class Product:
                 if label in self.summed and not known.get(label):
                     known[label] = fresh(size)
         left, right = (
-            tuple(() if size == 1 else known[label] for label, size in zip(labels, extents(tensor_of(node))))
+            tuple(cut(known[label], size) for label, size in zip(labels, extents(tensor_of(node))))
             for node, labels in zip(self.operands, self.labels)
         )
         return left, right

@@ -14,7 +14,7 @@ import torch
 from torch import fx
 
 from ..symbols import TRUE, Expr, build, const, name
-from .axes import Group, Groups, all_leaves, extents, fresh, fresh_groups, leaves
+from .axes import Axis, Group, Groups, all_leaves, cut, extents, fresh, fresh_groups, leaves
 from .constants import constant
 from .layout import argument, back, op_name, tensor_of
 from .near import Unraised
@@ -52,6 +52,7 @@ class Scores:
     shape: Groups  # the softmax's input
     leaves: dict[str, tuple[fx.Node, Groups]]  # what stays a tensor, by name
     chain: frozenset[fx.Node]  # nodes that exist only to carry the scores
+    fills: dict[str, float]  # what a mask by that text fills in, where it is finite
     sink: Expr | None = None
     sink_at: int = 0  # position of the sink's column, -1 for the last
 
@@ -60,10 +61,8 @@ def read_scores(softmax: Softmax) -> Scores:
     """Raise Unraised, with the node, where the softmax is not one of scores."""
     reader = _Reader()
     node, groups = softmax.scores, fresh_groups(tensor_of(softmax.scores))
-    shape = groups
-    columns = groups[softmax.dim]
-    if not columns:
-        raise Unraised(softmax.node, "softmax over a dimension of size 1")
+    columns = groups[softmax.dim] or (Axis(1),)
+    groups = shape = tuple(columns if d == softmax.dim else g for d, g in enumerate(groups))
     inside, sink, sink_at = set(softmax.inside), None, 0
     while True:
         shift = shift_of(node)
@@ -112,9 +111,10 @@ def _what_instead(node: fx.Node) -> str:
         if op_name(node) == "" and op_name(node.args[0]):  # one of several results
             node = node.args[0]  # type: ignore[assignment]
             break
-        if op_name(node) not in (*UNARY, *BINARY, "where", "masked_fill", "clamp", "neg") and back(
-            node, fresh_groups(tensor_of(node))
-        ) is None:
+        if (
+            op_name(node) not in (*UNARY, *BINARY, "where", "masked_fill", "clamp", "neg")
+            and back(node, fresh_groups(tensor_of(node))) is None
+        ):
             break
         if not inner:
             break
@@ -142,7 +142,7 @@ def _aligned(node: fx.Node, groups: Groups) -> Groups:
     """The axes of a tensor that broadcasts against one of these axes."""
     shape = extents(tensor_of(node))
     kept = groups[len(groups) - len(shape) :]
-    return tuple(() if size == 1 else group for group, size in zip(kept, shape))
+    return tuple(cut(group, size) for group, size in zip(kept, shape))
 
 
 class _Reader:
@@ -150,6 +150,7 @@ class _Reader:
         self.leaves: dict[str, tuple[fx.Node, Groups]] = {}
         self.products: dict[str, tuple[Product, Groups]] = {}
         self.values: dict[fx.Node, Value | None] = {}
+        self.fills: dict[str, float] = {}
 
     def scores(
         self, value: Value, columns: Group, shape: Groups, inside: frozenset[fx.Node], sink: Expr | None, at: int
@@ -161,7 +162,7 @@ class _Reader:
         product, out = self.products[main]
         carrying = {n for n, v in self.values.items() if v is not None and main in v.settled.names}
         chain = frozenset({*carrying, *inside, product.node, *product.inside})
-        return Scores(settled, product, out, columns, shape, self.leaves, chain, sink, at)
+        return Scores(settled, product, out, columns, shape, self.leaves, chain, self.fills, sink, at)
 
     def _main(self, columns: Group) -> str:
         """The product in which neither side is a weight of the model, if there are several the first."""
@@ -227,7 +228,9 @@ class _Reader:
         bias = self._operand(product.bias, groups)
         if isinstance(bias, Value):
             return None
-        return Value(build("add", value.expr, build("mul", bias, product.bias_scale) if product.bias_scale != 1 else bias))
+        return Value(
+            build("add", value.expr, build("mul", bias, product.bias_scale) if product.bias_scale != 1 else bias)
+        )
 
     def _operand(self, node: Any, groups: Groups) -> Expr | Value:
         if not isinstance(node, fx.Node):
@@ -263,9 +266,7 @@ class _Reader:
         return Value(build(kind, first, second))
 
     def _carries_none(self, left: Any, right: Any, groups: Groups) -> bool:
-        found = [
-            self.read(x, _aligned(x, groups)) for x in (left, right) if tensor_of(x) is not None
-        ]
+        found = [self.read(x, _aligned(x, groups)) for x in (left, right) if tensor_of(x) is not None]
         return not any(found)
 
     def _clamped(self, node: fx.Node, groups: Groups) -> Value | None:
@@ -287,11 +288,16 @@ class _Reader:
         chosen = self.leaf(condition, _aligned(condition, groups))
         a, b = self._branch(first, groups), self._branch(second, groups)
         if isinstance(b, Value) and _at_most(a, VANISHING):
-            return Value(b.expr, b.keep & ~chosen)
+            return self._masked(b, ~chosen, a)
         if isinstance(a, Value) and _at_most(b, VANISHING):
-            return Value(a.expr, a.keep & chosen)
+            return self._masked(a, chosen, b)
         settled = [x.settled if isinstance(x, Value) else x for x in (a, b)]
         return Value(build("where", chosen, *settled))
+
+    def _masked(self, value: Value, keep: Expr, fill: Any) -> Value:
+        if math.isfinite(fill.args[0]):
+            self.fills[keep.text] = float(fill.args[0])
+        return Value(value.expr, value.keep & keep)
 
     def _branch(self, node: Any, groups: Groups) -> Expr | Value:
         filled = constant(node, buffers=True)
@@ -339,5 +345,3 @@ def _at_most(e: Any, bound: float) -> bool:
 
 def _positive(e: Expr) -> bool:
     return e.op == "const" and e.args[0] > 0 and torch.isfinite(torch.tensor(float(e.args[0]))).item()  # type: ignore[return-value]
-
-

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from ..symbols import TRUE, Expr, build, const, name
-from .axes import Axis, Group, Groups, extent, extents, fresh, fresh_groups, leaves
+from .axes import Axis, Group, Groups, cut, extent, extents, fresh, fresh_groups, leaves
 from .layout import op_name, tensor_of
 from .near import Unraised
 from .place import Operand, Place
@@ -41,7 +41,7 @@ def place_of_sdpa(node: fx.Node) -> Place:
     if mask is not None:
         shape: Groups = (*outer, i, j)
         sizes = extents(tensor_of(mask))
-        aligned = tuple(() if s == 1 else g for s, g in zip(sizes, shape[len(shape) - len(sizes) :]))
+        aligned = tuple(cut(g, s) for s, g in zip(sizes, shape[len(shape) - len(sizes) :]))
         tables["@0"] = unexpanded(mask, aligned)
         if tensor_of(mask).dtype == torch.bool:
             keep = keep & name("@0")

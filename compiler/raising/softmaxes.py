@@ -151,7 +151,9 @@ def shift_of(node: fx.Node) -> Shift | None:
     return None if path is None else Shift(scores, frozenset({node, *path}))  # type: ignore[arg-type]
 
 
-REDUCING = frozenset({"amax", "max", "logsumexp", "mean", "detach", "getitem", "where", "isfinite", "isinf", "zeros_like"})
+REDUCING = frozenset(
+    {"amax", "max", "logsumexp", "mean", "detach", "getitem", "where", "isfinite", "isinf", "zeros_like"}
+)
 REDUCING |= VIEWS | KEEPING | CASTS | {"expand", "clamp_min", "clamp", "nan_to_num", "full_like", "eq", "masked_fill"}
 
 
@@ -189,5 +191,3 @@ def _down(node: fx.Node, until: fx.Node | None = None) -> list[fx.Node]:
             break
         node = node.args[0]
     return found
-
-

@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from torch import fx
 
 from ..symbols import Expr, build, const, name
-from .axes import Group, Groups, all_leaves, extents, fresh, leaves
+from .axes import Group, Groups, all_leaves, cut, extents, fresh, leaves
+from .axes import product as extent_of
 from .constants import constant
 from .layout import ahead, argument, data_users, op_name, tensor_of
 from .near import Unraised
@@ -115,10 +116,7 @@ def _is_sink_slice(walk: _Walk, user: fx.Node) -> bool:
     before, after = extents(tensor_of(walk.node))[dim], extents(tensor_of(user))[dim]
     start = argument(user, 2, "start") or 0
     expected = 1 if walk.sink_at == 0 else 0
-    total = 1
-    for axis in leaves(walk.columns):
-        total = total * axis.size
-    return start == expected and after == total and before != after
+    return start == expected and after == extent_of(walk.columns) and before != after
 
 
 def _scaled(walk: _Walk, user: fx.Node, table: dict[str, tuple[fx.Node, Groups]]) -> bool:
@@ -138,7 +136,7 @@ def _leaf(node: fx.Node, groups: Groups, table: dict[str, tuple[fx.Node, Groups]
     if number is not None:
         return const(number)
     shape = extents(tensor_of(node)) if tensor_of(node) is not None else ()
-    aligned = tuple(() if s == 1 else g for s, g in zip(shape, groups[len(groups) - len(shape) :]))
+    aligned = tuple(cut(g, s) for s, g in zip(shape, groups[len(groups) - len(shape) :]))
     word = f"@{len(table)}"
     table[word] = (node, aligned)
     return name(word)
@@ -165,9 +163,9 @@ def _weighted(walk: _Walk, product: Product) -> Weighted:
     columns = leaves(walk.columns)
     if set(summed) != set(columns):
         raise Unraised(product.node, _other_axis(walk, product, known))
-    if any(size == 1 for label, size in sizes.items() if label in product.summed):
+    if any(size == 1 and extent_of(known[label]) != 1 for label, size in sizes.items() if label in product.summed):
         raise Unraised(product.node, "one value is shared by all keys")
-    value_groups = tuple(known[label] if size != 1 else () for label, size in sizes.items())
+    value_groups = tuple(cut(known.get(label, ()), size) for label, size in sizes.items())
     out = tuple(known.get(label, ()) for label in product.out)
     after = None if walk.after.text == "w" else walk.after
     return Weighted(product, values, value_groups, tuple(a for g in features for a in g), out, after)
