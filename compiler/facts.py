@@ -88,7 +88,8 @@ def features(spec: AttendSpec, tables: Sequence[torch.Tensor] = ()) -> frozenset
     if any(e.op == "lookup" or (e.op == "name" and e.args[0] in ("i", "j", "h")) for e in score.walk()):
         found.add("bias")
     if any(
-        e.op not in ("name", "const", "mul", "add", "lookup", "sub", "abs") and "s" in e.names for e in score.walk()
+        e.op not in ("name", "const", "mul", "add", "lookup", "sub", "abs", "where") and "s" in e.names
+        for e in score.walk()
     ):
         found.add("softcap")
     if spec.sink:

@@ -23,7 +23,9 @@ class Family:
     """A family of models: how to build a tiny one (seeded, offline), inputs that it runs on, how many attentions it has."""
 
     name: str
-    build: Callable[[str], nn.Module]  # "sdpa": torch's fused op, "eager": written out, "plain": as the module is written
+    build: Callable[
+        [str], nn.Module
+    ]  # "sdpa": torch's fused op, "eager": written out, "plain": as the module is written
     inputs: Callable[[], Inputs]
     spellings: tuple[str, ...]
     sites: int
@@ -86,7 +88,9 @@ def _hf(
     return Family(name, build, lambda: ((), inputs()), spellings, sites)
 
 
-def _decoder(name: str, model: str, settings: dict[str, Any], config: str = "", spellings: tuple[str, ...] = BOTH) -> Family:
+def _decoder(
+    name: str, model: str, settings: dict[str, Any], config: str = "", spellings: tuple[str, ...] = BOTH
+) -> Family:
     return _hf(name, f"{model}ForCausalLM", config or f"{model}Config", settings, _causal_ids, 2, spellings)
 
 
@@ -216,7 +220,9 @@ def _llava() -> Family:
 # --- timm -------------------------------------------------------------------------------------------------------------
 
 
-def _timm(name: str, model: str, sites: int, spellings: tuple[str, ...] = BOTH, size: int = 32, **settings: Any) -> Family:
+def _timm(
+    name: str, model: str, sites: int, spellings: tuple[str, ...] = BOTH, size: int = 32, **settings: Any
+) -> Family:
     def build(spelling: str) -> nn.Module:
         declare_missing_vision_ops()
         import timm
@@ -234,7 +240,9 @@ def _timm(name: str, model: str, sites: int, spellings: tuple[str, ...] = BOTH, 
 
 def _timm_models() -> list[Family]:
     plain: dict[str, Any] = dict(img_size=32, patch_size=8, embed_dim=32, depth=2, num_heads=4)
-    windows: dict[str, Any] = dict(img_size=32, patch_size=2, embed_dim=16, depths=(2, 2), num_heads=(2, 4), window_size=4)
+    windows: dict[str, Any] = dict(
+        img_size=32, patch_size=2, embed_dim=16, depths=(2, 2), num_heads=(2, 4), window_size=4
+    )
     return [
         _timm("timm_vit", "vit_tiny_patch16_224", 2, **plain),
         _timm("timm_deit3", "deit3_small_patch16_224", 2, **plain),
@@ -282,7 +290,9 @@ def _torch_models() -> list[Family]:
 # --- diffusers --------------------------------------------------------------------------------------------------------
 
 
-def _diffusion(name: str, model: str, settings: dict[str, Any], inputs: Callable[[], dict[str, Any]], sites: int) -> Family:
+def _diffusion(
+    name: str, model: str, settings: dict[str, Any], inputs: Callable[[], dict[str, Any]], sites: int
+) -> Family:
     def build(spelling: str) -> nn.Module:
         declare_missing_vision_ops()
         import diffusers
@@ -305,7 +315,11 @@ def _diffusers() -> list[Family]:
     unet |= dict(up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"))
 
     def labelled() -> dict[str, Any]:
-        return {"hidden_states": _normal(2, 4, 8, 8), "timestep": torch.tensor([3, 7]), "class_labels": torch.tensor([1, 4])}
+        return {
+            "hidden_states": _normal(2, 4, 8, 8),
+            "timestep": torch.tensor([3, 7]),
+            "class_labels": torch.tensor([1, 4]),
+        }
 
     def described() -> dict[str, Any]:
         states = {"encoder_hidden_states": _normal(2, 5, 24)}

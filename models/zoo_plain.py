@@ -65,7 +65,9 @@ class EinsumAttention(nn.Module):
 
     def __init__(self, dim: int = 32, heads: int = 4) -> None:
         super().__init__()
-        self.w_q, self.w_k, self.w_v = (nn.Parameter(torch.randn(dim, heads, dim // heads) / dim**0.5) for _ in range(3))
+        self.w_q, self.w_k, self.w_v = (
+            nn.Parameter(torch.randn(dim, heads, dim // heads) / dim**0.5) for _ in range(3)
+        )
         self.w_o = nn.Parameter(torch.randn(heads, dim // heads, dim) / dim**0.5)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from ..symbols import TRUE, Expr, name
 from .drawn import drawn
 from .empty_rows import always_keeps
 from .heads import Layout, Shaping, head_count, layout, without_repeats
-from .index_paths import SAME, ZERO, Index, same_size, shape_of, source_index
+from .index_paths import MOVES, SAME, ZERO, Index, same_size, shape_of, source_index
 from .products import Operand, Product, as_product
 from .reading import READABLE, Reader, Unreadable, broadcast, keep_and_score, plain_name, top_of
 from .scaling import unscaled
@@ -51,7 +51,9 @@ def raise_chain(softmax: Softmax, behind: fx.Node) -> fx.Node:
     sizes = [shape_of(behind)[a] for a in outer.batch]
     index = _weights_index(weights, len(sizes))
     shaping = Shaping(behind)
-    reader = Reader(lambda n, at: _ends(n, at, softmax.node, W, places), tables, lambda n: _draw(shaping, n, softmax, values))
+    reader = Reader(
+        lambda n, at: _ends(n, at, softmax.node, W, places), tables, lambda n: _draw(shaping, n, softmax, values)
+    )
     places: list[Index] = []
     after = reader.read(weights.node, index, lambda n: n is softmax.node)
     if not places:
@@ -70,6 +72,7 @@ def raise_chain(softmax: Softmax, behind: fx.Node) -> fx.Node:
     _not_elsewhere([softmax.node, inner.node, *between], [behind, *reader.dropped])
     q_side, k_side = found.sides
     _tokens_contracted(q_side)
+    _computed(k_side, values)
     q = shaping.rows(q_side, [shape.settle(e) for e in found.batch])
     k = shaping.rows(k_side, [shape.settle(e) for e in found.batch])
     v = shaping.rows(replace(values, free=values.contracted, contracted=values.free), shape.values)
@@ -88,6 +91,9 @@ def raise_chain(softmax: Softmax, behind: fx.Node) -> fx.Node:
     attend, out = write(shaping, reading)
     settle()
     _replace(shaping, outer, behind, out, shape, swapped)
+    for node in (behind, *reader.chain):  # a dropout would be drawn twice
+        if not node.users:
+            node.graph.erase_node(node)
     return attend
 
 
@@ -240,9 +246,30 @@ def _tokens_contracted(side: Operand) -> None:
             if "c" not in feature.names and any("c" in e.names for e in index):
                 raise Unreadable("the product of queries and keys contracts the tokens: channel attention")
             return
-        if plain_name(node) not in RESHAPING or index is None or not isinstance(node.args[0], fx.Node):
+        same = op_name(node) in ("div", "mul") and _as_wide(node.args[0], node)  # normalised or scaled
+        if same:
+            node = node.args[0]
+            continue
+        if plain_name(node) not in RESHAPING | {"mT"} or index is None or not isinstance(node.args[0], fx.Node):
             return
         index, node = source_index(node, index), node.args[0]
+
+
+def _as_wide(arg: Any, node: fx.Node) -> bool:
+    one, other = shape_of(arg), shape_of(node)
+    return len(one) == len(other) and all(same_size(a, b) for a, b in zip(one, other))
+
+
+def _computed(keys: Operand, values: Operand) -> None:
+    """Keys and values that are both weights are a classifier or a gate over learned slots."""
+    bare = []
+    for side in (keys, values):
+        node: Any = side.node
+        while plain_name(node) in MOVES:
+            node = node.args[0]
+        bare.append(node)
+    if all(node.op == "get_attr" for node in bare):
+        raise Unreadable(f"keys and values are weights ({bare[0].name}, {bare[1].name}): a gate over learned slots")
 
 
 def _replace(shaping: Shaping, outer: Product, behind: fx.Node, out: fx.Node, shape: Layout, swapped: bool) -> None:

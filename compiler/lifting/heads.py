@@ -142,7 +142,9 @@ class Shaping:
         swapped = list(range(len(order)))
         swapped[-2:] = swapped[-2:][::-1]
         if order == swapped:
-            if op_name(node) == "transpose" and {int(a) % len(order) for a in node.args[1:3]} == set(swapped[-2:]):  # type: ignore[arg-type]
+            if op_name(node) in ("mT", "t") or (
+                op_name(node) == "transpose" and {int(a) % len(order) for a in node.args[1:3]} == set(swapped[-2:])  # type: ignore[arg-type]
+            ):
                 return node.args[0]  # type: ignore[return-value]
             return self.call(aten.transpose.int, node, -2, -1)
         return self.call(aten.permute.default, node, order)
@@ -153,6 +155,8 @@ class Shaping:
             case []:
                 return self.call(aten.unsqueeze.default, self.call(aten.unsqueeze.default, node, 0), 0)
             case ["b" | "1", "h" | "1"]:
+                return node
+            case ["b" | "1", group] if group.startswith("h // "):  # keys of grouped queries
                 return node
             case ["h", "b" | "1"]:
                 return self.call(aten.transpose.int, node, 0, 1)

@@ -26,7 +26,11 @@ MOVES = SAME | {
 
 def shape_of(node: Any) -> tuple[Any, ...]:
     value = node.meta.get("val") if isinstance(node, fx.Node) else None
-    return tuple(value.shape) if isinstance(value, torch.Tensor) else ()
+    if not isinstance(value, torch.Tensor):
+        return ()
+    if op_name(node) in ("view", "reshape") and len(node.args[1]) == value.ndim:
+        return tuple(s if isinstance(s, int) and s >= 0 else size for s, size in zip(node.args[1], value.shape))
+    return tuple(value.shape)
 
 
 def same_size(a: Any, b: Any) -> bool:
@@ -88,13 +92,14 @@ def _sliced(node: fx.Node, index: Index, rank: int) -> Index | None:
 
 def regroup(source: Sequence[Any], target: Sequence[Any], index: Index) -> Index | None:
     """A view: axes are matched in the smallest groups of equal product, then split or joined in row-major order."""
+    if source and target and same_size(source[-1], target[-1]):
+        front = regroup(source[:-1], target[:-1], index[:-1])
+        return None if front is None else (*front, index[-1])
     found: list[Expr] = []
     a = b = 0
     while a < len(source) or b < len(target):
-        group = _next_group(source, target, a, b)
-        if group is None:
-            return None
-        wide, narrow = group
+        # what is left of both has equally many elements, also where sizes cannot tell
+        wide, narrow = _next_group(source, target, a, b) or (len(source) - a, len(target) - b)
         inner = _through(source[a : a + wide], target[b : b + narrow], index[b : b + narrow])
         if inner is None:
             return None

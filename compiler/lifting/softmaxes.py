@@ -12,6 +12,9 @@ from .index_paths import SAME, shape_of
 from .reading import plain_name
 
 
+NEGLIGIBLE = 1e-6  # added to a sum of exponentials against division by zero; anything larger is another normaliser
+
+
 @dataclass(frozen=True)
 class Softmax:
     """node = softmax of `scores` over `axis`."""
@@ -41,19 +44,25 @@ def as_softmax(node: fx.Node) -> Softmax | None:
 
 def _over_its_sum(node: fx.Node) -> Softmax | None:
     top, bottom = node.args[:2]
+    turned: tuple[fx.Node, ...] = ()
     if op_name(node) == "mul":
         bottom = _bare(bottom)
         if op_name(bottom) != "reciprocal":
             return None
-        bottom = bottom.args[0]
+        turned, bottom = (bottom,), bottom.args[0]
     top, bottom = _bare(top), _bare(bottom)
     clamped = (bottom,) if op_name(bottom) in ("add", "clamp", "clamp_min") else ()
     if clamped:
+        if not isinstance(bottom.args[1], float) or abs(bottom.args[1]) > NEGLIGIBLE:
+            return None
         bottom = _bare(bottom.args[0])
-    if op_name(top) != "exp" or op_name(bottom) != "sum" or _bare(bottom.args[0]) is not top:
+    if op_name(top) != "exp" or op_name(bottom) != "sum":
+        return None
+    again = _bare(bottom.args[0])  # the same exponentials, or once more of the same scores
+    if again is not top and not (op_name(again) == "exp" and again.args[0] is top.args[0]):
         return None
     axes = bottom.args[1] if len(bottom.args) > 1 else None
-    return _made(node, top.args[0], _only(axes), (top, bottom, *clamped))
+    return _made(node, top.args[0], _only(axes), (top, again, bottom, *clamped, *turned))
 
 
 def _made(node: fx.Node, scores: Any, axis: Any, inside: tuple[fx.Node, ...] = ()) -> Softmax | None:
