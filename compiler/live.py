@@ -11,8 +11,9 @@ from torch import Tensor
 from .primitives.attend import Relative, Segment, Tables, Tiles, run, segment_texts, source_texts, with_terms
 from .primitives.attend_spec import AttendSpec
 from .site import Grid, Site
+from .symbol_read import read
 from .symbol_text import parse
-from .symbols import TRUE, Expr, name, read
+from .symbols import TRUE, Expr, name
 
 KEPT = frozenset({"bias", "softcap", "sinks", "padding", "packed", "mask", "dropout"})  # by attend(site=...)
 _INDICES = {n: name(n) for n in ("b", "h", "i", "j", "N", "M")}

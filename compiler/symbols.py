@@ -16,7 +16,6 @@ False), the printed order must not depend on a library's version, and `exp(a - b
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -64,8 +63,8 @@ class Table:
         if len(parts) != self.tensor.ndim:
             raise Refused(f"a table of {self.tensor.ndim} dimensions looked up with {len(parts)} indices")
         found = Expr("lookup", (self, *[as_expr(part) for part in parts]))
-        if _READING:
-            found._text = f"table{self._number(_READING[-1])}[{', '.join([a.text for a in found.args[1:]])}]"
+        if READING:
+            found._text = f"table{self._number(READING[-1])}[{', '.join([a.text for a in found.args[1:]])}]"
         return found
 
     def _number(self, seen: list[Table]) -> int:
@@ -77,7 +76,7 @@ class Table:
         return len(seen) - 1
 
 
-_READING: list[list[Table]] = []  # the tables met so far by each function that is being read
+READING: list[list[Table]] = []  # the tables met so far by each function that is being read
 
 
 class Expr:
@@ -254,38 +253,6 @@ def as_expr(value: Any) -> Expr:
 
 def table(tensor: torch.Tensor) -> Table:
     return Table(tensor)
-
-
-def read(function: Callable[..., Any], known: Mapping[str, Expr], *, what: str) -> Expr:
-    """Run a predicate or score function on symbols; its parameters are asked for by name, in any order."""
-    _READING.append([])
-    try:
-        return as_expr(_called(function, known, what))
-    finally:
-        _READING.pop()
-
-
-def _called(function: Callable[..., Any], known: Mapping[str, Expr], what: str) -> Any:
-    parameters = _parameters(function)
-    if parameters is None:  # torch.relu and its like tell no names: they are functions of the first
-        return function(next(iter(known.values())))
-    unknown = [p for p in parameters if p not in known]
-    if unknown:
-        raise Refused(f"{what} asks for {', '.join(unknown)}", fits=f"its parameters can be {', '.join(known)}")
-    return function(**{p: known[p] for p in parameters})
-
-
-def _parameters(function: Callable[..., Any]) -> list[str] | None:
-    """Names of the parameters; from the code where there is one, which torch.compile can trace, unlike inspect."""
-    plain = getattr(function, "__func__", function)
-    code = getattr(plain, "__code__", None)
-    if code is None or code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS):
-        try:
-            return list(inspect.signature(function).parameters)
-        except ValueError:
-            return None
-    names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-    return list(names if plain is function else names[1:])
 
 
 # --- construction: one function per operator, each gives the canonical form -------------------------------------------

@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from reattend.compiler.refusal import Refused
 from reattend.compiler.symbol_eval import evaluate
 from reattend.compiler.symbol_math import latex, to_sympy
+from reattend.compiler.symbol_read import read
 from reattend.compiler.symbol_text import parse
-from reattend.compiler.symbols import FUNCTIONS, Expr, build, const, name, read, table
+from reattend.compiler.symbols import FUNCTIONS, Expr, build, const, name, table
 
 SIZE = 5
 I, J = torch.arange(SIZE).view(SIZE, 1) - 2, torch.arange(SIZE).view(1, SIZE)

@@ -16,7 +16,8 @@ from typing import Any
 from torch import Tensor
 
 from ..refusal import Refused, nearest
-from ..symbols import FALSE, TRUE, Expr, Table, as_expr, build, name, read
+from ..symbol_read import read
+from ..symbols import FALSE, TRUE, Expr, Table, as_expr, build, name
 from .attend_meaning import attend_meaning, attend_shapes
 from .attend_spec import NORMALISERS, AttendSpec, count_of
 from .operator import Primitive
