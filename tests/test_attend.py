@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import doctest
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
+import reattend
 from reattend.compiler.primitives.attend import Relative, Segment, Tiles, attend, attend_op
 from reattend.compiler.refusal import Refused
 from reattend.compiler.symbols import table
@@ -483,3 +486,9 @@ def test_no_queries_no_keys(n: int, m: int) -> None:
     assert o.shape == (B, H, n, DV) and mass.shape == top.shape == (B, H, m) and best.shape == (B, H, n, 2)
     if m == 0:
         assert (o == 0).all() and (lse == -math.inf).all() and (best == -1).all()
+
+
+def test_the_page_on_primitives_runs() -> None:
+    page = Path(reattend.__file__).resolve().parent / "docs" / "primitives.md"
+    found = doctest.testfile(str(page), module_relative=False)
+    assert found.attempted > 20 and found.failed == 0
