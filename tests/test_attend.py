@@ -11,12 +11,17 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import softplus
 
 import reattend
-from reattend.compiler.primitives.attend import Relative, Segment, Tiles, attend, attend_op
+from reattend.compiler.live import LiveSite
+from reattend.compiler.primitives.attend import Relative, Segment, Tiles, attend
+from reattend.compiler.primitives.attend_spec import AttendSpec
 from reattend.compiler.refusal import Refused
+from reattend.compiler.site import Site
 from reattend.compiler.symbols import table
 
 B, H, HKV, N, M, D, DV = 2, 4, 2, 5, 7, 6, 3
@@ -402,83 +407,6 @@ def test_refusals_say_what_would_fit(name: str) -> None:
         call(p.q.detach(), p.k.detach(), p.v.detach())
 
 
-# --- as an operator ---------------------------------------------------------------------------------------------------
-
-
-def rich(q: Tensor, k: Tensor, v: Tensor, rows: Tensor, r: Tensor, slope: Tensor) -> tuple[Tensor, ...]:
-    """Rows per query, a relative term, a second segment and every kind of output in one call."""
-    t = table(slope)
-    return attend(
-        q, k, v, rows=rows, relative=[Relative(r, lambda i, j: i - j + 2)],
-        score=lambda s, h, i, j: s - t[h] * abs(i - j),
-        segments=(Segment(k, v, keep=lambda i, j: j < i),), sink=lambda h: t[h] * 2.0, after=lambda w: w * w,
-        outputs=("o", "lse", "logits", "weights", "colsum", "colmean", "colmax", "entropy", "topk:3", "slab:2"),
-    )  # fmt: skip
-
-
-def tiled(q: Tensor, k: Tensor, v: Tensor, lists: Tensor, heads: Tensor) -> tuple[Tensor, ...]:
-    """Tile lists, a table of key heads, and groups with a leader."""
-    return attend(
-        q, k, v, tiles=Tiles(lists, 4, 2), kv_heads=heads, causal=True, align="end", normaliser="grouped",
-        leader=lambda j: j // 2 * 2, outputs=("o", "lse"),
-    )  # fmt: skip
-
-
-def _inputs(form: str, n: int, kind: torch.dtype = torch.float32) -> tuple[Tensor, ...]:
-    q, k, v = (torch.randn(B, h, n, d, dtype=kind, requires_grad=True) for h, d in ((H, D), (HKV, D), (HKV, DV)))
-    if form == "rich":
-        table_r, slope = torch.randn(1, 5, D, dtype=kind, requires_grad=True), torch.rand(H, dtype=kind)
-        return q, k, v, torch.randint(-1, n, (B, H, n, 3)), table_r, slope.requires_grad_()
-    return q, k, v, torch.randint(-1, n, (1, H, -(-n // 4), 2)), torch.tensor([1, 0, 0, 1])
-
-
-FORMS: dict[str, Callable[..., tuple[Tensor, ...]]] = {"rich": rich, "tiled": tiled}
-
-
-def _learned(outputs: tuple[Tensor, ...], inputs: tuple[Tensor, ...]) -> list[Tensor]:
-    total = sum(torch.where(o.isfinite(), o, 0.0).square().sum() for o in outputs if o.requires_grad)
-    return list(torch.autograd.grad(total, [t for t in inputs if t.requires_grad]))
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_registered_rightly(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[Any] = []
-    monkeypatch.setattr("reattend.compiler.primitives.attend.attend_op", lambda *a: calls.append(a) or attend_op(*a))
-    FORMS[form](*_inputs(form, 6))
-    torch.library.opcheck(attend_op.op, calls[0], atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_exported_with_open_sizes_and_compiled_whole(form: str) -> None:
-    auto = torch.export.Dim.AUTO
-
-    class Form(torch.nn.Module):
-        def forward(self, *x: Tensor) -> tuple[Tensor, ...]:
-            return FORMS[form](*x)
-
-    rows = {0: auto, 2: auto}
-    shapes = (rows, rows, rows, rows if form == "rich" else {2: auto}, *({},) * (2 if form == "rich" else 1))
-    ep = torch.export.export(Form(), _inputs(form, 12), dynamic_shapes=(shapes,), strict=False)
-    compiled = torch.compile(Form(), backend="aot_eager", fullgraph=True, dynamic=True)
-    for n in (12, 9):
-        x = _inputs(form, n)
-        expected = FORMS[form](*x)
-        for found in (ep.module()(*x), compiled(*x)):
-            for a, b in zip(found, expected, strict=True):
-                torch.testing.assert_close(a, b)
-        for a, b in zip(_learned(compiled(*x), x), _learned(expected, x), strict=True):
-            torch.testing.assert_close(a, b)
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
-def test_halves_are_close(form: str, kind: torch.dtype) -> None:
-    narrow = _inputs(form, 8, kind)
-    wide = tuple(t.float() if t.is_floating_point() else t for t in narrow)
-    for got, expected in zip(FORMS[form](*narrow), FORMS[form](*wide), strict=True):
-        torch.testing.assert_close(got.to(expected.dtype), expected, atol=2e-2, rtol=2e-2)
-
-
 @pytest.mark.parametrize(("n", "m"), [(0, 3), (3, 0), (1, 1)])
 def test_no_queries_no_keys(n: int, m: int) -> None:
     q, k, v = torch.randn(B, H, n, D), torch.randn(B, HKV, m, D), torch.randn(B, HKV, m, DV)
@@ -492,3 +420,39 @@ def test_the_page_on_primitives_runs() -> None:
     page = Path(reattend.__file__).resolve().parent / "docs" / "primitives.md"
     found = doctest.testfile(str(page), module_relative=False)
     assert found.attempted > 20 and found.failed == 0
+
+
+@settings(max_examples=40)
+@given(
+    sizes=st.tuples(*[st.integers(1, 9)] * 2, *[st.integers(1, 4)] * 3),
+    end=st.booleans(),
+    seed=st.integers(0, 999),
+)
+def test_tiles_of_any_size_and_rows_say_the_same(sizes: tuple[int, ...], end: bool, seed: int) -> None:
+    """Lists of tiles, the same tiles as a predicate, and the same keys as rows per query."""
+    n, m, rows, keys, count = sizes
+    torch.manual_seed(seed)
+    q, k, v = torch.randn(1, H, n, D), torch.randn(1, HKV, m, D), torch.randn(1, HKV, m, DV)
+    lists = torch.randint(-1, -(-m // keys), (1, H, -(-n // rows), count))
+    how: dict[str, Any] = {"causal": True, "align": "end" if end else "start"}
+    seen = (lists[:, :, torch.arange(n) // rows, :, None] == torch.arange(m) // keys).any(3)  # (1, H, N, M)
+    t = table(seen)
+    first = m - n if end else 0  # where query 0 stands; the table is looked up by row
+    dense = attend(q, k, v, keep=lambda h, i, j: t[0, h, i - first, j], **how)
+    listed = torch.where(seen, torch.arange(m), -1)
+    torch.testing.assert_close(attend(q, k, v, tiles=Tiles(lists, rows, keys), **how), dense)
+    torch.testing.assert_close(attend(q, k, v, rows=listed, **how), dense)
+
+
+def test_a_live_site_keeps_its_own_score_beside_what_is_added() -> None:
+    q, k, v = (torch.randn(B, H, 6, D) for _ in range(3))
+    bias, r = torch.randn(1, H, 6, 6), torch.randn(H, 12, D)
+    facts = Site("layer", 0, heads=H, kv_heads=H, dim=D, v_dim=D, scale=0.3, pattern="causal-self")
+    site = LiveSite(facts, AttendSpec(score="s * 0.3 + t0[0, h, i, j]", keep="j <= i"), (bias,))
+    terms, t = [Relative(r, lambda i, j: i - j + 6)], table(bias)
+    backwards = torch.arange(5, -1, -1).view(1, 1, 6)
+    got = attend(q, k, v, site=site, relative=terms, rows=backwards)
+    plain = attend(q, k, v, scale=0.3, causal=True, relative=terms, score=lambda s, h, i, j: s + t[0, h, i, j])
+    torch.testing.assert_close(got, plain)
+    with pytest.raises(Refused, match="beside a site"):
+        attend(q, k, v, site=site, causal=True)
