@@ -20,7 +20,7 @@ PLAIN = ("plain",)
 
 @dataclass(frozen=True)
 class Family:
-    """A family of models: how to build a tiny one (seeded, offline), inputs that it runs on, how many attentions it has."""
+    """A family of models: how to build a tiny one (seeded, offline), inputs that it runs on, its attentions."""
 
     name: str
     build: Callable[
@@ -156,7 +156,7 @@ def _speech() -> dict[str, Any]:
 
 def _two_sided() -> list[Family]:
     layers = dict(encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4)
-    feed = dict(d_model=64, encoder_ffn_dim=96, decoder_ffn_dim=96, vocab_size=100, **layers)
+    feed: dict[str, Any] = dict(d_model=64, encoder_ffn_dim=96, decoder_ffn_dim=96, vocab_size=100, **layers)
     sound = feed | dict(num_mel_bins=8, max_source_positions=16, max_target_positions=16, pad_token_id=0)
     sound |= dict(bos_token_id=1, eos_token_id=2, decoder_start_token_id=1, suppress_tokens=None)
     text = dict(d_model=64, d_ff=96, num_layers=2, num_heads=4, d_kv=16, vocab_size=100)
@@ -267,7 +267,7 @@ def _torch_models() -> list[Family]:
     def one(name: str, make: Callable[[str], nn.Module], sites: int, spellings: tuple[str, ...] = PLAIN) -> Family:
         return Family(name, lambda s: _seeded(lambda: make(s)), lambda: ((_normal(2, 9, 32),), {}), spellings, sites)
 
-    def layer() -> nn.Module:
+    def layer() -> nn.TransformerEncoderLayer:
         return nn.TransformerEncoderLayer(32, 4, 64, batch_first=True)
 
     def pair() -> Inputs:

@@ -30,6 +30,7 @@ class CausalBlock(nn.Module):
         self.heads, self.fused = heads, fused
         self.norm = nn.LayerNorm(dim)
         self.c_attn, self.c_proj = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
+        self.bias: Tensor
         self.register_buffer("bias", torch.tril(torch.ones(longest, longest)).view(1, 1, longest, longest))
 
     def forward(self, x: Tensor) -> Tensor:

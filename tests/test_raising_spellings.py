@@ -1,4 +1,4 @@
-"""Attention as people write it by hand: every spelling becomes one site with the facts it was written with, numbers unchanged."""
+"""Attention as people write it by hand: every spelling becomes one site with its facts, and numbers stay."""
 
 from __future__ import annotations
 
@@ -276,7 +276,7 @@ SPELLINGS = [
 
 @pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda s: s.name)
 def test_one_site_with_its_facts(spelling: Spelling) -> None:
-    model = Layer(spelling.form, 1 if spelling.name == "one key head" else 2 if spelling.kv_heads == 2 else HEADS).eval()
+    model = Layer(spelling.form, spelling.kv_heads if spelling.heads == HEADS else HEADS).eval()
     x = torch.randn(2, 9, DIM)
     captured = capture(model, (x,), dynamic=False)
     with torch.no_grad():

@@ -1,6 +1,6 @@
 """Raising: every spelling of attention in a graph becomes one `attend` node; what comes near and is not says why.
 
-No list of patterns: from each softmax the chain is read backwards, element by element, into one expression of the score.
+No list of patterns: from each softmax the chain is read backwards, element by element, into one expression.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .chains import products_behind, raise_chain
 from .in_place import without_dead, without_writes
 from .reading import Unreadable
 from .sdpa import raise_sdpa
-from .softmaxes import as_softmax
+from .softmaxes import almost_softmax, as_softmax
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,8 @@ def raise_sites(graph_module: fx.GraphModule, *, recompile: bool = True) -> Rais
             continue
         softmax = as_softmax(node)
         if softmax is None:
+            almost = almost_softmax(node)
+            misses += [_miss(node, almost)] if almost else []
             continue
         behind = products_behind(softmax)
         if not behind:

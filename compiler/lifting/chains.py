@@ -140,7 +140,7 @@ def _ends(node: fx.Node, at: Index, end: fx.Node, value: Expr, places: list[Inde
 
 
 def _scores(softmax: Softmax, at: Index, reader: Reader) -> tuple[Expr, Expr | None, Product, Index]:
-    """The score in terms of s, the sink where a column beside the scores is cut off again, and the product of Q and K."""
+    """The score in terms of s, the sink where a column beside the scores is cut off again, the product of Q and K."""
     scores: Any = softmax.scores
     chain: list[fx.Node] = []
     while plain_name(scores) in SAME or _top_taken_off(scores):
@@ -148,7 +148,7 @@ def _scores(softmax: Softmax, at: Index, reader: Reader) -> tuple[Expr, Expr | N
         reader.dropped += _top_taken_off(scores)
         scores = scores.args[0]
     column = None
-    if op_name(scores) == "cat" and (int(scores.args[1]) if len(scores.args) > 1 else 0) % len(at) == softmax.axis:  # type: ignore[call-overload]
+    if op_name(scores) == "cat" and (int(scores.args[1]) if len(scores.args) > 1 else 0) % len(at) == softmax.axis:
         parts = list(scores.args[0])
         column = next((p for p in parts if same_size(shape_of(p)[softmax.axis], 1)), None)
         rest = [p for p in parts if p is not column]

@@ -1,4 +1,4 @@
-"""Whether a mask can leave a query without any key: there a finite fill means equal weights, and minus infinity does not.
+"""Whether a mask can leave a query without keys: there a finite fill means equal weights, and minus infinity does not.
 
 scores.masked_fill(mask, -1e9) keeps ~mask wherever every row keeps something; else the fill stays part of the score.
 """
@@ -73,6 +73,6 @@ def _computed(node: fx.Node, known: dict[fx.Node, Any]) -> Any:
         return found
     if node.op != "call_function":
         raise _Unknown
-    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: _value(n, known))  # type: ignore[misc]
+    args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: _value(n, known))
     with torch.no_grad():
         return node.target(*args, **kwargs)  # type: ignore[operator]

@@ -1,4 +1,4 @@
-"""Between a model's own layout of a product's operands and (B, H, N, D): which batch axes are batch, which are heads."""
+"""Between a model's own layout of a product's operands and (B, H, N, D): which axes are batch, which are heads."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class Layout:
 
     def settle(self, e: Expr) -> Expr:
         """An expression of g0, g1, ... in terms of b and h; g // H is b and g % H is h where g is b * H + h."""
-        if e.op in ("floordiv", "mod") and len(self.sizes) == 1 and e.args[0].text == "g0":
-            if e.args[1].op == "const" and same_size(e.args[1].args[0], self.heads):
-                return B if e.op == "floordiv" else H
+        split = e.op in ("floordiv", "mod") and len(self.sizes) == 1 and e.args[0].text == "g0"
+        if split and e.args[1].op == "const" and same_size(e.args[1].args[0], self.heads):
+            return B if e.op == "floordiv" else H
         if e.op == "name":
             return self.values[int(e.args[0][1:])] if e.args[0][0] == "g" else e
         if e.op == "const":
@@ -42,7 +42,7 @@ class Layout:
 
 
 def layout(sizes: Sequence[Any], used: Sequence[Expr], heads: int | None, *, grouped: bool) -> Layout:
-    """Batch axes as b and h: two are (b, h), one is b * heads + h, of three the outer or (grouped queries) inner two join.
+    """Batch axes as b and h: two are (b, h), one is b * heads + h, of three the outer (or, grouped, inner) two join.
 
     `used` are index expressions found in the chain: g0 // 12 there tells 12 heads.
     """
@@ -73,7 +73,7 @@ _WIDE = frozenset({"linear", "addmm", "select", "add"})
 
 
 def head_count(node: fx.Node, batch: Any, feature: Any) -> int | None:
-    """Heads of an operand (B * H, N, D): from the view that joined them, or from the width E = H * D of a projection."""
+    """Heads of an operand (B * H, N, D): from the view that joined them, or the width E = H * D of a projection."""
     seen = 0
     current: Any = node
     while isinstance(current, fx.Node) and seen < 12:
@@ -119,7 +119,7 @@ class Shaping:
         return found
 
     def rows(self, operand: Operand, where: Sequence[Expr]) -> fx.Node:
-        """An operand as (batch..., rows, contracted) -> (B, H, rows, contracted); `where`: its batch axes as b and h."""
+        """An operand as (batch..., rows, contracted) -> (B, H, rows, contracted); `where`: its batch axes."""
         node = operand.node
         axes = [a for a in operand.batch if a >= 0]
         order = [*axes, operand.free, operand.contracted]
@@ -204,7 +204,7 @@ class Shaping:
 
 
 def without_repeats(node: fx.Node, heads: Any) -> fx.Node:
-    """Keys before they were repeated for grouped queries: unsqueeze, expand, reshape or repeat_interleave over heads."""
+    """Keys before they were repeated for grouped queries: unsqueeze, expand, reshape; or repeat_interleave."""
     current: Any = node
     while isinstance(current, fx.Node) and (op_name(current) in SAME or _whole_slice(current)):
         current = current.args[0]
@@ -213,7 +213,7 @@ def without_repeats(node: fx.Node, heads: Any) -> fx.Node:
         and current.args[2:3] in ((1,), (-3,))
         and isinstance(current.args[1], int)
     ):
-        return current.args[0]  # type: ignore[no-any-return]
+        return current.args[0]
     if op_name(current) in ("reshape", "view", "_unsafe_view", "flatten") and len(shape_of(current)) == 4:
         expanded = current.args[0]
         if op_name(expanded) == "expand" and len(shape_of(expanded)) == 5:
@@ -230,7 +230,7 @@ def without_repeats(node: fx.Node, heads: Any) -> fx.Node:
 def _through_slices(node: Any) -> fx.Node:
     while isinstance(node, fx.Node) and _whole_slice(node):
         node = node.args[0]
-    return node  # type: ignore[no-any-return]
+    return node
 
 
 def _whole_slice(node: Any) -> bool:

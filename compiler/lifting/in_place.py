@@ -1,4 +1,4 @@
-"""Changes in place become new values, so that whoever reads the tensor later reads the change: scores += bias, scores[:, 1:] = x.
+"""Changes in place become new values: scores += bias and scores[:, 1:] = x are new scores for who reads them later.
 
 Only tensors that the graph made itself, and only where no other view of the same memory is read afterwards.
 """
@@ -105,7 +105,7 @@ def _plain(node: fx.Node, shaping: Shaping) -> fx.Node | None:
         one = shape_of(source), shape_of(target)
         if len(one[0]) != len(one[1]) or not all(same_size(a, b) for a, b in zip(*one)):
             source = shaping.call(aten.expand_as.default, source, target)
-        return source  # type: ignore[no-any-return]
+        return source
     packet = getattr(aten, name, None)
     if packet is None or overload not in packet.overloads() or node.kwargs:
         return None

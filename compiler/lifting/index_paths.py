@@ -1,7 +1,7 @@
 """Where an element comes from: index expressions carried backwards through operations that only move elements.
 
-For a node and one index expression per axis, the same for its source: a transpose swaps them, a view regroups them, a slice
-shifts them. What cannot be said is None.
+For a node and one index expression per axis, the same for its source: a transpose swaps them, a view regroups them,
+a slice shifts them. What cannot be said is None.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def joined(outer: Expr, size: Any, inner: Expr) -> Expr:
     if outer.text == "0":
         return inner
     if inner.op == "mod" and inner.args[1].text == str(size) and outer.text == (inner.args[0] // size).text:
-        return inner.args[0]  # type: ignore[no-any-return]
+        return inner.args[0]
     return outer * size + inner
 
 

@@ -1,4 +1,4 @@
-"""Products of two tensors, in any spelling, as batch axes, one free axis of each side, and one axis that is contracted."""
+"""Products of two tensors, in any spelling: batch axes, one free axis of each side, one axis that is contracted."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def _multiplied_and_summed(node: fx.Node) -> Product | None:
         return None
     if len(shape_of(left)) != len(whole) or len(shape_of(right)) != len(whole):
         return None
-    contracted = int(axes[0]) % len(whole)
+    contracted = int(axes[0]) % len(whole)  # type: ignore[arg-type]
     single = [[same_size(s, 1) for s in shape_of(side)] for side in (left, right)]
     others = [a for a in range(len(whole)) if a != contracted]
     free = [[a for a in others if not own[a] and other[a]] for own, other in (single, single[::-1])]

@@ -93,7 +93,7 @@ class Reader:
                 if top:  # softmax does not see what is subtracted from a whole row
                     self.dropped += top
                     return part(args[0])
-                left, right = part(args[0]), part(args[1]) * as_expr(alpha)  # type: ignore[arg-type]
+                left, right = part(args[0]), part(args[1]) * as_expr(alpha)
                 return left + right if called == "add" else left - right if called == "sub" else right - left
             case "mul":
                 return part(args[0]) * part(args[1])

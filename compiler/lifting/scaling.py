@@ -12,7 +12,7 @@ from .reading import plain_name
 
 
 def unscaled(q: fx.Node, k: fx.Node) -> tuple[fx.Node, fx.Node, float, Callable[[], None]]:
-    """q and k without constant factors that nothing else reads, the factor, and what makes it so once that is written."""
+    """q and k without constant factors that nothing else reads, the factor, and what makes it so afterwards."""
     factor = 1.0
     sides = []
     scaled: list[tuple[fx.Node, fx.Node]] = []

@@ -11,7 +11,6 @@ from ..ports import op_name
 from .index_paths import SAME, shape_of
 from .reading import plain_name
 
-
 NEGLIGIBLE = 1e-6  # added to a sum of exponentials against division by zero; anything larger is another normaliser
 
 
@@ -40,6 +39,19 @@ def as_softmax(node: fx.Node) -> Softmax | None:
     if called in ("div", "true_divide", "mul"):
         return _over_its_sum(node)
     return None
+
+
+def almost_softmax(node: fx.Node) -> str:
+    """Why exponentials over their sum are no softmax; "" for anything else."""
+    if op_name(node) not in ("div", "true_divide") or len(node.args) < 2 or as_softmax(node) is not None:
+        return ""
+    top, bottom = _bare(node.args[0]), _bare(node.args[1])
+    changed = bottom
+    while op_name(changed) in ("add", "clamp", "clamp_min", "pow", "sqrt"):
+        changed = _bare(changed.args[0])
+    if op_name(top) == "exp" and op_name(changed) == "sum" and _bare(changed.args[0]) is top and changed is not bottom:
+        return f"the sum of the exponentials is changed by %{bottom.name}: another normaliser"
+    return ""
 
 
 def _over_its_sum(node: fx.Node) -> Softmax | None:
