@@ -1,4 +1,4 @@
-"""Attention written by hand in many ways is raised: one site each, numbers unchanged, and the spec says what was written."""
+"""Attention written by hand in many ways is raised: one site each, equal numbers, a spec that says it."""
 
 from __future__ import annotations
 
@@ -122,6 +122,21 @@ def divided_behind(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (e @ v) / e.sum(-1, keepdim=True)
 
 
+def divided_behind_einsum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    e = torch.exp(q @ k.mT * SCALE)
+    return torch.einsum("bhij,bhje->bhie", e, v) / e.sum(-1).unsqueeze(-1)
+
+
+def powers_of_two(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    e = torch.exp2(q @ k.mT)
+    return e / e.sum(-1, keepdim=True) @ v
+
+
+def relative_first(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+    """Position vectors multiplied with the queries, added in front of the product with the keys."""
+    return soft((torch.einsum("bhid,ijd->bhij", q, m) + q @ k.mT) * SCALE) @ v
+
+
 def two_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Two halves of the features under two scales."""
     s = q[..., :4] @ k[..., :4].mT + 2.0 * (q[..., 4:] @ k[..., 4:].mT)
@@ -232,11 +247,27 @@ SPELLINGS = [
     Spelling("divided", lambda q, k, v: soft(q @ k.mT / 4.0) @ v, score="s * 0.25"),
     Spelling("keys times queries", lambda q, k, v: ((k @ q.mT * SCALE).softmax(-2)).mT @ v),
     Spelling("values first", lambda q, k, v: (v.mT @ (k @ q.mT * SCALE).softmax(-2)).mT),
-    Spelling("einsum", lambda q, k, v: torch.einsum("bhij,bhje->bihe", soft(torch.einsum("bhid,bhjd->bhij", q, k) * SCALE), v)),
-    Spelling("einsum with dots", lambda q, k, v: torch.einsum("...ij,...je->...ie", soft(torch.einsum("...id,...jd->...ij", q * SCALE, k)), v)),
-    Spelling("einsum, queries last", lambda q, k, v: torch.einsum("bhji,bhje->bhie", (torch.einsum("bhid,bhjd->bhji", q, k) * SCALE).softmax(2), v)),
-    Spelling("multiply and sum", lambda q, k, v: (soft((q.unsqueeze(3) * k.unsqueeze(2)).sum(-1) * SCALE).unsqueeze(-1) * v.unsqueeze(2)).sum(3)),
-    Spelling("tokens first", lambda q, k, v: torch.einsum("bhnm,bmhe->bnhe", soft(torch.einsum("bnhd,bmhd->bhnm", q, k) * SCALE), v), inputs=tokens_first),
+    Spelling(
+        "einsum",
+        lambda q, k, v: torch.einsum("bhij,bhje->bihe", soft(torch.einsum("bhid,bhjd->bhij", q, k) * SCALE), v),
+    ),
+    Spelling(
+        "einsum with dots",
+        lambda q, k, v: torch.einsum("...ij,...je->...ie", soft(torch.einsum("...id,...jd->...ij", q * SCALE, k)), v),
+    ),
+    Spelling(
+        "einsum, queries last",
+        lambda q, k, v: torch.einsum("bhji,bhje->bhie", (torch.einsum("bhid,bhjd->bhji", q, k) * SCALE).softmax(2), v),
+    ),
+    Spelling(
+        "multiply and sum",
+        lambda q, k, v: (soft((q.unsqueeze(3) * k.unsqueeze(2)).sum(-1) * SCALE).unsqueeze(-1) * v.unsqueeze(2)).sum(3),
+    ),
+    Spelling(
+        "tokens first",
+        lambda q, k, v: torch.einsum("bhnm,bmhe->bnhe", soft(torch.einsum("bnhd,bmhd->bhnm", q, k) * SCALE), v),
+        inputs=tokens_first,
+    ),
     Spelling("stable by hand", stable),
     Spelling("times the reciprocal", unnormalised_first),
     Spelling("sum clamped below one", clamped_sum),
@@ -245,46 +276,149 @@ SPELLINGS = [
     Spelling("masked exponentials", masked_exponentials, keep="~t0[b, 0, 0, j]", inputs=with_mask(B, 1, 1, M)),
     Spelling("multiplied exponentials", multiplied_exponentials, keep="t0[b, 0, i, j]", inputs=with_mask(B, 1, N, M)),
     Spelling("divided behind the values", divided_behind),
+    Spelling("divided behind an einsum", divided_behind_einsum),
+    Spelling("powers of two", powers_of_two, score=f"s * {math.log(2.0)!r}"),
+    Spelling(
+        "relative positions first",
+        relative_first,
+        score=f"(s + t0[b, h, i, j]) * {SCALE!r}",
+        inputs=lambda: (*qkv(), torch.randn(N, M, D)),
+    ),
+    Spelling("one query for all", lambda q, k, v: soft(q[:1] @ k.mT * SCALE) @ v),
+    Spelling("a zero sink", lambda q, k, v: soft(F.pad(q @ k.mT * SCALE, (0, 1)))[..., :-1] @ v, sink="0.0"),
+    Spelling("one key", lambda q, k, v: soft(q @ k[:, :, :1].mT * SCALE) @ v[:, :, :1]),
     Spelling("two products", two_products, score="s + t0[b, h, i, j] * 2.0"),
     Spelling("no batch, no heads", lambda q, k, v: soft(q @ k.t() * SCALE) @ v, inputs=single, heads=1, kv_heads=1),
-    Spelling("fused, no batch", lambda q, k, v: F.scaled_dot_product_attention(q, k, v), inputs=single, heads=1, kv_heads=1),
-    Spelling("fused, batch alone", lambda q, k, v: F.scaled_dot_product_attention(q, k, v), inputs=flat, heads=1, kv_heads=1),
+    Spelling(
+        "fused, no batch", lambda q, k, v: F.scaled_dot_product_attention(q, k, v), inputs=single, heads=1, kv_heads=1
+    ),
+    Spelling(
+        "fused, batch alone", lambda q, k, v: F.scaled_dot_product_attention(q, k, v), inputs=flat, heads=1, kv_heads=1
+    ),
     Spelling("float32 inside", lambda q, k, v: F.softmax(q @ k.mT * SCALE, -1, dtype=torch.float32).to(q.dtype) @ v),
     Spelling("tril", tril, keep="~t0[i, j]", inputs=square, score=f"s / {math.sqrt(D)!r}"),
     Spelling("triu added", triu_added, score=f"s * {SCALE!r} + t0[i, j]", inputs=square),
-    Spelling("boolean mask", lambda q, k, v, m: soft((q @ k.mT * SCALE).masked_fill(~m[:, None, None], -1e4)) @ v, keep="~t0[b, 0, 0, j]", inputs=with_mask(B, M)),
-    Spelling("where", lambda q, k, v, m: soft(torch.where(m, q @ k.mT * SCALE, -torch.inf)) @ v, keep="t0[b, 0, i, j]", inputs=with_mask(B, 1, N, M)),
-    Spelling("softcap, then a mask", softcap, score=f"tanh(s * {SCALE!r} / 5.0) * 5.0", keep="t0[b, 0, 0, j]", inputs=with_mask(B, 1, 1, M)),
-    Spelling("bias per head", lambda q, k, v, m: soft(q @ k.mT * SCALE + m) @ v, score=f"s * {SCALE!r} + t0[h, i, j]", inputs=with_bias(H, N, M)),
-    Spelling("slope per head", lambda q, k, v, m: soft(q @ k.mT * SCALE + m) @ v, score=f"s * {SCALE!r} + t0[h, 0, j]", inputs=with_bias(H, 1, M)),
-    Spelling("temperature per head", lambda q, k, v, m: soft(q @ k.mT * m) @ v, score="s * t0[h, 0, 0]", inputs=with_bias(H, 1, 1)),
-    Spelling("scale after a bias", lambda q, k, v, m: soft((q @ k.mT + m) * 0.5) @ v, score="(s + t0[b, h, i, j]) * 0.5", inputs=with_bias(B, H, N, M)),
+    Spelling(
+        "boolean mask",
+        lambda q, k, v, m: soft((q @ k.mT * SCALE).masked_fill(~m[:, None, None], -1e4)) @ v,
+        keep="~t0[b, 0, 0, j]",
+        inputs=with_mask(B, M),
+    ),
+    Spelling(
+        "where",
+        lambda q, k, v, m: soft(torch.where(m, q @ k.mT * SCALE, -torch.inf)) @ v,
+        keep="t0[b, 0, i, j]",
+        inputs=with_mask(B, 1, N, M),
+    ),
+    Spelling(
+        "softcap, then a mask",
+        softcap,
+        score=f"tanh(s * {SCALE!r} / 5.0) * 5.0",
+        keep="t0[b, 0, 0, j]",
+        inputs=with_mask(B, 1, 1, M),
+    ),
+    Spelling(
+        "bias per head",
+        lambda q, k, v, m: soft(q @ k.mT * SCALE + m) @ v,
+        score=f"s * {SCALE!r} + t0[h, i, j]",
+        inputs=with_bias(H, N, M),
+    ),
+    Spelling(
+        "slope per head",
+        lambda q, k, v, m: soft(q @ k.mT * SCALE + m) @ v,
+        score=f"s * {SCALE!r} + t0[h, 0, j]",
+        inputs=with_bias(H, 1, M),
+    ),
+    Spelling(
+        "temperature per head",
+        lambda q, k, v, m: soft(q @ k.mT * m) @ v,
+        score="s * t0[h, 0, 0]",
+        inputs=with_bias(H, 1, 1),
+    ),
+    Spelling(
+        "scale after a bias",
+        lambda q, k, v, m: soft((q @ k.mT + m) * 0.5) @ v,
+        score="(s + t0[b, h, i, j]) * 0.5",
+        inputs=with_bias(B, H, N, M),
+    ),
     Spelling("in place", inplace, score=f"s * {SCALE!r} + t0[b, 0, i, j]", inputs=with_bias(B, 1, N, M)),
     Spelling("filled in place", inplace_fill, keep="~t0[b, 0, 0, j]", inputs=with_mask(B, 1, 1, M)),
-    Spelling("copied into a slice", sliced_copy, score=f"s * {SCALE!r} + t0[b, h, i, j // 3]", inputs=with_bias(B, H, 2, 3, 3)),
-    Spelling("bmm over batch and heads", lambda q, k, v: torch.bmm(soft(torch.bmm(q, k.transpose(1, 2)) * SCALE), v), inputs=flat, heads=1, kv_heads=1),
-    Spelling("baddbmm with a bias", through_bmm, score=f"s * {SCALE!r} + t0[b, h, i, j] * 0.5", inputs=with_bias(B, H, N, M)),
+    Spelling(
+        "copied into a slice",
+        sliced_copy,
+        score=f"s * {SCALE!r} + t0[b, h, i, j // 3]",
+        inputs=with_bias(B, H, 2, 3, 3),
+    ),
+    Spelling(
+        "bmm over batch and heads",
+        lambda q, k, v: torch.bmm(soft(torch.bmm(q, k.transpose(1, 2)) * SCALE), v),
+        inputs=flat,
+        heads=1,
+        kv_heads=1,
+    ),
+    Spelling(
+        "baddbmm with a bias", through_bmm, score=f"s * {SCALE!r} + t0[b, h, i, j] * 0.5", inputs=with_bias(B, H, N, M)
+    ),
     Spelling("sinks, last", sinks_last, sink="t0[h]", inputs=with_bias(H)),
     Spelling("sinks, first", sinks_first, sink="t0[h]", inputs=with_bias(H)),
     Spelling("repeat_kv", lambda q, k, v: soft(q @ repeat_kv(k).mT * SCALE) @ repeat_kv(v), inputs=grouped, kv_heads=2),
-    Spelling("repeat_interleave", lambda q, k, v: soft(q @ k.repeat_interleave(2, 1).mT * SCALE) @ v.repeat_interleave(2, 1), inputs=grouped, kv_heads=2),
-    Spelling("heads repeated as a whole", lambda q, k, v: soft(q @ k.repeat(1, 2, 1, 1).mT * SCALE) @ v.repeat(1, 2, 1, 1), inputs=grouped),
+    Spelling(
+        "repeat_interleave",
+        lambda q, k, v: soft(q @ k.repeat_interleave(2, 1).mT * SCALE) @ v.repeat_interleave(2, 1),
+        inputs=grouped,
+        kv_heads=2,
+    ),
+    Spelling(
+        "heads repeated as a whole",
+        lambda q, k, v: soft(q @ k.repeat(1, 2, 1, 1).mT * SCALE) @ v.repeat(1, 2, 1, 1),
+        inputs=grouped,
+    ),
     Spelling("grouped in five dimensions", grouped_5d, inputs=grouped, kv_heads=2),
     Spelling("grouped einsum", grouped_einsum, inputs=grouped, kv_heads=2),
     Spelling("one key head", lambda q, k, v: soft(q @ k[:, :1].mT * SCALE) @ v[:, :1], inputs=grouped, kv_heads=1),
     Spelling("mask per window", windows, score=f"s * {SCALE!r} + t0[0, b % 2, 0, i, j]", inputs=batch_of_eight),
-    Spelling("bias per row of a grid", relative_rows, score=f"s * {SCALE!r} + t0[b, h, i, j // 3, 0]", inputs=with_bias(B, H, N, 3)),
+    Spelling(
+        "bias per row of a grid",
+        relative_rows,
+        score=f"s * {SCALE!r} + t0[b, h, i, j // 3, 0]",
+        inputs=with_bias(B, H, N, 3),
+    ),
     Spelling("mask behind the softmax", later_mask, after="t0[h, i, j] * w", inputs=with_bias(H, N, M)),
     Spelling("inactive dropout", lambda q, k, v: F.dropout(soft(q @ k.mT * SCALE), 0.1, False) @ v),
-    Spelling("empty rows to zero", lambda q, k, v, m: torch.nan_to_num(soft((q @ k.mT * SCALE).masked_fill(~m, -torch.inf))) @ v, keep="~t0[b, 0, i, j]", inputs=with_mask(B, 1, N, M)),
+    Spelling(
+        "empty rows to zero",
+        lambda q, k, v, m: torch.nan_to_num(soft((q @ k.mT * SCALE).masked_fill(~m, -torch.inf))) @ v,
+        keep="~t0[b, 0, i, j]",
+        inputs=with_mask(B, 1, N, M),
+    ),
     Spelling("fused", lambda q, k, v: F.scaled_dot_product_attention(q, k, v)),
     Spelling("fused, own scale", lambda q, k, v: F.scaled_dot_product_attention(q, k, v, scale=0.5), score="s * 0.5"),
     Spelling("fused, causal", lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True), keep="j <= i"),
-    Spelling("fused, boolean", lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, attn_mask=m), keep="t0[b, 0, 0, j]", inputs=with_mask(B, 1, 1, M)),
-    Spelling("fused, additive", lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, attn_mask=m), score=f"s * {SCALE!r} + t0[b, h, i, j]", inputs=with_bias(B, H, N, M)),
-    Spelling("fused, grouped", lambda q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=True), inputs=grouped, kv_heads=2),
-    Spelling("fused, repeat_kv", lambda q, k, v: F.scaled_dot_product_attention(q, repeat_kv(k), repeat_kv(v)), inputs=grouped, kv_heads=2),
-]  # fmt: skip
+    Spelling(
+        "fused, boolean",
+        lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, attn_mask=m),
+        keep="t0[b, 0, 0, j]",
+        inputs=with_mask(B, 1, 1, M),
+    ),
+    Spelling(
+        "fused, additive",
+        lambda q, k, v, m: F.scaled_dot_product_attention(q, k, v, attn_mask=m),
+        score=f"s * {SCALE!r} + t0[b, h, i, j]",
+        inputs=with_bias(B, H, N, M),
+    ),
+    Spelling(
+        "fused, grouped",
+        lambda q, k, v: F.scaled_dot_product_attention(q, k, v, enable_gqa=True),
+        inputs=grouped,
+        kv_heads=2,
+    ),
+    Spelling(
+        "fused, repeat_kv",
+        lambda q, k, v: F.scaled_dot_product_attention(q, repeat_kv(k), repeat_kv(v)),
+        inputs=grouped,
+        kv_heads=2,
+    ),
+]
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS, ids=lambda s: s.name)

@@ -19,7 +19,7 @@ B, N, C, H, D = 2, 6, 16, 4, 4
 
 @dataclass(frozen=True)
 class LookAlike:
-    """A module's forward over x (B, N, C), and what the nearest misses must say; no reason: not even a softmax is there."""
+    """A module's forward over x (B, N, C), and what the nearest misses say; no reason: not even a softmax is there."""
 
     name: str
     run: Callable[[Projections, Tensor], Any]
@@ -209,6 +209,17 @@ def running_sum(m: Projections, x: Tensor) -> Tensor:
     return m.merged((q @ k.mT).cumsum(-1).softmax(-1) @ v)
 
 
+def normed(m: Projections, x: Tensor) -> Tensor:
+    q, k, v = m.qkv(x)
+    return m.merged(F.normalize((q @ k.mT).exp(), p=2.0, dim=-1) @ v)
+
+
+def differential(m: Projections, x: Tensor) -> Tensor:
+    q, k, v = m.qkv(x)
+    first, second = (q[..., :2] @ k[..., :2].mT).softmax(-1), (q[..., 2:] @ k[..., 2:].mT).softmax(-1)
+    return m.merged((first - second) @ v)
+
+
 def no_softmax(m: Projections, x: Tensor) -> Tensor:
     q, k, v = m.qkv(x)
     return m.merged(q @ (k.mT @ v))
@@ -250,6 +261,8 @@ LOOK_ALIKES = [
     LookAlike("sum with one more", smoothed, ("the sum is changed by %add",)),
     LookAlike("squared weights", squared, ("the weights meet %pow",)),
     LookAlike("running sum of scores", running_sum, ("stands %cumsum",)),
+    LookAlike("exponentials by their norm", normed, ("they are not divided by their sum",)),
+    LookAlike("difference of two softmaxes", differential, ("the weights meet %sub",)),
     LookAlike("no softmax", no_softmax, ()),
     LookAlike("relu attention", relu_attention, ()),
 ]  # fmt: skip

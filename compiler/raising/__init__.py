@@ -1,8 +1,8 @@
-"""Raising: every spelling of attention in a graph becomes one `attend` node; what only looks like it is named with the reason.
+"""Raising: every spelling of attention in a graph becomes one `attend` node; what only looks like it gets a reason.
 
-The search starts at every softmax and at every fused attention. From a softmax it reads backwards through pointwise steps to
-a product of queries and keys, and forwards to the product with values; dimensions are tracked as axes (batch, heads, queries,
-keys), so that layouts do not matter. docs/raising.md tells the rest.
+The search starts at every softmax and at every fused attention. From a softmax it reads backwards through pointwise
+steps to a product of queries and keys, and forwards to the product with values; dimensions are tracked as axes (batch,
+heads, queries, keys), so that layouts do not matter. docs/raising.md tells the rest.
 """
 
 from __future__ import annotations
@@ -15,13 +15,16 @@ from ..refusal import Refused
 from .deferred import normalise_first
 from .found import place_of
 from .inplace import make_values
-from .layout import is_idle
+from .layout import is_idle, op_name
 from .near import NearMiss, Unraised, module_path
 from .place import Place, write
+from .scores import carries_scores
 from .sdpa import is_sdpa, place_of_sdpa
-from .softmaxes import softmax_at
+from .softmaxes import EXPONENTIALS, softmax_at
 
 __all__ = ["NearMiss", "Raised", "raise_sites"]
+
+SUMS = frozenset({"sum", "norm", "linalg_vector_norm", "cumsum", "mean"})
 
 
 @dataclass(frozen=True)
@@ -50,9 +53,20 @@ def raise_sites(graph_module: fx.GraphModule) -> Raised:
         except Unraised as reason:
             misses.append(NearMiss(module_path(node), reason.node.name, reason.reason))
     _erase_idle(graph)
+    misses.extend(_unnormalised(graph))
     graph.lint()
     graph_module.recompile()
     return Raised(tuple(made), tuple(misses))
+
+
+def _unnormalised(graph: fx.Graph) -> list[NearMiss]:
+    """Exponentials of scores that are summed and yet in no softmax."""
+    found = []
+    for node in graph.nodes:
+        if op_name(node) in EXPONENTIALS and any(op_name(u) in SUMS for u in node.users) and carries_scores(node):
+            reason = "exponentials of scores are summed, but they are not divided by their sum"
+            found.append(NearMiss(module_path(node), node.name, reason))
+    return found
 
 
 def _place(node: fx.Node) -> Place | None:

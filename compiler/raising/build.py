@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import operator
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -128,10 +129,10 @@ class Builder:
 
 def _units(groups: Groups, wanted: Groups) -> list[Group]:
     """Axes that stay together on the way from one layout to the other."""
-    following = {}
+    following: dict[Axis, Axis] = {}
     for group in wanted:
         axes = leaves(group)
-        following.update(zip(axes, axes[1:]))
+        following.update(pairwise(axes))
     units: list[Group] = []
     for group in groups:
         unit: list[Axis] = []

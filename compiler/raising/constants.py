@@ -16,7 +16,7 @@ MADE = frozenset({"full", "scalar_tensor", "zeros", "ones", "full_like", "zeros_
 
 
 def constant(node: Any, *, buffers: bool = False) -> float | None:
-    """The number a node stands for; None where it is not one. Buffers can be loaded anew, so they count only if asked for."""
+    """The number a node stands for, or None. Buffers can be loaded anew, so they count only if asked for."""
     if isinstance(node, bool | int | float):
         return node
     value = tensor_of(node)
@@ -47,7 +47,7 @@ def _value(node: Any, buffers: bool) -> torch.Tensor | None:
     parts = [_value(a, buffers) if isinstance(a, fx.Node) and tensor_of(a) is not None else a for a in node.args]
     if any(p is None or isinstance(p, fx.Node | list | tuple) for p in parts):
         return None
-    return node.target(*parts)  # type: ignore[no-any-return]
+    return node.target(*parts)
 
 
 def _stored(node: fx.Node, buffers: bool) -> torch.Tensor | None:
@@ -61,4 +61,4 @@ def _stored(node: fx.Node, buffers: bool) -> torch.Tensor | None:
         return None
     if hasattr(value, "fake_mode"):
         return None
-    return value.detach().reshape(())  # type: ignore[no-any-return]
+    return value.detach().reshape(())

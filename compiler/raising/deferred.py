@@ -1,11 +1,14 @@
-"""(e @ v) / e.sum(-1) is (e / e.sum(-1)) @ v: weights that are normalised behind the values are normalised in front of them."""
+"""(e @ v) / e.sum(-1) is (e / e.sum(-1)) @ v: weights normalised behind the values are normalised in front of them."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import fx
 
 from .build import Builder, aten
 from .layout import VIEWS, argument, data_users, op_name, tensor_of
+from .products import product_of
 from .softmaxes import is_exponential, through
 
 
@@ -17,19 +20,27 @@ def normalise_first(graph: fx.Graph) -> None:
 
 
 def _move(node: fx.Node) -> None:
-    product, total = node.args
-    weights = product.args[0] if op_name(product) in ("matmul", "bmm") else None  # type: ignore[union-attr]
-    if weights is None or data_users(product) != [node] or not is_exponential(weights):  # type: ignore[arg-type]
+    given: tuple[Any, ...] = node.args
+    total = given[1]
+    product = product_of(given[0]) if tensor_of(given[0]) is not None else None
+    if (
+        product is None
+        or product.inside
+        or data_users(product.node) != [node]
+        or not is_exponential(product.operands[0])
+    ):
         return
-    if tensor_of(total) is None or not _is_row_sum(total, weights):  # type: ignore[arg-type]
+    weights = product.operands[0]
+    rows = product.labels[0][:-1] == product.out[:-1] and product.labels[0][-1] in product.summed
+    if not rows or tensor_of(total) is None or not _is_row_sum(total, weights):
         return
     builder = Builder(node, [])
     divided = builder.call(aten.div.Tensor, weights, total)
-    again = builder.call(product.target, divided, product.args[1])  # type: ignore[union-attr, arg-type]
+    moved = fx.node.map_arg(product.node.args, lambda n: divided if n is weights else n)
+    again = builder.call(product.node.target, *moved, **product.node.kwargs)  # type: ignore[arg-type]
     node.replace_all_uses_with(again)
-    graph = node.graph
-    graph.erase_node(node)
-    graph.erase_node(product)  # type: ignore[arg-type]
+    node.graph.erase_node(node)
+    node.graph.erase_node(product.node)
 
 
 def _is_row_sum(total: fx.Node, weights: fx.Node) -> bool:

@@ -1,4 +1,4 @@
-"""From a softmax to a place: scores behind it, weights in front of it, and the questions that tell attention from its kin."""
+"""From a softmax to a place: scores behind it, weights ahead of it, and what tells attention from its kin."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def place_of(softmax: Softmax) -> Place:
 
 
 def _with_fills(scores: Scores, i: Group) -> tuple[Expr, Expr]:
-    """A finite fill gives rows that keep nothing equal weights: where a call could have such rows it stays in the score."""
+    """A finite fill gives rows that keep nothing equal weights: where there can be such rows it stays in the score."""
     score, keep = scores.value.expr, TRUE
     parts = scores.value.keep.args if scores.value.keep.op == "and" else (scores.value.keep,)
     for part in parts:
@@ -139,7 +139,7 @@ def _not_pooling(q: Operand, k: Operand, i: Group) -> None:
 
 
 def _not_channels(q: Operand, i: Group, d: Group) -> None:
-    """Where the queries lie along the features of a projection, and the sum does not, tokens are what is summed over."""
+    """Where the queries lie along the features of a projection, and the sum does not, tokens are summed over."""
     behind = origin(q.node, q.groups)
     if behind is None or not i:
         return

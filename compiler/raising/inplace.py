@@ -1,14 +1,18 @@
-"""In-place operators on the way to a softmax become values: `x += bias` is a new x for everyone who reads x afterwards."""
+"""In-place operators on the way to a softmax become values: `x += bias` is a new x for all who read x later."""
 
 from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import fx
 
 from .build import Builder
-from .layout import VIEWS, op_name, tensor_of
+from .layout import CASTS, KEEPING, TURNS, VIEWS, argument, op_name, tensor_of
 
-_ALIASING = VIEWS | {"slice", "select", "transpose", "permute", "expand", "alias", "detach", "t"}
+# what may share the memory of its input; "" is one of several results, which split and unbind share
+_ALIASING = VIEWS | TURNS | CASTS | (KEEPING - {"clone"}) | {"slice", "select", "expand", "expand_as", ""}
 
 
 def make_values(graph: fx.Graph) -> None:
@@ -19,29 +23,29 @@ def make_values(graph: fx.Graph) -> None:
 
 
 def _make_value(node: fx.Node) -> None:
-    target = node.args[0]
-    chain = [target]
-    while op_name(chain[-1]) == "slice" and tensor_of(chain[-1].args[0]) is not None:  # type: ignore[arg-type, union-attr]
-        chain.append(chain[-1].args[0])  # type: ignore[union-attr]
+    chain: list[Any] = [node.args[0]]
+    while op_name(chain[-1]) == "slice":
+        chain.append(chain[-1].args[0])
     base = chain[-1]
-    if base.op != "call_function" or op_name(base) in _ALIASING or _seen_otherwise(base, chain, node):  # type: ignore[union-attr, arg-type]
+    if base.op != "call_function" or op_name(base) in _ALIASING or _seen_otherwise(base, chain, node):
         return
     builder = Builder(node, [])
     value = _value(node, builder)
     if value is None:
         return
-    for inner, outer in zip(chain, chain[1:]):
-        _, dim, start, end, *step = (*inner.args, *(None,) * (4 - len(inner.args)))  # type: ignore[union-attr, misc]
-        value = builder.call(torch.ops.aten.slice_scatter.default, outer, value, dim or 0, start, end, *step)
-    _replace_later(base, value, node)  # type: ignore[arg-type]
+    for inner, outer in pairwise(chain):
+        where = [argument(inner, k, name) for k, name in enumerate(("dim", "start", "end", "step"), 1)]
+        where = [0 if where[0] is None else where[0], *where[1:3], 1 if where[3] is None else where[3]]
+        value = builder.call(torch.ops.aten.slice_scatter.default, outer, value, *where)
+    _replace_later(base, value, node)
     node.replace_all_uses_with(value)
     node.graph.erase_node(node)
     for view in chain[:-1]:
-        if not view.users:  # type: ignore[union-attr]
-            node.graph.erase_node(view)  # type: ignore[arg-type]
+        if not view.users:
+            node.graph.erase_node(view)
 
 
-def _seen_otherwise(base: fx.Node, chain: list[object], node: fx.Node) -> bool:
+def _seen_otherwise(base: fx.Node, chain: list[Any], node: fx.Node) -> bool:
     """A view taken before the write and read after it would change with it; so would what the base is a view of."""
     for user in base.users:
         if user in chain or user is node:
@@ -50,7 +54,7 @@ def _seen_otherwise(base: fx.Node, chain: list[object], node: fx.Node) -> bool:
             return True
     if len(chain) > 1 and node.users:
         return True
-    return any(reader > node for view in chain[:-1] for reader in view.users if reader is not node)  # type: ignore[attr-defined]
+    return any(reader > node for view in chain[:-1] for reader in view.users if reader is not node)
 
 
 def _value(node: fx.Node, builder: Builder) -> fx.Node | None:

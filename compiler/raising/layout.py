@@ -104,8 +104,9 @@ def _repeated(node: fx.Node, name: str, shape: tuple[Any, ...], groups: Groups) 
 def turned(node: fx.Node, rank: int) -> list[int] | None:
     """Which input dimension each output dimension is."""
     name, order = op_name(node), list(range(rank))
+    given: tuple[Any, ...] = node.args
     if name == "permute":
-        return [d % rank for d in node.args[1]]  # type: ignore[union-attr, operator]
+        return [d % rank for d in given[1]]
     if name in ("t", "mT", "numpy_T", "adjoint"):
         if rank < 2:
             return order
@@ -113,18 +114,18 @@ def turned(node: fx.Node, rank: int) -> list[int] | None:
             return order[::-1]
         return [*order[:-2], order[-1], order[-2]]
     if name in ("movedim", "moveaxis"):
-        if not (isinstance(node.args[1], int) and isinstance(node.args[2], int)):
+        if not (isinstance(given[1], int) and isinstance(given[2], int)):
             return None
-        moved = order.pop(node.args[1] % rank)
-        order.insert(node.args[2] % rank, moved)
+        moved = order.pop(given[1] % rank)
+        order.insert(given[2] % rank, moved)
         return order
-    a, b = node.args[1] % rank, node.args[2] % rank  # type: ignore[operator]
-    order[a], order[b] = order[b], order[a]  # type: ignore[index]
+    a, b = given[1] % rank, given[2] % rank
+    order[a], order[b] = order[b], order[a]
     return order
 
 
 def is_idle(node: fx.Node) -> bool:
-    """Nobody reads it, and running it does nothing else; dropout that is off counts as random for torch.fx, not here."""
+    """Nobody reads it, and running it does nothing else; dropout that is off is random for torch.fx, not here."""
     if node.users or node.op != "call_function":
         return False
     off = {

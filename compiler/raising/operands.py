@@ -47,12 +47,13 @@ def _before(stage: Stage, alone: bool) -> Stage | None:
         fewer = len(all_leaves(groups)) < len(all_leaves(stage.groups))
         return Stage(source, groups, stage.factor, stage.gained + (fewer or is_upcast(stage.node)))
     if op_name(stage.node) in ("mul", "div") and alone and not argument(stage.node, 2, "rounding_mode"):
-        source, number = stage.node.args[0], constant(stage.node.args[1])
+        given: tuple[Any, ...] = stage.node.args
+        source, number = given[0], constant(given[1])
         if number is None and op_name(stage.node) == "mul":
-            source, number = stage.node.args[1], constant(stage.node.args[0])
+            source, number = given[1], constant(given[0])
         if number and tensor_of(source) is not None and tensor_of(source).ndim == len(stage.groups):
             factor = stage.factor * number if op_name(stage.node) == "mul" else stage.factor / number
-            return Stage(source, stage.groups, factor, stage.gained + 1)  # type: ignore[arg-type]
+            return Stage(source, stage.groups, factor, stage.gained + 1)
     return None
 
 
@@ -62,7 +63,7 @@ def without_factor(found: Sequence[Stage]) -> list[Stage]:
 
 
 def best(found: Sequence[Stage], wanted: tuple[Group, ...], optional: Iterable[Axis]) -> Stage:
-    """The stage with most taken off that still has every axis wanted but the optional ones; then the handiest layout."""
+    """The stage with most taken off that has every axis wanted but the optional ones; then the handiest layout."""
     skipped = set(optional)
     needed = {a for g in wanted for a in leaves(g)} - skipped
     fitting = [s for s in found if needed <= set(all_leaves(s.groups))]
@@ -145,7 +146,7 @@ def _selected(node: fx.Node, groups: Groups) -> tuple[fx.Node, Groups] | None:
     if value is None:
         return None
     if name == "select":
-        place = dim % value.ndim  # type: ignore[operator]
+        place = dim % value.ndim
         return source, (*groups[:place], fresh(value.shape[place]), *groups[place:])  # type: ignore[return-value]
     return source, groups  # type: ignore[return-value]
 

@@ -56,7 +56,7 @@ def write(place: Place) -> fx.Node:
     found["v"] = without_factor(stages(place.v.node, place.v.groups))
     batch, heads = _batch_and_heads(place, found)
     index = {"b": batch, "h": heads, "i": leaves(place.i), "j": leaves(place.j)}
-    q = best(found["q"], (batch, heads, place.i, place.d), ())
+    q = best(found["q"], (batch, heads, place.i, place.d), (*batch, *heads))
     k, v = _keys_and_values(place, found, batch, heads)
     builder = Builder(place.node, [place.q.node, place.k.node, place.v.node, q.node, k.node, v.node])
     shared = _grouped(k, v, heads)
@@ -101,7 +101,7 @@ def _batch_and_heads(place: Place, found: dict[str, list[Stage]]) -> tuple[Group
 
 
 def _last_axes(place: Place, keys: list[Stage]) -> Group:
-    """The last dimension of the scores in front of queries and keys; with those before it where keys are shared along it."""
+    """The last dimension of the scores before queries and keys; with those before it where keys are shared along it."""
     outer = [leaves(g) for g in place.outer if g]
     there = set(all_leaves(keys[-1].groups))
     heads: Group = ()

@@ -1,4 +1,4 @@
-"""Every way to multiply two tensors and sum over shared axes, as one value: operands and output with labelled dimensions."""
+"""Every way to multiply two tensors and sum over shared axes: operands and output with labelled dimensions."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def _multiply_and_sum(node: fx.Node) -> Product | None:
         return None
     rank = tensor_of(times).ndim
     names = tuple(f"a{d}" for d in range(rank))
-    summed = dims[0] % rank  # type: ignore[operator]
+    summed = dims[0] % rank
     keep = bool(argument(node, 2, "keepdim", False))
     out = tuple("one" if d == summed else n for d, n in enumerate(names) if keep or d != summed)
     labels = tuple(names[rank - tensor_of(o).ndim :] for o in (left, right))

@@ -16,10 +16,10 @@ from torch import fx
 from ..symbols import TRUE, Expr, build, const, name
 from .axes import Axis, Group, Groups, all_leaves, cut, extents, fresh, fresh_groups, leaves
 from .constants import constant
-from .layout import argument, back, op_name, tensor_of
+from .layout import CASTS, KEEPING, argument, back, op_name, tensor_of
 from .near import Unraised
 from .products import Product, product_of
-from .softmaxes import CASTS, KEEPING, Softmax, shift_of
+from .softmaxes import Softmax, shift_of
 
 VANISHING = -1e4  # exp of this is 0 in every dtype: a score filled with it, or less, is one that is not kept
 UNARY = {n: n for n in ("tanh", "sigmoid", "exp", "exp2", "log", "softplus", "relu", "elu", "sqrt", "floor", "abs")}
@@ -78,16 +78,31 @@ def read_scores(softmax: Softmax) -> Scores:
             bare = tuple(() if d == softmax.dim else g for d, g in enumerate(groups))
             groups = tuple(columns if d == softmax.dim else g for d, g in enumerate(groups))
             sink, node = reader.leaf(*_flat(extra, bare)), part
+        elif op_name(node) in ("pad", "constant_pad_nd") and sink is None:
+            inside.add(node)
+            part, number, sink_at = _padded_column(node, softmax.dim)
+            columns = fresh(tensor_of(part).shape[softmax.dim])
+            groups = tuple(columns if d == softmax.dim else g for d, g in enumerate(groups))
+            sink, node = const(number), part
         else:
             break
     value = reader.read(node, groups)
     if value is None:
         raise Unraised(node, _what_instead(node))
+    if softmax.factor != 1:
+        value = Value(build("mul", value.expr, softmax.factor), value.keep)
     for mask, sense in softmax.kept:
         aligned = _aligned(mask, groups)
         found = reader.leaf(mask, aligned)
         value = Value(value.expr, value.keep & (found if sense else ~found))
     return reader.scores(value, columns, shape, frozenset(inside), sink, sink_at)
+
+
+def carries_scores(node: fx.Node) -> bool:
+    """Whether a product of two activations is behind a node, through pointwise steps alone."""
+    reader = _Reader()
+    found = reader.read(node, fresh_groups(tensor_of(node)))
+    return found is not None and not any(o.op == "get_attr" for p, _ in reader.products.values() for o in p.operands)
 
 
 def _sink_column(node: fx.Node, dim: int) -> tuple[fx.Node, fx.Node, int]:
@@ -100,6 +115,17 @@ def _sink_column(node: fx.Node, dim: int) -> tuple[fx.Node, fx.Node, int]:
         if tensor_of(parts[k]).shape[dim] == 1:  # type: ignore[index]
             return parts[other], parts[k], -k  # type: ignore[index, return-value]
     raise Unraised(node, "several columns are appended to the scores, a sink is one")
+
+
+def _padded_column(node: fx.Node, dim: int) -> tuple[fx.Node, float, int]:
+    """(scores, the number in one further column, its position) of padding along the softmax."""
+    given: tuple[Any, ...] = node.args
+    scores, sides = given[:2]
+    value = argument(node, 3 if op_name(node) == "pad" else 2, "value") or 0.0
+    mode = argument(node, 2, "mode", "constant") if op_name(node) == "pad" else "constant"
+    if mode == "constant" and dim == tensor_of(node).ndim - 1 and list(sides) in ([0, 1], [1, 0]):
+        return scores, float(value), -sides[1]
+    raise Unraised(node, f"scores are padded by {list(sides)}, a sink is one column along the softmax")
 
 
 def _what_instead(node: fx.Node) -> str:
@@ -156,7 +182,7 @@ class _Reader:
         self, value: Value, columns: Group, shape: Groups, inside: frozenset[fx.Node], sink: Expr | None, at: int
     ) -> Scores:
         """The main product is `s`; the terms of further ones stay tensors."""
-        main = self._main(columns)
+        main = self._main()
         put = {n: self.leaf(p.node, out) for n, (p, out) in self.products.items() if n != main}
         settled = Value(value.expr.replace({**put, main: name("s")}), value.keep.replace(put))
         product, out = self.products[main]
@@ -164,10 +190,15 @@ class _Reader:
         chain = frozenset({*carrying, *inside, product.node, *product.inside})
         return Scores(settled, product, out, columns, shape, self.leaves, chain, self.fills, sink, at)
 
-    def _main(self, columns: Group) -> str:
-        """The product in which neither side is a weight of the model, if there are several the first."""
-        order = list(self.products)
-        return min(order, key=lambda n: (_weights_in(self.products[n][0]), order.index(n)))
+    def _main(self) -> str:
+        """The product of two activations that share most axes (batch and heads); of several, the first."""
+
+        def worse(word: str) -> tuple[int, int]:
+            product, out = self.products[word]
+            left, right = (set(all_leaves(g)) for g in product.operand_groups(out))
+            return sum(o.op == "get_attr" for o in product.operands), -len(left & right & set(all_leaves(out)))
+
+        return min(self.products, key=worse)
 
     def leaf(self, node: Any, groups: Groups) -> Expr:
         number = constant(node)
@@ -246,10 +277,7 @@ class _Reader:
         a, b = self._operand(left, groups), self._operand(right, groups)
         alpha = node.kwargs.get("alpha", 1)
         if alpha != 1:
-            if isinstance(b, Value):
-                b = Value(build("mul", b.settled, alpha))
-            else:
-                b = build("mul", b, alpha)
+            b = Value(build("mul", b.settled, alpha)) if isinstance(b, Value) else build("mul", b, alpha)
         if isinstance(a, Value) and isinstance(b, Value):
             if kind in ("add", "sub"):
                 return Value(build(kind, a.expr, b.expr), a.keep & b.keep)
@@ -311,10 +339,6 @@ class _Reader:
         if extents(tensor_of(base)) == extents(tensor_of(source)):
             return self.read(source, groups)
         return None
-
-
-def _weights_in(product: Product) -> int:
-    return sum(o.op == "get_attr" for o in product.operands)
 
 
 def unexpanded(node: Any, groups: Groups) -> tuple[Any, Groups]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 
 from .layout import CASTS, KEEPING, VIEWS, argument, op_name, tensor_of
 from .near import Unraised
 
+EXPONENTIALS = frozenset({"exp", "exp2"})
 FUSED = frozenset({"softmax", "_softmax", "_safe_softmax", "special_softmax"})
 
 
@@ -20,6 +23,7 @@ class Softmax:
     scores: fx.Node
     dim: int
     inside: frozenset[fx.Node] = frozenset()  # nodes of a hand-written one
+    factor: float = 1.0  # on the scores: exp2(x) is exp(x log 2)
     kept: tuple[tuple[fx.Node, bool], ...] = ()  # masks put on the exponentials: (mask, whether true means kept)
 
 
@@ -42,8 +46,8 @@ def softmax_at(node: fx.Node) -> Softmax | None:
     return None
 
 
-def _dim(node: fx.Node, dim: object) -> int:
-    return dim % tensor_of(node).ndim  # type: ignore[operator, no-any-return]
+def _dim(node: Any, dim: Any) -> int:
+    return int(dim % tensor_of(node).ndim)
 
 
 def _exp_of_logs(node: fx.Node) -> Softmax | None:
@@ -60,13 +64,14 @@ def _exp_of_logs(node: fx.Node) -> Softmax | None:
     if not isinstance(dims, list | tuple) or len(dims) != 1:
         return None
     between = {n for n in _down(inner.args[1]) if n is not total.args[0]}  # type: ignore[arg-type]
-    dim = _dim(total.args[0], dims[0])  # type: ignore[arg-type]
+    dim = _dim(total.args[0], dims[0])
     return Softmax(node, inner.args[0], dim, frozenset({inner, total, *between}))  # type: ignore[arg-type]
 
 
 def _divided_by_sum(node: fx.Node) -> Softmax | None:
     """e / e.sum(dim) and e * (1 / e.sum(dim)), where e is exp(x), perhaps masked."""
-    for top, bottom in (node.args[:2], node.args[1::-1])[: 2 if op_name(node) == "mul" else 1]:  # type: ignore[misc]
+    given: tuple[Any, ...] = node.args
+    for top, bottom in (given[:2], given[1::-1])[: 2 if op_name(node) == "mul" else 1]:
         if tensor_of(top) is None or tensor_of(bottom) is None or argument(node, 2, "rounding_mode"):
             continue
         total = through(bottom, views=True)
@@ -84,8 +89,9 @@ def _divided_by_sum(node: fx.Node) -> Softmax | None:
         found = _exponential(top)
         if found is not None:
             scores, inside, kept = found
-            inside |= {n for n in _down(bottom, until=total)} | {total}
-            return Softmax(node, scores, _dim(top, dims[0]), frozenset(inside), kept)
+            inside |= {*_down(bottom, until=total), total}
+            factor = math.log(2.0) if any(op_name(n) == "exp2" for n in inside) else 1.0
+            return Softmax(node, scores, _dim(top, dims[0]), frozenset(inside), factor, kept)
     return None
 
 
@@ -116,7 +122,7 @@ def _exponential(top: fx.Node) -> tuple[fx.Node, set[fx.Node], tuple[tuple[fx.No
     inside: set[fx.Node] = set()
     kept: list[tuple[fx.Node, bool]] = []
     node = top
-    while op_name(node) != "exp":
+    while op_name(node) not in EXPONENTIALS:
         if node.op != "call_function":
             return None
         inside.add(node)
@@ -184,7 +190,7 @@ def through(node: object, *, views: bool = False) -> fx.Node:
 
 
 def _down(node: fx.Node, until: fx.Node | None = None) -> list[fx.Node]:
-    found = []
+    found: list[fx.Node] = []
     while node.op == "call_function" and node is not until and len(found) < 6:
         found.append(node)
         if not node.args or not isinstance(node.args[0], fx.Node):

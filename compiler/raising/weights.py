@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import fx
 
@@ -120,7 +121,7 @@ def _is_sink_slice(walk: _Walk, user: fx.Node) -> bool:
 
 
 def _scaled(walk: _Walk, user: fx.Node, table: dict[str, tuple[fx.Node, Groups]]) -> bool:
-    other = user.args[1] if user.args[0] is walk.node else user.args[0]
+    other: Any = user.args[1] if user.args[0] is walk.node else user.args[0]
     kind = "truediv" if op_name(user) == "div" else "mul"
     if (kind == "truediv" and user.args[0] is not walk.node) or other is walk.node:
         return False
