@@ -191,7 +191,7 @@ LOOK_ALIKES = [
     LookAlike("talking heads", talking_heads, "no product of queries and keys"),
     LookAlike("talking weights", talking_weights, "no product with values behind the softmax"),
     LookAlike("the best keys only", best_keys, "are also used by %"),
-    LookAlike("squared weights", over_heads(lambda s: s, lambda w: w.pow(2)), "no product with values behind the softmax"),
+    LookAlike("squared weights", over_heads(lambda s: s, lambda w: w.pow(2)), "no product with values"),
     LookAlike("running sum of scores", over_heads(lambda s: s.cumsum(-1)), "no product of queries and keys"),
     LookAlike("gumbel classifier", gumbel, "no product of queries and keys"),
     LookAlike("learned memory", learned_memory, "keys and values are weights (slots, memory)"),
