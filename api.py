@@ -17,18 +17,19 @@ from torch import nn
 
 from . import codegen as codegen
 from . import passes as passes
-from .compiler.capture import capture
+from .compiler.capture import Captured, capture
 from .compiler.catalogue import mechanism_table as mechanism_table
 from .compiler.check import check as check
 from .compiler.cost import site_costs
 from .compiler.example_inputs import example_inputs as inferred_inputs
-from .compiler.explanation import Explanation
+from .compiler.explanation import Explanation, together
 from .compiler.facts import describe
 from .compiler.held_out import as_batch, held_out
 from .compiler.hosted import about, host, original
 from .compiler.islands import capture_islands, host_islands
 from .compiler.lifting import raise_sites
 from .compiler.masks import fold_masks
+from .compiler.pipeline import shown_misses
 from .compiler.recipe import Recipe, guard
 from .compiler.recipe_load import load_recipe
 from .compiler.refusal import Refused, Uncapturable
@@ -36,6 +37,7 @@ from .compiler.report import NO_DATA, SiteList, Timing, joined
 from .compiler.rewriting import Rewriting, model_facts
 from .compiler.site import Site
 from .compiler.steps import fitting, vocabulary
+from .compiler.trial import must_run
 from .compiler.unwrap import unwrap
 
 log = logging.getLogger("reattend")
@@ -77,7 +79,10 @@ def optimize(
         fast: Any = host(inner, work.program_for, about=work)
         fast.prepare(*args, **kwargs)
     except Uncapturable as whole:
+        must_run(inner, args, kwargs)
         fast = _in_islands(inner, work, whole, args, kwargs)
+    for warning in fast.report.warnings:
+        log.warning("%s", warning)
     if measure and not inner.training:
         fast.report.timing = _timed(inner, fast, args, kwargs)
     log.info("%s", fast.report.verdict())
@@ -94,14 +99,23 @@ def explain(model: Any, example_inputs: Inputs = None) -> Explanation:
     inner, notes = unwrap(model)
     inner = original(inner)
     args, kwargs = _inputs(inner, example_inputs)
-    captured = capture(inner, args, kwargs)
+    try:
+        return _explained(capture(inner, args, kwargs), notes)
+    except Uncapturable as whole:
+        must_run(inner, args, kwargs)
+        parts = _islands(inner, whole, args, kwargs)
+        notes = (*notes, f"captured in {len(parts)} islands, not whole: {whole}")
+        return together(_explained(captured, notes, path) for path, captured in parts.items())
+
+
+def _explained(captured: Captured, notes: tuple[str, ...], prefix: str = "") -> Explanation:
     raised = raise_sites(captured.graph)
     masks = fold_masks(captured.graph)
-    found, ports = describe(captured.graph)
+    found, ports = describe(captured.graph, prefix)
     costs = site_costs(captured.graph)
     return Explanation(
         sites=found,
-        misses=tuple(f"{m.where}: {m.reason} (%{m.node})" for m in raised.misses),
+        misses=shown_misses(raised.misses, prefix),
         masks=masks,
         specs=tuple(str(ports[s.path].attend.args[3]) for s in found),
         costs=tuple(costs[s.path] for s in found),
@@ -110,11 +124,21 @@ def explain(model: Any, example_inputs: Inputs = None) -> Explanation:
     )
 
 
+def _islands(
+    model: nn.Module, whole: Uncapturable, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, Captured]:
+    """The parts with attention that can be captured; where there is none, why the whole could not be."""
+    try:
+        return capture_islands(model, args, kwargs, lambda captured: bool(raise_sites(captured.graph).nodes))
+    except Refused as none:
+        raise Refused(f"{whole.found}; {none.found}", where=whole.where, fits=whole.fits) from None
+
+
 def _in_islands(
     model: nn.Module, work: Rewriting, whole: Uncapturable, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> Any:
     """The model with its largest capturable parts rewritten in place; the report says which, and why not the whole."""
-    paths = capture_islands(model, args, kwargs, lambda captured: bool(raise_sites(captured.graph).nodes))
+    paths = _islands(model, whole, args, kwargs)
     parts = {path: Rewriting(work.recipes, work.name, path, notes=[f"an island at {path}"]) for path in paths}
     fast: Any = host_islands(model, list(paths), lambda path: parts[path].program_for)
     with torch.no_grad():

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .cost import Cost
@@ -72,3 +72,18 @@ class Explanation:
         import html
 
         return f"<pre>{html.escape(self.brief())}</pre>"
+
+
+def together(parts: Iterable[Explanation]) -> Explanation:
+    """One explanation of a model that was captured in parts; sites are counted through."""
+    every = tuple(parts)
+    sites = tuple(replace(site, index=k) for k, site in enumerate(site for part in every for site in part.sites))
+    return Explanation(
+        sites=sites,
+        misses=tuple(m for part in every for m in part.misses),
+        masks=tuple(m for part in every for m in part.masks),
+        specs=tuple(s for part in every for s in part.specs),
+        costs=tuple(c for part in every for c in part.costs),
+        fits=tuple(f for part in every for f in part.fits),
+        notes=tuple(dict.fromkeys(n for part in every for n in part.notes)),
+    )

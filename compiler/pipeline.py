@@ -52,8 +52,14 @@ def raise_program(captured: Captured, store: Store, prefix: str = "") -> tuple[P
     raised = raise_sites(captured.graph, recompile=False)  # folding the masks compiles the graph anew
     fold_masks(captured.graph)
     sites, ports = describe(captured.graph, prefix)
-    misses = tuple(f"{miss.where}: {miss.reason} (%{miss.node})" for miss in raised.misses)
-    return Program(captured.graph, sites, ports, store, prefix, notes=list(captured.notes)), misses
+    program = Program(captured.graph, sites, ports, store, prefix, notes=list(captured.notes))
+    return program, shown_misses(raised.misses, prefix)
+
+
+def shown_misses(misses: Iterable[Any], prefix: str = "") -> tuple[str, ...]:
+    """A line for each place that looks like attention and was not raised: where, why, the node."""
+    places = [".".join(part for part in (prefix, miss.where) if part) for miss in misses]
+    return tuple(": ".join(filter(None, (p, f"{m.reason} (%{m.node})"))) for p, m in zip(places, misses))
 
 
 def rewrite(raised: Program, steps: Iterable[Step], *, without: frozenset[str] = frozenset()) -> Outcome:

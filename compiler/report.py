@@ -89,6 +89,10 @@ class Report:
         """One line: sites, deviation and on what, time measured here, cost predicted."""
         count = Counter(row.status for row in self.rows)
         parts = [f"{count['rewritten']} of {len(self.rows)} sites rewritten"]
+        if self.passes:
+            parts.append(f"{len(self.passes)} whole-model pass" + "es" * (len(self.passes) > 1))
+        elif not count["rewritten"]:
+            parts[0] += ", NOTHING CHANGED"
         parts += [f"{count[s]} {s}" for s in ("refused", "rolled back") if count[s]]
         if self.output is not None:
             parts.append(f"output {self.output} ({self.data})")

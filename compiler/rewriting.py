@@ -64,6 +64,11 @@ class Rewriting:
         captured = capture(model, call.args, dict(call.kwargs))
         raised, misses = raise_program(captured, self.store, self.prefix)
         steps, warnings = self._steps(raised)
+        if steps and dict(call.values).get("output_attentions") is True:
+            fits = "ask the original model for them, or a recipe that keeps every site"
+            raise Refused(
+                "output_attentions=True, and rewritten sites have no weights to give", where=self.name, fits=fits
+            )
         if self.first is None:
             return self._decide(model, captured, raised, steps, misses, warnings, call)
         outcome = rewrite(raised, steps, without=frozenset(self.first.rolled_back))

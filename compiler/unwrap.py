@@ -21,7 +21,25 @@ def unwrap(model: Any) -> tuple[nn.Module, tuple[str, ...]]:
     if not isinstance(model, nn.Module):
         raise Refused(f"a {type(model).__name__}", where="optimize", fits=_parts_of(model))
     _refuse_strangers(model)
+    if model._compiled_call_impl is not None:
+        notes.append("model.compile() was taken off; compile the result again")
+        model = _without_compiled_call(model)
+    inside = [name for name, module in model.named_modules() if name and _is_compiled(module)]
+    if inside:
+        more = f" and {len(inside) - 1} more" if len(inside) > 1 else ""
+        notes.append(f"compiled inside ({inside[0]}{more}): what stands behind it was captured")
     return model, tuple(notes)
+
+
+def _without_compiled_call(model: nn.Module) -> nn.Module:
+    """The same model over the same modules and tensors, called without what model.compile() put before its forward."""
+    view: nn.Module = object.__new__(type(model))
+    view.__dict__ = {name: value for name, value in model.__dict__.items() if name != "_compiled_call_impl"}
+    return view
+
+
+def _is_compiled(module: nn.Module) -> bool:
+    return type(module).__name__ == "OptimizedModule" or module._compiled_call_impl is not None
 
 
 def _parts_of(thing: Any) -> str:
