@@ -24,9 +24,14 @@ def _called(function: Callable[..., Any], known: Mapping[str, Expr], what: str) 
     if parameters is None:  # torch.relu and its like tell no names: they are functions of the first
         return function(next(iter(known.values())))
     unknown = [p for p in parameters if p not in known]
-    if unknown:
-        raise Refused(f"{what} asks for {', '.join(unknown)}", fits=f"its parameters can be {', '.join(known)}")
-    return function(**{p: known[p] for p in parameters})
+    asked = [p for p in unknown if _has_no_default(function, p)]
+    if asked:
+        raise Refused(f"{what} asks for {', '.join(asked)}", fits=f"its parameters can be {', '.join(known)}")
+    return function(**{p: known[p] for p in parameters if p in known})
+
+
+def _has_no_default(function: Callable[..., Any], parameter: str) -> bool:
+    return inspect.signature(function).parameters[parameter].default is inspect.Parameter.empty
 
 
 def _parameters(function: Callable[..., Any]) -> list[str] | None:

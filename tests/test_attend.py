@@ -456,3 +456,10 @@ def test_a_live_site_keeps_its_own_score_beside_what_is_added() -> None:
     torch.testing.assert_close(got, plain)
     with pytest.raises(Refused, match="beside a site"):
         attend(q, k, v, site=site, causal=True)
+
+
+def test_a_parameter_with_a_default_keeps_it() -> None:
+    q, k, v = torch.randn(1, H, 5, D), torch.randn(1, HKV, 5, D), torch.randn(1, HKV, 5, DV)
+    windows = [attend(q, k, v, causal=True, keep=lambda i, j, w=w: i - j < w) for w in (2, 9)]
+    assert not torch.equal(windows[0], windows[1])
+    assert torch.equal(windows[1], attend(q, k, v, causal=True))
