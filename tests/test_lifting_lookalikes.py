@@ -169,6 +169,17 @@ def changed_beside(m: Parts, x: Tensor) -> Tensor:
     return w @ v
 
 
+def part_of_the_scores(m: Parts, x: Tensor) -> Tensor:
+    q, k, v = m.heads(x)
+    return (q @ k.mT)[..., :4].softmax(-1) @ v[:, :, :4]
+
+
+def part_of_the_heads(m: Parts, x: Tensor) -> Tensor:
+    q, k, v = m.heads(x)
+    s = q @ k.mT
+    return (s[:, :3] + s[:, :3].tanh()).softmax(-1) @ v[:, :3]
+
+
 def no_softmax(m: Parts, x: Tensor) -> Tensor:
     q, k, v = m.heads(x)
     return q @ k.mT / N @ v
@@ -199,6 +210,9 @@ LOOK_ALIKES = [
     LookAlike("values per query", per_query_values, "an einsum that does not contract one axis against two free ones"),
     LookAlike("distances", distances, "no product of queries and keys"),
     LookAlike("changed through a view", changed_beside, "also used by %"),
+    LookAlike("part of the scores", part_of_the_scores, "only a part of the product"),
+    LookAlike("part of the weights", over_heads(lambda s: s, lambda w: w[:, :, :, :1] * w.new_ones(N)), "contracts axis none"),
+    LookAlike("part of the heads", part_of_the_heads, "only a part of the product"),
     LookAlike("no softmax", no_softmax, ""),
 ]  # fmt: skip
 

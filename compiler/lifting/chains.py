@@ -21,6 +21,7 @@ from .scaling import unscaled
 from .softmaxes import Softmax
 from .writing import Reading, stand_in, write
 
+aten = torch.ops.aten
 I, J, S, W = name("i"), name("j"), name("s"), name("w")
 
 
@@ -76,6 +77,8 @@ def raise_chain(softmax: Softmax, behind: fx.Node) -> fx.Node:
     q = shaping.rows(q_side, [shape.settle(e) for e in found.batch])
     k = shaping.rows(k_side, [shape.settle(e) for e in found.batch])
     v = shaping.rows(replace(values, free=values.contracted, contracted=values.free), shape.values)
+    q = _in_every_batch(shaping, q, k, v)
+    _whole_scores(q, k, v, shape_of(behind)[outer.columns if swapped else outer.rows], sizes)
     heads = shape_of(q)[1]
     bare_k, bare_v = without_repeats(k, heads), without_repeats(v, heads)
     if same_size(shape_of(bare_k)[1], shape_of(bare_v)[1]):
@@ -258,6 +261,26 @@ def _tokens_contracted(side: Operand) -> None:
 def _as_wide(arg: Any, node: fx.Node) -> bool:
     one, other = shape_of(arg), shape_of(node)
     return len(one) == len(other) and all(same_size(a, b) for a, b in zip(one, other))
+
+
+def _in_every_batch(shaping: Shaping, q: fx.Node, k: fx.Node, v: fx.Node) -> fx.Node:
+    """Learned queries are the same for every example: they take their batch from the keys."""
+    wider = next((t for t in (k, v) if not same_size(shape_of(t)[0], 1)), None)
+    if wider is None or not same_size(shape_of(q)[0], 1):
+        return q
+    size = shape_of(wider)[0]
+    return shaping.call(aten.expand.default, q, [size if isinstance(size, int) else shaping.size(wider, 0), -1, -1, -1])
+
+
+def _whole_scores(q: fx.Node, k: fx.Node, v: fx.Node, rows: Any, batch: Sequence[Any]) -> None:
+    """Scores that are cut before the softmax have an index formula, and other sizes than the product."""
+    b, heads, n, _ = shape_of(q)
+    total: Any = 1
+    for size in batch:
+        total = total * size
+    whole = same_size(n, rows) and same_size(shape_of(k)[2], shape_of(v)[2]) and same_size(b * heads, total)
+    if not whole or not all(same_size(t, 1) or same_size(t, b) for t in (shape_of(k)[0], shape_of(v)[0])):
+        raise Unreadable("only a part of the product of queries and keys is used")
 
 
 def _computed(keys: Operand, values: Operand) -> None:
