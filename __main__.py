@@ -1,5 +1,5 @@
 """`python -m reattend` is the command line."""
 
-from reattend.cli import app
+from .cli import app
 
 app(prog_name="reattend")

@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from .capture import Captured
 from .facts import describe
-from .lifting import raise_sites
+from .raising import raise_sites
 from .masks import fold_masks
 from .mechanism import Mechanism
 from .program import Program, Store
@@ -49,7 +49,7 @@ class Outcome:
 
 def raise_program(captured: Captured, store: Store, prefix: str = "") -> tuple[Program, tuple[str, ...]]:
     """Every attention as one node, masks as predicates, facts and ports; and what only looked like attention."""
-    raised = raise_sites(captured.graph, recompile=False)  # folding the masks compiles the graph anew
+    raised = raise_sites(captured.graph)
     fold_masks(captured.graph)
     sites, ports = describe(captured.graph, prefix)
     program = Program(captured.graph, sites, ports, store, prefix, notes=list(captured.notes))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..compiler.capture import capture
-from ..compiler.lifting import raise_sites
+from ..compiler.raising import raise_sites
 from ..compiler.signature import Call, forward_signature
 from .zoo import Family
 

@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from reattend.compiler.capture import capture
-from reattend.compiler.lifting import raise_sites
+from reattend.compiler.raising import raise_sites
 from reattend.compiler.masks import MaskVerdict, fold_masks
 from reattend.compiler.primitives.attend_spec import AttendSpec
 

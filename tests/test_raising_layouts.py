@@ -431,6 +431,7 @@ def test_spelling(spelling: Spelling) -> None:
         found = captured.graph(*inputs)[0]
     assert len(raised.nodes) == 1, [str(m) for m in raised.misses]
     assert raised.misses == ()
+    assert not [n for n in captured.graph.graph.nodes if "softmax" in str(n.target) or "scaled_dot" in str(n.target)]
     node = raised.nodes[0]
     spec = AttendSpec.of(node.args[3])
     assert (spec.score, spec.keep, spec.after) == (spelling.score, spelling.keep, spelling.after)
@@ -513,3 +514,40 @@ def test_a_raised_graph_runs_at_other_sizes() -> None:
     for b, n in ((1, 7), (3, 33)):
         x = torch.randn(b, n, H * D)
         assert torch.allclose(captured.graph(x)[0], model(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_half_precision_keeps_its_type(fused: bool) -> None:
+    x = torch.randn(B, N, H * D, dtype=torch.bfloat16)
+    captured = capture(Trained(fused=fused).to(torch.bfloat16).eval(), (x,))
+    wanted = captured.graph(x)[0]
+    (node,) = raise_sites(captured.graph).nodes
+    found = captured.graph(x)[0]
+    assert node.args[0].meta["val"].dtype == found.dtype == torch.bfloat16
+    assert torch.allclose(found, wanted, atol=3e-2)
+    captured.graph.graph.lint()
+
+
+def test_gradients_flow_through_a_raised_graph() -> None:
+    model = Trained(fused=False).eval()
+    x = torch.randn(B, N, H * D)
+    captured = capture(model, (x,))
+    raise_sites(captured.graph)
+    (wanted,) = torch.autograd.grad(model(x).square().sum(), model.qkv.weight)
+    (found,) = torch.autograd.grad(captured.graph(x)[0].square().sum(), captured.graph.qkv.weight)
+    assert torch.allclose(found, wanted, atol=1e-4, rtol=1e-4)
+
+
+def test_a_write_that_an_earlier_view_sees_is_left_alone() -> None:
+    def seen_twice(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        s = q @ k.mT * SCALE
+        first_row = s[:, :, :1]
+        s += 1.0
+        return soft(s) @ v + first_row.sum()
+
+    inputs = qkv()
+    captured = capture(Written(seen_twice).eval(), inputs)
+    wanted = captured.graph(*inputs)[0]
+    raised = raise_sites(captured.graph)
+    assert raised.nodes == () and len(raised.misses) == 1
+    assert torch.equal(captured.graph(*inputs)[0], wanted)

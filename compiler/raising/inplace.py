@@ -50,11 +50,16 @@ def _seen_otherwise(base: fx.Node, chain: list[Any], node: fx.Node) -> bool:
     for user in base.users:
         if user in chain or user is node:
             continue
-        if op_name(user) in _ALIASING and user < node and any(reader > node for reader in user.users):
+        if op_name(user) in _ALIASING and user < node and _read_after(user, node):
             return True
     if len(chain) > 1 and node.users:
         return True
     return any(reader > node for view in chain[:-1] for reader in view.users if reader is not node)
+
+
+def _read_after(view: fx.Node, node: fx.Node) -> bool:
+    """Whether a view, or a view of it, is read behind the write."""
+    return any(reader > node or (op_name(reader) in _ALIASING and _read_after(reader, node)) for reader in view.users)
 
 
 def _value(node: fx.Node, builder: Builder) -> fx.Node | None:

@@ -79,20 +79,37 @@ def _divided_by_sum(node: fx.Node) -> Softmax | None:
             if op_name(total) != "reciprocal" and not (op_name(total) == "pow" and total.args[1] == -1):
                 continue
             total = through(total.args[0], views=True)
+        if _is_negligible(total, top):
+            total = next(through(n, views=True) for n in total.all_input_nodes)
         if _is_changed_sum(total, top):
             raise Unraised(node, f"the sum is changed by %{total.name} before it divides")
         if op_name(total) in ("clamp_min", "clamp") and _at_most_one(total) and _is_shifted(top):
             total = through(total.args[0], views=True)  # the largest exponential is 1, so the sum is at least 1
         dims = argument(total, 1, "dim") if op_name(total) == "sum" else None
-        if not isinstance(dims, list | tuple) or len(dims) != 1 or through(total.args[0]) is not through(top):
+        if not isinstance(dims, list | tuple) or len(dims) != 1 or not _same(total.args[0], top):
             continue
         found = _exponential(top)
         if found is not None:
             scores, inside, kept = found
-            inside |= {*_down(bottom, until=total), total}
+            inside |= {*_down(bottom, until=total), total, through(total.args[0])}
             factor = math.log(2.0) if any(op_name(n) == "exp2" for n in inside) else 1.0
             return Softmax(node, scores, _dim(top, dims[0]), frozenset(inside), factor, kept)
     return None
+
+
+NEGLIGIBLE = 1e-6  # beside a sum that is at least 1: a few last places of float32
+
+
+def _is_negligible(total: fx.Node, top: fx.Node) -> bool:
+    """sum + eps, where the largest exponential is 1."""
+    added = total.args[1] if op_name(total) == "add" and len(total.args) > 1 else None
+    return isinstance(added, int | float) and 0 <= added <= NEGLIGIBLE and _is_shifted(top)
+
+
+def _same(one: object, other: object) -> bool:
+    """One node, or one exponential written twice."""
+    a, b = through(one), through(other)
+    return a is b or (op_name(a) == op_name(b) in EXPONENTIALS and through(a.args[0]) is through(b.args[0]))
 
 
 def _is_changed_sum(total: fx.Node, top: fx.Node) -> bool:
