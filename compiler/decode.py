@@ -1,0 +1,69 @@
+"""Decoding token by token, derived from a mechanism's own forward.
+
+One causal `attend(..., site=site)`: the keys that a later query can still reach, a ring where the predicate is a
+window; the forward runs unchanged on the new queries and the kept keys, told where they stand. One causal `scan`: its
+state. Everything else gives `state`, `prefill` and `step` itself or is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from torch import Tensor
+
+from .decode_derived import way_of
+from .decode_ways import State, standing
+from .mechanism import Mechanism
+from .primitives.attend_spec import AttendSpec
+from .refusal import Refused
+from .site import Site
+
+
+class Decoder:
+    """One layer's attention, carried from token to token; q (B, H, n, D), k and v (B, Hkv, n, D), n new tokens.
+
+    >>> import torch
+    >>> from .mechanism import mechanism
+    >>> from .problem import problem
+    >>> site = Site("layer", 0, heads=4, kv_heads=2, dim=8, v_dim=8, scale=8**-0.5, pattern="causal-self")
+    >>> decoder = Decoder(mechanism("window", window=3, sinks=1), site)
+    >>> q, k, v = problem(20, kv_heads=2)
+    >>> whole = decoder.prefill(q, k, v)
+    >>> part = decoder.prefill(q[:, :, :9], k[:, :, :9], v[:, :, :9])
+    >>> steps = [decoder.step(q[:, :, n : n + 1], k[:, :, n : n + 1], v[:, :, n : n + 1]) for n in range(9, 20)]
+    >>> torch.allclose(torch.cat([part, *steps], 2), whole, atol=1e-5), decoder.state["k"].shape
+    (True, torch.Size([2, 2, 3, 8]))
+    """
+
+    def __init__(
+        self,
+        mechanism: Mechanism,
+        site: Site,
+        *,
+        params: Mapping[str, Tensor] = {},
+        spec: AttendSpec | None = None,
+        tables: Sequence[Tensor] = (),
+    ) -> None:
+        """`spec` and `tables`: the attention that stands at the site, its bias and padding; plain causal without."""
+        self._at = standing(mechanism, site, params, spec, tables)
+        self.way = way_of(self._at)
+        self.state: State = {}
+        self.seen = 0
+
+    @property
+    def state_bytes(self) -> int:
+        return sum(t.numel() * t.element_size() for t in self.state.values())
+
+    def prefill(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The first tokens of a sequence; what was there before is forgotten."""
+        self.state, self.seen = {}, 0
+        return self.step(q, k, v)
+
+    def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """One or several tokens after those already seen."""
+        if not q.shape[2] == k.shape[2] == v.shape[2]:
+            found = f"{q.shape[2]} queries, {k.shape[2]} keys, {v.shape[2]} values"
+            raise Refused(found, where=str(self._at.site), fits="the same new tokens of all three")
+        o, self.state = self.way.run(self._at, self.state, self.seen, q, k, v)
+        self.seen += k.shape[2]
+        return o

@@ -1,0 +1,137 @@
+"""The ways of carrying a state from token to token: kept keys, the state of a scan, a mechanism's own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, fx
+
+from .mechanism import Mechanism, Tensors
+from .place import own_tensors
+from .primitives.attend_spec import AttendSpec
+from .primitives.scan_meaning import scan_shapes
+from .primitives.scan_spec import ScanSpec
+from .reach import Reach, kept_keys, key_positions
+from .refusal import Refused
+from .site import Site
+from .tracing import Setting, forward
+
+State = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Standing:
+    """A mechanism at a causal site with its tensors: what a forward needs besides q, k, v."""
+
+    mechanism: Mechanism
+    site: Site
+    spec: AttendSpec
+    tables: tuple[Tensor, ...] = ()
+    own: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def values(self, q: Tensor, k: Tensor, v: Tensor, tables: Sequence[Tensor]) -> dict[str, Tensor]:
+        named = {f"table_{n}": t for n, t in enumerate(tables)} | {f"param_{n}": t for n, t in self.own.items()}
+        return {"q": q, "k": k, "v": v, **named}
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, spec: AttendSpec, tables: Sequence[Tensor]) -> Tensor:
+        return forward(self.mechanism, Setting(self.site, spec), self.values(q, k, v, tables))[0]
+
+    def whole(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The forward over a whole sequence, positions counted from its start."""
+        return self.forward(q, k, v, self.spec, self.tables)
+
+    def moved(self, queries: Tensor, keys: Tensor) -> tuple[AttendSpec, tuple[Tensor, ...]]:
+        """The same attention where queries and keys stand at given positions."""
+        count = len(self.tables)
+        spec = replace(self.spec, align="start", q_positions=f"t{count}", k_positions=f"t{count + 1}")
+        return spec, (*self.tables, queries, keys)
+
+    def to(self, dtype: torch.dtype) -> Standing:
+        def wide(t: Tensor) -> Tensor:
+            return t.to(dtype) if t.is_floating_point() else t
+
+        return replace(self, tables=tuple(map(wide, self.tables)), own={n: wide(t) for n, t in self.own.items()})
+
+
+def standing(
+    mechanism: Mechanism,
+    site: Site,
+    params: Mapping[str, Tensor] = {},
+    spec: AttendSpec | None = None,
+    tables: Sequence[Tensor] = (),
+) -> Standing:
+    """The mechanism at the site, if it can stand there and the site decodes at all."""
+    if mechanism.part != "core" or site.pattern != "causal-self":
+        found = f"{mechanism.slug} ({mechanism.part}) at a site that is {site.pattern}"
+        raise Refused(found, where=f"{site.path}: decode", fits="a core mechanism at a causal-self site")
+    reason = mechanism.refuses(site)
+    if reason:
+        raise Refused(reason, where=str(site))
+    own = own_tensors(mechanism, site, params, like=torch.empty(0))
+    plain = AttendSpec(score=f"s * {site.scale!r}", keep="j <= i")
+    return Standing(mechanism, site, spec or plain, tuple(tables), own)
+
+
+class Way(Protocol):
+    """How a state is carried: rows q, k, v after `seen` others give their outputs and the state behind them."""
+
+    def run(self, at: Standing, state: State, seen: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, State]: ...
+
+
+@dataclass(frozen=True)
+class KeptKeys:
+    """The state is keys and values: all of them, or those that are still in reach."""
+
+    bound: Reach
+    free: bool  # only i - j counts: rows that end where the queries end need no positions
+
+    def run(self, at: Standing, state: State, seen: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, State]:
+        new = k.shape[2]
+        if state:
+            k, v = torch.cat((state["k"], k), 2), torch.cat((state["v"], v), 2)
+        o = at.forward(q, k, v, *self._placed(at, seen, new, k))
+        rows = kept_keys(k.shape[2], self.bound, k.device)
+        if rows is not None and len(rows) < k.shape[2]:
+            k, v = k.index_select(2, rows), v.index_select(2, rows)
+        return o, {"k": k, "v": v}
+
+    def _placed(self, at: Standing, seen: int, new: int, k: Tensor) -> tuple[AttendSpec, tuple[Tensor, ...]]:
+        if seen == 0:
+            return at.spec, at.tables
+        if self.free:
+            return replace(at.spec, align="end"), at.tables
+        queries = torch.arange(seen, seen + new, device=k.device)
+        return at.moved(queries, key_positions(k.shape[2], seen, new, self.bound, k.device))
+
+
+@dataclass(frozen=True)
+class ScanState:
+    """The state is that of the mechanism's one scan: its graph, with the scan made to start from it and to give it."""
+
+    graph: fx.GraphModule
+    inputs: tuple[str, ...]
+    spec: ScanSpec
+
+    def run(self, at: Standing, state: State, seen: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, State]:
+        start = state["state"] if state else self._empty(q, k, v)
+        places = torch.arange(seen, seen + k.shape[2], device=k.device)
+        values = at.values(q, k, v, at.moved(places, places)[1])
+        o, after = self.graph(*(values[n] for n in self.inputs), start)
+        return o, {"state": after}
+
+    def _empty(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.zeros_like(scan_shapes([[q], [k, v], []], replace(self.spec, outputs=("state",)).text)[0])
+
+
+@dataclass(frozen=True)
+class OwnWay:
+    """The mechanism's own: from state(site, q), by prefill and step(site, p, state, q, k, v) -> (o, state)."""
+
+    def run(self, at: Standing, state: State, seen: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, State]:
+        how: Any = at.mechanism
+        before = state if seen else how.state(at.site, q)
+        o, after = (how.step if seen else how.prefill)(at.site, Tensors(at.own), before, q, k, v)
+        return o, after
