@@ -16,6 +16,7 @@ from .site import Site
 from .verification import Deviation
 
 _COLUMNS = ("site", "status", "mechanism", "deviation", "note")
+TIE = 0.97  # of the original's speed: below it a rewrite counts as slower
 NO_DATA = "random inputs: correctness only, not quality"
 
 
@@ -70,6 +71,10 @@ class Timing:
     def ratio(self) -> float:
         return self.before / self.after
 
+    @property
+    def slower(self) -> bool:
+        return self.ratio < TIE
+
 
 @dataclass
 class Report:
@@ -97,7 +102,7 @@ class Report:
         if self.output is not None:
             parts.append(f"output {self.output} ({self.data})")
         if self.timing is not None:
-            slower = " SLOWER THAN THE ORIGINAL" if self.timing.ratio < 0.97 else ""
+            slower = " SLOWER THAN THE ORIGINAL" if self.timing.slower else ""
             parts.append(f"measured {self.timing.ratio:.2f} x as fast here{slower}")
         if any(row.status == "rewritten" and row.kind == "needs recovery" for row in self.rows):
             parts.append("UNTRAINED: needs recovery")
@@ -124,14 +129,19 @@ class Report:
         named = [
             ("whole-model passes", self.passes),
             ("places that look like attention and were not raised", self.misses),
-            ("warnings", self.warnings),
+            ("warnings", (*self.warnings, *self._slower())),
             ("notes", self.notes),
         ]
         return [(title, entries) for title, entries in named if entries]
 
+    def _slower(self) -> tuple[str, ...]:
+        if self.timing is None or not self.timing.slower:
+            return ()
+        return (f"slower than the original here: {self.timing.before:.2f} ms -> {self.timing.after:.2f} ms",)
+
     def to_dict(self) -> dict[str, Any]:
-        plain: dict[str, Any] = json.loads(json.dumps(asdict(self), default=_plain))
-        return {"verdict": self.verdict()} | plain
+        plain: dict[str, Any] = json.loads(json.dumps(asdict(self), default=_plain), parse_constant=_as_text)
+        return {"verdict": self.verdict()} | plain | {"warnings": [*self.warnings, *self._slower()]}
 
     def html(self) -> str:
         """One plain page, self-contained."""
@@ -217,6 +227,11 @@ def _cells(row: Row) -> tuple[str, str, str, str, str]:
 def _table(rows: Sequence[Sequence[str]], head: Sequence[str]) -> list[str]:
     widths = [max(len(r[k]) for r in (head, *rows)) for k in range(len(head))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in (head, *rows)]
+
+
+def _as_text(number: str) -> str:
+    """JSON has no infinity and no NaN: they are texts."""
+    return {"Infinity": "inf", "-Infinity": "-inf"}.get(number, "nan")
 
 
 def _plain(value: Any) -> Any:
