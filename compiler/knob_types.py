@@ -10,6 +10,7 @@ import ast
 import math
 import types
 import typing
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -41,16 +42,16 @@ class Misfit(Exception):
     """A value that a type does not admit."""
 
 
-class KnobType:
+class KnobType(ABC):
     """One type: `admit` gives the canonical frozen value or raises Misfit; `says` and `schema` describe it."""
 
     says: str
 
-    def admit(self, value: Any) -> Any:
-        raise NotImplementedError
+    @abstractmethod
+    def admit(self, value: Any) -> Any: ...
 
-    def schema(self) -> dict[str, Any]:
-        raise NotImplementedError
+    @abstractmethod
+    def schema(self) -> dict[str, Any]: ...
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, fx, nn
-from torch.nn.modules.module import register_module_forward_hook
 
 
 @dataclass(frozen=True)
@@ -33,15 +32,16 @@ def plain_calls(model: nn.Module) -> Iterator[set[str]]:
     others: set[str] = set()
 
     def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        if module in paths:
-            plain = len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and isinstance(output, Tensor)
-            (found if plain else others).add(paths[module])
+        plain = len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and isinstance(output, Tensor)
+        (found if plain else others).add(paths[module])
 
-    handle = register_module_forward_hook(watch, with_kwargs=True)
+    # on each leaf: torch's global hook leaves a trace of itself that torch.compile warns of ever after
+    handles = [module.register_forward_hook(watch, with_kwargs=True) for module in paths]
     try:
         yield found
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
         found -= others
 
 

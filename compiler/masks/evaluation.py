@@ -135,7 +135,7 @@ def _call(n: fx.Node, known: Mapping[fx.Node, Any]) -> Any:
     try:
         target: Any = n.target
         return target(*args, **kwargs)
-    except (RuntimeError, IndexError, ValueError, NotImplementedError) as error:
+    except (RuntimeError, IndexError, ValueError) as error:
         raise Unknown(f"{n.name}: {error}") from None
 
 
