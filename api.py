@@ -27,9 +27,9 @@ from .compiler.facts import describe
 from .compiler.held_out import as_batch, held_out
 from .compiler.hosted import about, host, original
 from .compiler.islands import capture_islands, host_islands
-from .compiler.lifting import raise_sites
 from .compiler.masks import fold_masks
 from .compiler.pipeline import shown_misses
+from .compiler.raising import raise_sites
 from .compiler.recipe import Recipe, guard
 from .compiler.recipe_load import load_recipe
 from .compiler.refusal import Refused, Uncapturable

@@ -124,7 +124,7 @@ def _scanned(at: Standing, graph: fx.GraphModule, text: str) -> ScanState:
     output = next(iter(graph.graph.find_nodes(op="output")))
     with graph.graph.inserting_before(output):
         after = graph.graph.call_function(operator.getitem, (node, len(spec.outputs)))
-    output.args = ((output.args[0][0], after),)  # type: ignore[index]
+    output.args = ((output.args[0][0], after),)
     graph.graph.lint()
     graph.recompile()
     return ScanState(graph, names, spec)

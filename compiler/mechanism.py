@@ -102,7 +102,7 @@ class Mechanism:
 
     def apply(self, program: Any, paths: Any) -> None:
         """Whole-model mechanisms (part "model") change the program themselves, at an ordered list of sites."""
-        raise Refused(f"{self.slug} is no whole-model pass", fits="define apply(self, program, paths) for part = 'model'")
+        raise Refused(f"{self.slug} is no whole-model pass", fits="define apply(self, program, paths)")
 
     @classmethod
     def knobs(cls) -> dict[str, tuple[Any, Any]]:

@@ -13,10 +13,10 @@ from torch import Tensor, fx
 
 from .capture import Captured
 from .facts import describe
-from .raising import raise_sites
 from .masks import fold_masks
 from .mechanism import Mechanism
 from .program import Program, Store
+from .raising import raise_sites
 from .recipe import Verify
 from .refusal import Refused
 from .rewrite import put

@@ -137,7 +137,7 @@ def _input_of(projection: fx.Node) -> fx.Node:
     source: Any = projection.args[1 if op_name(projection) == "addmm" else 0]
     if _rank(source) == 2 and op_name(source) in ("view", "reshape", "_unsafe_view") and _rank(source.args[0]) == 3:
         source = source.args[0]
-    return source  # type: ignore[no-any-return]
+    return source
 
 
 def _bare(node: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Graph edits for whole-model passes: traced functions put between nodes, and shapes carried on after a length changed."""
+"""Graph edits for whole-model passes: functions put between nodes, shapes carried on after a length changed."""
 
 from __future__ import annotations
 
@@ -96,4 +96,3 @@ def _shapes(value: Any) -> Any:
     if isinstance(value, Sequence):
         return [_shapes(v) for v in value]
     return str(tuple(value.shape)) if isinstance(value, Tensor) else str(value)
-

@@ -31,7 +31,7 @@ def main() -> None:
     exact = reattend.optimize(loaded.model, "exact", loaded.example_inputs, name="minilm")
     print(exact.report.text())
 
-    print("\nA recipe of our own cuts two layers to a window; nothing was trained, so the deviation is what it costs:\n")
+    print("\nA recipe of our own cuts two layers to a window; nothing was trained: the deviation is what it costs:\n")
     fast = reattend.optimize(loaded.model, RECIPE, loaded.example_inputs, name="minilm")
     print(fast.report.text())
 

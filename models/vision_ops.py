@@ -1,7 +1,7 @@
 """A torchvision wheel built for CUDA on a CPU build of torch: its Python imports, once two operator schemas exist.
 
 The wheel on the package index is linked against CUDA; beside torch's CPU build its compiled part does not load, and
-`import torchvision` (hence timm, and the image side of transformers) fails with "operator torchvision::nms does not exist".
+`import torchvision` (hence timm, and the image side of transformers) fails: "operator torchvision::nms does not exist".
 No image operator is needed to build a model, so the two missing schemas are declared and everything else works.
 """
 

@@ -10,9 +10,9 @@ import torch
 from torch import fx, nn
 
 from reattend.compiler.capture import capture
-from reattend.compiler.raising import raise_sites
 from reattend.compiler.masks import MaskVerdict, fold_masks
 from reattend.compiler.primitives.attend_spec import AttendSpec
+from reattend.compiler.raising import raise_sites
 
 transformers = pytest.importorskip("transformers")
 

@@ -1,4 +1,4 @@
-"""The report: its verdict first, the same facts as text, page and JSON, and nothing of a model's names runs in a page."""
+"""The report: its verdict first, the same facts as text, page and JSON; no name of a model runs in a page."""
 
 from __future__ import annotations
 

@@ -36,7 +36,12 @@ def test_same_as_the_meaning(mask: str, n: int, m: int, align: str) -> None:
     seen: list[tuple[Any, str]] = []
     original = attend_op.choose
     o = attend(q, k, v, align=align, **MASKS[mask])
-    object.__setattr__(attend_op, "choose", lambda groups, spec: (seen.append((groups, spec)), original(groups, spec))[1])
+
+    def watched(groups: Any, spec: str) -> Any:
+        seen.append((groups, spec))
+        return original(groups, spec)
+
+    object.__setattr__(attend_op, "choose", watched)
     try:
         attend(q, k, v, align=align, **MASKS[mask])
     finally:

@@ -110,7 +110,10 @@ class MoH(Mechanism):
 
     def _linear(self, p: Any, x: Tensor, shared: int, routed: int, heads: int) -> tuple[Tensor, dict[str, Tensor]]:
         wide = torch.promote_types(x.dtype, torch.float32)
-        softmax = lambda w: torch.softmax(linear(x, w).to(wide), -1)
+
+        def softmax(w: Tensor) -> Tensor:
+            return torch.softmax(linear(x, w).to(wide), -1)
+
         g_s = shared * softmax(p.w_shared) if shared > 1 else x.new_ones((*x.shape[:2], shared), dtype=wide)
         if not routed:
             return torch.cat((g_s, g_s.new_zeros((*x.shape[:2], heads - shared))), -1), {}
