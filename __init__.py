@@ -1,7 +1,7 @@
 """reattend: rewrite how a PyTorch model attends.
 
-    import reattend
-    fast = reattend.optimize(model, "recipe.yaml")
+import reattend
+fast = reattend.optimize(model, "recipe.yaml")
 """
 
 __version__ = "0.1.0"

@@ -34,10 +34,10 @@ from ...compiler.symbol_text import parse
 
 
 class Plan(NamedTuple):
-    """rows (B, N): the row of the output that each token goes to; count: rows of the output."""
+    """rows (B, N): the row of the output that each token goes to; total: rows of the output."""
 
     rows: Tensor
-    count: int
+    total: int
 
 
 @register("tome_like")
@@ -147,7 +147,7 @@ def merge(plan: Plan, x: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _sum(plan: Plan, x: Tensor) -> Tensor:
-    out = x.new_zeros(x.shape[0], plan.count, x.shape[2])
+    out = x.new_zeros(x.shape[0], plan.total, x.shape[2])
     return out.scatter_add(1, plan.rows.unsqueeze(-1).expand_as(x), x)
 
 
