@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,8 @@ from .refusal import Refused
 from .signature import Call
 from .untouched import unchanged
 
+# set while a call is captured whose sizes of 0 and 1 make the model compute something else than larger ones do
+AS_GIVEN: ContextVar[bool] = ContextVar("AS_GIVEN", default=False)
 _QUERIES, _PAST = 3, 10  # sizes of a decoder's example call: none of them 0 or 1, which torch.export takes as constants
 
 
@@ -26,7 +29,9 @@ class Attempt:
 
 def filled(model: nn.Module, call: Call) -> tuple[Tensor, ...]:
     """The call's tensors; a cache that is empty is filled by one run, to learn its shapes."""
-    if not any(is_cached(leaf) for leaf in call.leaves):
+    if AS_GIVEN.get():
+        return _as_given(model, call)
+    if not any(leaf.cached for leaf in call.leaves):
         return call.tensors  # type: ignore[return-value]
     leaves = call.leaves
     if any(leaf.tensor is None for leaf in leaves):
@@ -35,8 +40,12 @@ def filled(model: nn.Module, call: Call) -> tuple[Tensor, ...]:
     return tuple(_resized(leaf, ours, batch, queries, past) for leaf, ours in zip(leaves, call.leaves, strict=True))
 
 
-def is_cached(leaf: Leaf) -> bool:
-    return ".layers." in leaf.path
+def _as_given(model: nn.Module, call: Call) -> tuple[Tensor, ...]:
+    """The call's own sizes, a cache that is empty with length 0."""
+    if all(t is not None for t in call.tensors):
+        return call.tensors  # type: ignore[return-value]
+    shown = (after.tensor for after in _after_one_run(model, call))
+    return tuple(t if t is not None else s[:, :, :0] for t, s in zip(call.tensors, shown, strict=True))  # type: ignore[index]
 
 
 def _after_one_run(model: nn.Module, call: Call) -> tuple[Leaf, ...]:
@@ -50,7 +59,7 @@ def _after_one_run(model: nn.Module, call: Call) -> tuple[Leaf, ...]:
 
 
 def _decoder_sizes(call: Call) -> tuple[int, int, int]:
-    plain_tensors = [leaf.tensor for leaf in call.leaves if not is_cached(leaf) and leaf.tensor is not None]
+    plain_tensors = [leaf.tensor for leaf in call.leaves if not leaf.cached and leaf.tensor is not None]
     keys = [leaf.tensor for leaf in call.leaves if leaf.path.endswith(".keys") and leaf.tensor is not None]
     first = next(t for t in plain_tensors if t.ndim > 1)
     return first.shape[0], first.shape[1], keys[0].shape[2] if keys else 0
@@ -60,7 +69,7 @@ def _resized(leaf: Leaf, ours: Leaf, batch: int, queries: int, past: int) -> Ten
     tensor = leaf.tensor
     assert tensor is not None
     sizes = list(tensor.shape)
-    if is_cached(leaf):
+    if leaf.cached:
         if tensor.ndim == 4:
             sizes[0], sizes[2] = 2, _PAST
         elif tensor.ndim == 2:
@@ -81,7 +90,9 @@ def attempts(call: Call, example: tuple[Tensor, ...]) -> list[Attempt]:
     """From everything open to nothing; sizes of 1 doubled first, since torch.export takes them as constants."""
     both = tuple(_open(leaf, t) for leaf, t in zip(call.leaves, example, strict=True))
     batch = tuple(o & {0} for o in both)
-    doubled, batches = _doubled(example, both), _doubled(example, batch)
+    as_given = AS_GIVEN.get()
+    doubled = example if as_given else _doubled(example, both)
+    batches = example if as_given else _doubled(example, batch)
     ways = [Attempt(doubled, both), Attempt(batches, both), Attempt(batches, batch)]
     ways = [w for k, w in enumerate(ways) if not any(_alike(w, before) for before in ways[:k])]
     return [*ways, Attempt(example, (frozenset(),) * len(example))]
@@ -94,7 +105,7 @@ def _alike(one: Attempt, other: Attempt) -> bool:
 def _open(leaf: Leaf, tensor: Tensor) -> frozenset[int]:
     if not tensor.ndim:
         return frozenset()
-    if is_cached(leaf):
+    if leaf.cached:
         return frozenset({0, 2} if tensor.ndim == 4 else {0} if tensor.ndim == 2 else ())
     whole = not tensor.is_floating_point()
     if tensor.ndim == 4 and "mask" in leaf.path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .attempts import Attempt, attempts, filled, is_cached
+from .attempts import Attempt, attempts, filled
 from .containers import Layout, Leaf, absorb, put_together, take_apart
 from .graph_state import graph_from, state_of
 from .leaves import plain_calls, stamp_leaves
-from .plain_graph import plain, written
+from .plain_graph import operations, plain, written
 from .ranges import Sizes, Symbol
-from .refusal import Refused
+from .refusal import Refused, Uncapturable
 from .signature import Call, SignatureKey, forward_signature, rebuild
 from .untouched import forgotten, quiet, unchanged
 
@@ -38,6 +39,7 @@ class Captured:
     notes: tuple[str, ...] = ()
     losses: tuple[str, ...] = ()  # what a rewritten graph gives behind its outputs: named losses,
     buffers: tuple[str, ...] = ()  # then new values of these buffers, to be written in train()
+    operations: tuple[str, ...] = ()  # what the model computed, reshaping aside, before any rewrite
 
     def extras(self, flat: Sequence[Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The named losses and new buffer values of a run."""
@@ -97,7 +99,7 @@ def capture(
     error: Exception | None = None
     for attempt in ways:
         try:
-            captured = _export(model, call, attempt)
+            captured = export(model, call, attempt)
         except Refused:
             raise
         except Exception as failed:
@@ -107,7 +109,15 @@ def capture(
         notes = _static(captured.dims, ways[0], reasons) if dynamic else ()
         return replace(captured, notes=(*notes, *captured.notes))
     fits = "no branches on tensor values, no .item(), tensors in and out; or capture its parts"
-    raise Refused(reasons[-1], where=type(model).__name__, fits=fits) from error
+    raise Uncapturable(reasons[-1], where=type(model).__name__, fits=fits) from error
+
+
+def operations_at(model: nn.Module, call: Call, attempt: Attempt) -> tuple[str, ...]:
+    """What the model computes at these sizes; nothing where it cannot be captured at them."""
+    try:
+        return export(model, call, attempt).operations
+    except Exception:
+        return ()
 
 
 def setting(model: nn.Module) -> tuple[str, ...]:
@@ -115,7 +125,7 @@ def setting(model: nn.Module) -> tuple[str, ...]:
     modes = {m.training for m in model.modules()}
     if len(modes) == 2:
         inside = "".join("te"[not m.training] for m in model.modules())
-        mode = f"{'train' if model.training else 'eval'} mixed {hash(inside) & 0xFFFF:04x}"
+        mode = f"{'train' if model.training else 'eval'} mixed {zlib.crc32(inside.encode()) & 0xFFFF:04x}"
     else:
         mode = "train" if model.training else "eval"
     weight = next((p for p in model.parameters() if p.is_floating_point()), None)
@@ -128,7 +138,7 @@ def setting(model: nn.Module) -> tuple[str, ...]:
 # --- the export -------------------------------------------------------------------------------------------------------
 
 
-def _export(model: nn.Module, call: Call, attempt: Attempt) -> Captured:
+def export(model: nn.Module, call: Call, attempt: Attempt) -> Captured:
     seen = Seen()
     flat = _flat(model, call, attempt, seen)
     shapes = tuple(dict.fromkeys(sorted(dims), torch.export.Dim.AUTO) or None for dims in attempt.open)
@@ -149,6 +159,7 @@ def _export(model: nn.Module, call: Call, attempt: Attempt) -> Captured:
         grown=seen.grown,
         dims=_sizes(graph, program, call),
         writes=written(graph),
+        operations=operations(graph),
         notes=tuple(f"{name} is not set by the captured forward" for name in sorted(seen.forgotten)),
     )
 
@@ -178,11 +189,11 @@ def _relate(call: Call, tensors: Sequence[Tensor], attempt: Attempt) -> None:
     """Sizes that are one and the same are said to be: the batch of all inputs, the lengths of a cache."""
     firsts: dict[str, Any] = {}
     for leaf, tensor, example, dims in zip(call.leaves, tensors, attempt.tensors, attempt.open, strict=True):
-        if 0 in dims and (not is_cached(leaf) or tensor.ndim == 4):
+        if 0 in dims and (not leaf.cached or tensor.ndim == 4):
             batch, size = firsts.setdefault("batch", (tensor.shape[0], example.shape[0]))
             if size == example.shape[0]:
                 torch._check(tensor.shape[0] == batch)
-        if 2 in dims and is_cached(leaf):
+        if 2 in dims and leaf.cached:
             past, size = firsts.setdefault("past", (tensor.shape[2], example.shape[2]))
             if size == example.shape[2]:
                 torch._check(tensor.shape[2] == past)

@@ -55,6 +55,7 @@ class Leaf:
 
     path: str
     tensor: Tensor | None
+    cached: bool = False  # part of a cache: it grows from call to call, and may still be missing
 
 
 def _text(value: Any) -> str:
@@ -150,12 +151,12 @@ def _apart_object(value: Any, path: str, leaves: list[Leaf], known: Mapping[int,
     states = [given.pop("keys", None), given.pop("values", None)]
     names, parts = [], []
     for name, state in zip(("keys", "values"), states):
-        leaves.append(Leaf(f"{path}.{name}", state if state is not None and state.numel() else None))
+        leaves.append(Leaf(f"{path}.{name}", state if state is not None and state.numel() else None, cached=True))
         names.append(name)
         parts.append(Layout("tensor"))
     for name, part in given.items():
         if name == "cumulative_length":  # a number that grows with every call: the size of an empty tensor says it
-            leaves.append(Leaf(f"{path}.{name}", torch.empty(part, 0)))
+            leaves.append(Leaf(f"{path}.{name}", torch.empty(part, 0), cached=True))
             names.append(name)
             parts.append(Layout("tensor"))
         elif name not in _FILLED_IN:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from .capture import Captured, setting
+from .attempts import AS_GIVEN, Attempt
+from .capture import Captured, operations_at, setting
 from .leaves import restore_leaves
 from .ownership import own, own_all, twin
 from .plain_graph import CONSTANTS
@@ -34,6 +35,7 @@ class Hosting:
     config: Mapping[str, Any] = field(default_factory=dict)  # config values when it was hosted
     current: SignatureKey | None = None
     losses: dict[str, Tensor] = field(default_factory=dict)
+    small: dict[Any, bool] = field(default_factory=dict)  # sizes of 0 and 1 at which a graph was asked about
     about: Any = None  # who rewrites: its report and sites are the hosted model's
 
 
@@ -156,9 +158,15 @@ def _run(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     call = Call.of(forward_signature(model), args, kwargs)
     key = call.key((*setting(model), *_changed_config(model, state)))
     captured = state.graphs.get(key) or _captured(model, state, call, key)
-    state.current = key
     tensors = captured.inputs(call)
     captured.check(tensors)
+    small = captured.dims.small(tensors)
+    if small and not _same_when_small(model, state, call, key, tensors):
+        key = _captured_as_given(model, state, call, key, small)
+        captured = state.graphs[key]
+        tensors = captured.inputs(call)
+        captured.check(tensors)
+    state.current = key
     flat = type(captured.graph).forward(model, *tensors)
     _keep_extras(model, state, captured, flat)
     return captured.result(call, flat)
@@ -180,6 +188,32 @@ def _captured(model: Any, state: Hosting, call: Call, key: SignatureKey) -> Capt
     for note in captured.notes:
         log.info("%s", note)
     return captured
+
+
+def _same_when_small(model: Any, state: Hosting, call: Call, key: SignatureKey, tensors: tuple[Tensor, ...]) -> bool:
+    """Whether the model computes the same at sizes of 0 and 1, which no trace at larger ones can know; asked once."""
+    captured = state.graphs[key]
+    asked = (key, captured.dims.small(tensors))
+    if asked not in state.small:
+        opened = tuple(
+            frozenset(d for d, s in enumerate(shape) if isinstance(s, str)) for shape in captured.dims.shapes
+        )
+        state.small[asked] = operations_at(original(model), call, Attempt(tensors, opened)) == captured.operations
+    return state.small[asked]
+
+
+def _captured_as_given(
+    model: Any, state: Hosting, call: Call, key: SignatureKey, small: tuple[tuple[str, int], ...]
+) -> SignatureKey:
+    """Where it computes something else, such sizes are a signature of their own."""
+    apart = replace(key, setting=(*key.setting, *(f"{place} = {size}" for place, size in small)))
+    if apart not in state.graphs:
+        token = AS_GIVEN.set(True)
+        try:
+            _captured(model, state, call, apart)
+        finally:
+            AS_GIVEN.reset(token)
+    return apart
 
 
 def _keep_extras(model: Any, state: Hosting, captured: Captured, flat: tuple[Any, ...]) -> None:

@@ -65,6 +65,15 @@ class Sizes:
         self._expressions(tensors, {s: size for s, (size, _) in bound.items()})
         self._relations([tuple(t.shape) for t in tensors], small)
 
+    def small(self, tensors: Sequence[Tensor]) -> tuple[tuple[str, int], ...]:
+        """Symbols that were at least 2 in the capture and are 0 or 1 here, by the first place they are read at."""
+        found: dict[str, tuple[str, int]] = {}
+        for name, shape, tensor in zip(self.inputs, self.shapes, tensors):
+            for dim, (wanted, size) in enumerate(zip(shape, tensor.shape)):
+                if size < 2 and isinstance(wanted, str) and wanted in self.symbols and self.symbols[wanted].least >= 2:
+                    found.setdefault(wanted, (f"{name} dim {dim}", int(size)))
+        return tuple(found.values())
+
     @staticmethod
     def _symbol(symbol: Symbol, size: int, place: str, bound: dict[str, tuple[int, str]]) -> None:
         if symbol.name in bound and bound[symbol.name][0] != size:

@@ -77,7 +77,7 @@ class Call:
     def key(self, setting: tuple[str, ...] = ()) -> SignatureKey:
         sized = [t.shape[0] if t is not None and t.ndim else None for t in self.tensors]
         first = next((s for s in sized if s is not None), None)
-        cached = [".layers." in leaf.path for leaf in self.leaves]
+        cached = [leaf.cached for leaf in self.leaves]
         together = tuple(c or s == first for s, c in zip(sized, cached))
         texts = tuple("cache" if c else _describe(t) for t, c in zip(self.tensors, cached))
         return SignatureKey(self.layouts, texts, together, setting)

@@ -351,3 +351,38 @@ def test_the_original_view_of_a_hosted_model_is_the_original() -> None:
     assert type(original(fast)) is hf.LlamaForCausalLM and original(model) is model
     x = ids(2, 5)
     torch.testing.assert_close(original(fast)(x).logits, model(x).logits)
+
+
+# --- sizes of 0 and 1, which a trace at larger sizes says nothing about -----------------------------------------------
+
+
+class Alone(nn.Module):
+    """Computes something else for a batch of one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[0] == 1:
+            return self.linear(x).exp()
+        return self.linear(x)
+
+
+def test_a_batch_of_one_that_is_computed_otherwise_has_its_own_graph() -> None:
+    model = Alone()
+    for first, second in ((3, 1), (1, 3)):
+        fast = host(model, identity)
+        for batch in (first, second, first, 5, 1):
+            x = torch.randn(batch, 4)
+            torch.testing.assert_close(fast(x), model(x))
+        assert len(fast.signatures) == 2
+        assert any("x dim 0 = 1" in str(s) for s in fast.signatures)
+
+
+def test_a_batch_of_one_that_is_computed_alike_shares_the_graph() -> None:
+    fast = host(llama(), identity)
+    fast(ids(2, 5))
+    fast(ids(1, 5))
+    fast(ids(1, 1))
+    assert len(fast.signatures) == 1

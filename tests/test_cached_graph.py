@@ -1,0 +1,101 @@
+"""A decoder with its cache is one graph: prefill, decode and unmodified generate() give the original's tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from torch import nn
+
+from reattend.compiler.capture import Captured, capture
+from reattend.compiler.hosted import host
+from reattend.compiler.signature import Call
+
+CONFIG = {
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 64,
+    "vocab_size": 60,
+    "num_hidden_layers": 2,
+    "pad_token_id": 0,
+    "eos_token_id": None,
+}
+
+
+def identity(model: nn.Module, call: Call) -> Captured:
+    return capture(model, call.args, call.kwargs)
+
+
+def llama() -> Any:
+    return hf.LlamaForCausalLM(hf.LlamaConfig(**CONFIG)).eval()
+
+
+def call_of(model: Any, batch: int, queries: int, past: int) -> dict[str, Any]:
+    cache = hf.DynamicCache(config=model.config)
+    for layer in range(len(cache.layers) if past else 0):
+        cache.update(torch.randn(batch, 2, past, 8), torch.randn(batch, 2, past, 8), layer)
+    return {
+        "input_ids": torch.randint(1, 60, (batch, queries)),
+        "attention_mask": torch.ones(batch, queries + past, dtype=torch.long),
+        "position_ids": torch.arange(past, past + queries).expand(batch, -1),
+        "past_key_values": cache,
+        "use_cache": True,
+    }
+
+
+def copied(kwargs: dict[str, Any]) -> dict[str, Any]:
+    import copy
+
+    return kwargs | {"past_key_values": copy.deepcopy(kwargs["past_key_values"])}
+
+
+def test_one_graph_serves_prefill_and_decode() -> None:
+    model = llama()
+    fast = host(model, identity)
+    with torch.no_grad():
+        for batch, queries, past in ((2, 3, 10), (2, 7, 0), (3, 1, 7), (1, 5, 0), (1, 1, 5)):
+            given = call_of(model, batch, queries, past)
+            expected = model(**copied(given))
+            answer = fast(**given)
+            torch.testing.assert_close(answer.logits, expected.logits, atol=1e-5, rtol=1e-5)
+            assert answer.past_key_values is given["past_key_values"]
+            assert answer.past_key_values.get_seq_length() == past + queries
+            for one, other in zip(answer.past_key_values.layers, expected.past_key_values.layers):
+                torch.testing.assert_close(one.keys, other.keys)
+                torch.testing.assert_close(one.values, other.values)
+    assert len(fast.signatures) == 1
+
+
+def test_query_and_past_lengths_are_open() -> None:
+    model = llama()
+    captured = capture(model, kwargs=call_of(model, 2, 3, 10))
+    shapes = dict(zip(captured.dims.inputs, captured.dims.shapes))
+    batch, queries = shapes["input_ids"]
+    assert isinstance(batch, str) and isinstance(queries, str)
+    keys = shapes["past_key_values.layers.0.keys"]
+    assert keys[0] == batch and isinstance(keys[2], str) and keys[1] == 2 and keys[3] == 8
+    assert all(s == keys for n, s in shapes.items() if ".layers." in n)
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["plain", "left padding"])
+def test_generate_gives_the_same_tokens(padded: bool) -> None:
+    model = llama()
+    fast = host(model, identity)
+    x = torch.randint(1, 60, (2, 6))
+    mask = torch.ones_like(x)
+    if padded:
+        mask[0, :2] = 0
+    options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
+    assert torch.equal(fast.generate(x, **options), model.generate(x, **options))
+    assert len(fast.signatures) == 1
+
+
+def test_generate_without_a_cache_too() -> None:
+    model = llama()
+    fast = host(model, identity)
+    x = torch.randint(1, 60, (1, 4))
+    options = {"max_new_tokens": 4, "do_sample": False, "use_cache": False}
+    assert torch.equal(fast.generate(x, **options), model.generate(x, **options))
