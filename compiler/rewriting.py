@@ -47,6 +47,10 @@ class Rewriting:
     batches: tuple[Batch, ...] = ()  # held-out calls that quality is judged on
     described: str = ""  # how the report names them
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Rewriting:
+        """A copied model is rewritten by the same decisions; its tensors are its own."""
+        return self
+
     @property
     def sites(self) -> SiteList:
         return SiteList(self.report.rows if self.report else ())
