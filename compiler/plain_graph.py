@@ -23,6 +23,112 @@ _RESHAPED = (
     "sym_size to _to_copy alias detach detach_ lift_fresh_copy permute transpose"
 )
 _RESHAPING = frozenset(_RESHAPED.split())
+
+
+def plain(program: torch.export.ExportedProgram, model: nn.Module, inputs: Sequence[str]) -> fx.GraphModule:
+    """The program's graph over the model's own parameters and buffers, its inputs named after the arguments."""
+    graph = fx.Graph()
+    root: dict[str, Any] = {}
+    specs = {s.arg.name: s for s in program.graph_signature.input_specs}
+    placed: dict[fx.Node, fx.Node] = {}
+    kept: dict[fx.Node, str] = {}
+    shown: dict[str, fx.Node] = {}
+    names, aliases = iter(inputs), _aliases(model)
+    for node in program.graph.nodes:
+        if node.op == "placeholder" and specs[node.name].kind is InputKind.USER_INPUT:
+            placed[node] = graph.placeholder(_identifier(next(names)))
+            placed[node].meta = _meta(node)
+        elif node.op == "placeholder":
+            kept[node] = _own_name(specs[node.name], program, model, root)
+        elif node.op == "get_attr":
+            root[node.target] = _resolve(program.graph_module, node.target)
+            placed[node] = graph.node_copy(node)
+        elif not (node.op == "call_function" and any(c in str(node.target) for c in _CHECKS) and not node.users):
+            for source in node.all_input_nodes:
+                if source in kept:
+                    name = _nearest_name(kept[source], node, aliases)
+                    root[name] = root[kept[source]]
+                    if name not in shown:
+                        shown[name] = graph.get_attr(name)
+                        shown[name].meta = _meta(source)
+                    placed[source] = shown[name]
+            placed[node] = graph.node_copy(node, lambda n: placed[n])
+            placed[node].meta = _meta(node)
+    used = {n.target for n in graph.nodes if n.op == "get_attr"}
+    module = Draft({t: v for t, v in root.items() if t in used}, graph)
+    return module.train(model.training)
+
+
+def _aliases(model: nn.Module) -> dict[str, set[str]]:
+    """All names of each tied parameter, by every one of them."""
+    groups: dict[int, set[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), set()).add(name)
+    return {name: group for group in groups.values() if len(group) > 1 for name in group}
+
+
+def _nearest_name(name: str, user: fx.Node, aliases: dict[str, set[str]]) -> str:
+    """Of a tied parameter's names the one in the module that uses it."""
+    stack = user.meta.get("nn_module_stack")
+    if not stack or name not in aliases:
+        return name
+    inside = f"{list(stack.values())[-1][0]}.{name.rpartition('.')[2]}"
+    return inside if inside in aliases[name] else name
+
+
+def _own_name(spec: Any, program: Any, model: nn.Module, root: dict[str, Any]) -> str:
+    """Where a lifted tensor lives: the model's own attribute, or one more constant."""
+    target: str = spec.target
+    if spec.kind in _OWN:
+        root[target] = _resolve(model, target)
+        return target
+    value = program.constants[target]
+    if _same(model, target, value):
+        root[target] = value
+        return target
+    name = f"{CONSTANTS}.c{sum(t.startswith(CONSTANTS) for t in root)}"
+    root[name] = value
+    return name
+
+
+def _same(model: nn.Module, target: str, value: Any) -> bool:
+    try:
+        return _resolve(model, target) is value
+    except AttributeError:
+        return False
+
+
+def _resolve(module: Any, target: str) -> Any:
+    for part in target.split("."):
+        module = getattr(module, part)
+    return module
+
+
+def _meta(node: fx.Node) -> dict[str, Any]:
+    meta = {k: v for k, v in node.meta.items() if k in ("val", "nn_module_stack", "stack_trace")}
+    stack = meta.get("nn_module_stack")
+    if stack:
+        meta["nn_module_stack"] = {k: v for k, v in stack.items() if _NOWHERE not in k}
+    return meta
+
+
+def _identifier(path: str) -> str:
+    return "".join(c if c.isalnum() else "_" for c in path)
+
+
+def written(module: fx.GraphModule) -> tuple[str, ...]:
+    """Buffers that running the graph writes to; a graph that writes to its inputs is refused."""
+    found: dict[str, None] = {}
+    for node in module.graph.nodes:
+        for target in _written_by(node):
+            source = _base(target)
+            if source.op == "placeholder":
+                line = (node.meta.get("stack_trace") or "").strip().rsplit("File ", 1)[-1]
+                raise Refused(
+                    f"the model writes to its input {source.name} ({node.target})",
+                    where=" ".join(line.split()),
+                    fits="a forward that leaves its tensors alone, e.g. x = x + 1 instead of x += 1",
+                )
             if source.op == "get_attr":
                 found[str(source.target)] = None
     return tuple(found)
