@@ -1,4 +1,4 @@
-"""The report: its verdict first, the same facts as text, page and JSON; no name of a model runs in a page."""
+"""The report: its verdict first, the same facts as text, page and JSON; a model's names never run in a page."""
 
 from __future__ import annotations
 
