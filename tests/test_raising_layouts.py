@@ -551,3 +551,15 @@ def test_a_write_that_an_earlier_view_sees_is_left_alone() -> None:
     raised = raise_sites(captured.graph)
     assert raised.nodes == () and len(raised.misses) == 1
     assert torch.equal(captured.graph(*inputs)[0], wanted)
+
+
+def test_a_finite_fill_stays_where_a_row_keeps_nothing() -> None:
+    def strictly_before(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return soft((q @ k.mT).masked_fill(torch.ones(N, N, dtype=torch.bool).triu(), -1e9)) @ v
+
+    inputs = square()
+    captured = capture(Written(strictly_before).eval(), inputs)
+    wanted = captured.graph(*inputs)[0]
+    (node,) = raise_sites(captured.graph).nodes
+    assert AttendSpec.of(node.args[3]).score == "where(~t0[i, j], s, -1000000000.0)"
+    assert torch.allclose(captured.graph(*inputs)[0], wanted, atol=1e-6)

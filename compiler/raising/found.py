@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from torch import fx
-
 from ..symbols import TRUE, Expr, build
 from .axes import Axis, Group, Groups, all_leaves, leaves
-from .layout import data_users, op_name, tensor_of
+from .empty_rows import may_empty
+from .layout import data_users
 from .near import Unraised
 from .operands import beside_features, is_weight, onward, origin, stages
 from .place import Operand, Place
@@ -44,29 +43,17 @@ def _with_fills(scores: Scores, i: Group) -> tuple[Expr, Expr]:
     score, keep = scores.value.expr, TRUE
     parts = scores.value.keep.args if scores.value.keep.op == "and" else (scores.value.keep,)
     for part in parts:
-        if part.text in scores.fills and any(
-            _may_empty(*scores.leaves[w], i) for w in part.names if w in scores.leaves
-        ):
+        if part.text in scores.fills and _may_empty(part, scores, i):
             score = build("where", part, score, scores.fills[part.text])
         else:
             keep = keep & part
     return score, keep
 
 
-def _may_empty(mask: fx.Node, groups: Groups, i: Group) -> bool:
-    """It tells queries apart by the values of a call. One that tells only keys apart is padding: some key is real."""
-    if not set(leaves(i)) & set(all_leaves(groups)):
-        return False
-    queue, seen = [mask], {mask}
-    while queue:
-        node = queue.pop()
-        if node.op == "placeholder" and tensor_of(node) is not None:
-            return True
-        for source in node.all_input_nodes if tensor_of(node) is not None else ():
-            if source not in seen and not op_name(node).endswith("_like"):
-                seen.add(source)
-                queue.append(source)
-    return False
+def _may_empty(part: Expr, scores: Scores, i: Group) -> bool:
+    keeps = part.op != "not"
+    masks = [scores.leaves[word] for word in sorted(part.names) if word in scores.leaves]
+    return any(may_empty(mask, groups, i, scores.columns, keeps=keeps) for mask, groups in masks)
 
 
 def _side_of_keys(softmax: Softmax, scores: Scores) -> int:

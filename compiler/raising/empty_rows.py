@@ -1,0 +1,56 @@
+"""Whether a mask can leave a query without a key: there a finite fill means equal weights, and they have to stay."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from .axes import Group, Groups, all_leaves, leaves
+from .layout import tensor_of
+
+
+def may_empty(mask: fx.Node, groups: Groups, rows: Group, columns: Group, *, keeps: bool) -> bool:
+    """One that tells only keys apart is padding: some key is real. One made of constants is looked at."""
+    if not set(leaves(rows)) & set(all_leaves(groups)):
+        return False
+    try:
+        value = _value(mask, {})
+    except _Unknown:
+        return True
+    if value.device.type == "meta":
+        return False
+    kept = value != 0 if keeps else value == 0
+    along = [d for d, g in enumerate(groups) if set(leaves(g)) & set(leaves(columns))]
+    return not bool((kept.any(along) if along else kept).all())
+
+
+class _Unknown(Exception):
+    """A value that only a call of the model tells."""
+
+
+def _value(node: fx.Node, known: dict[fx.Node, Any]) -> Any:
+    """What a node holds whatever the model is called with, at the sizes of the example call."""
+    if node in known:
+        return known[node]
+    fake = node.meta.get("val")
+    if fake is not None and tensor_of(node) is None and not isinstance(fake, list | tuple):
+        known[node] = fake.node.hint if hasattr(fake, "node") else fake
+    elif node.op == "get_attr":
+        known[node] = _stored(node)
+    elif node.op == "call_function" and not node.is_impure():
+        args, kwargs = fx.node.map_arg((node.args, dict(node.kwargs)), lambda n: _value(n, known))
+        known[node] = node.target(*args, **kwargs)  # type: ignore[operator]
+    else:
+        raise _Unknown
+    return known[node]
+
+
+def _stored(node: fx.Node) -> Tensor:
+    value: Any = node.graph.owning_module
+    for part in str(node.target).split("."):
+        value = getattr(value, part)
+    if not isinstance(value, Tensor) or isinstance(value, torch.nn.Parameter):
+        raise _Unknown
+    return value
