@@ -150,7 +150,7 @@ def test_a_scan_keeps_its_state_alone() -> None:
 
 @dataclass(frozen=True)
 class Slanted(Mechanism):
-    """A window whose score falls with the distance and rises with the key's position: rows of a ring are no positions."""
+    """A window whose score falls with distance and rises with the key's position: rows of a ring are no positions."""
 
     slug = "slanted"
     honours = KEPT
