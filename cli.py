@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,6 +39,8 @@ def _answers(*, as_json: bool = False) -> Iterator[None]:
         else:
             print(f"error: {refused}", file=sys.stderr)
         raise typer.Exit(1) from None
+    except BrokenPipeError:  # who reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (typer.Exit, KeyboardInterrupt):
         raise
     except Exception as fault:
