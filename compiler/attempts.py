@@ -33,11 +33,16 @@ def filled(model: nn.Module, call: Call) -> tuple[Tensor, ...]:
         return _as_given(model, call)
     if not any(leaf.cached for leaf in call.leaves):
         return call.tensors  # type: ignore[return-value]
+    if any(leaf.path.endswith(".cumulative_length") for leaf in call.leaves):
+        fits = "past_key_values=DynamicCache(), whose layers keep everything: the window is in the mask as well"
+        raise Refused("a cache whose layers keep a sliding window", where="past_key_values", fits=fits)
     leaves = call.leaves
     if any(leaf.tensor is None for leaf in leaves):
         leaves = _after_one_run(model, call)
+    if any(_crosses(leaf) for leaf in leaves):
+        return tuple(_resized_decoder(leaf, ours) for leaf, ours in zip(leaves, call.leaves, strict=True))
     batch, queries, past = _decoder_sizes(call)
-    return tuple(_resized(leaf, ours, batch, queries, past) for leaf, ours in zip(leaves, call.leaves, strict=True))
+    return tuple(_resized(leaf, batch, queries, past) for leaf in leaves)
 
 
 def _as_given(model: nn.Module, call: Call) -> tuple[Tensor, ...]:
@@ -65,15 +70,29 @@ def _decoder_sizes(call: Call) -> tuple[int, int, int]:
     return first.shape[0], first.shape[1], keys[0].shape[2] if keys else 0
 
 
-def _resized(leaf: Leaf, ours: Leaf, batch: int, queries: int, past: int) -> Tensor:
+def _crosses(leaf: Leaf) -> bool:
+    """Keys and values of the encoder's answer: written at the first call, of length 0 before."""
+    return leaf.cached and ".cross_attention_cache." in leaf.path
+
+
+def _resized_decoder(leaf: Leaf, ours: Leaf) -> Tensor:
+    """In an encoder-decoder only what belongs to the decoder grows."""
     tensor = leaf.tensor
     assert tensor is not None
     sizes = list(tensor.shape)
     if leaf.cached:
-        if tensor.ndim == 4:
-            sizes[0], sizes[2] = 2, _PAST
-        elif tensor.ndim == 2:
-            sizes[0] = _PAST
+        sizes[2] = _PAST if not _crosses(leaf) else sizes[2] if ours.tensor is not None else 0
+    elif leaf.path.startswith("decoder_") and len(sizes) > 1:
+        sizes[1] = _QUERIES + _PAST if "mask" in leaf.path else _QUERIES
+    return tensor if sizes == list(tensor.shape) else torch.ones(sizes, dtype=tensor.dtype, device=tensor.device)
+
+
+def _resized(leaf: Leaf, batch: int, queries: int, past: int) -> Tensor:
+    tensor = leaf.tensor
+    assert tensor is not None
+    sizes = list(tensor.shape)
+    if leaf.cached:
+        sizes[0], sizes[2] = 2, _PAST
         return torch.zeros(sizes, dtype=tensor.dtype, device=tensor.device)
     if sizes and sizes[0] == batch:
         sizes[0] = 2
@@ -106,7 +125,7 @@ def _open(leaf: Leaf, tensor: Tensor) -> frozenset[int]:
     if not tensor.ndim:
         return frozenset()
     if leaf.cached:
-        return frozenset({0, 2} if tensor.ndim == 4 else {0} if tensor.ndim == 2 else ())
+        return frozenset({0, 2} if tensor.ndim == 4 and tensor.shape[2] else {0})
     whole = not tensor.is_floating_point()
     if tensor.ndim == 4 and "mask" in leaf.path:
         return frozenset({0, 2, 3})

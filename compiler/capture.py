@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .attempts import Attempt, attempts, filled
-from .containers import Layout, Leaf, absorb, put_together, take_apart
+from .containers import Layout, Leaf, absorb, lay_out_caches, put_together, take_apart
 from .graph_state import graph_from, state_of
 from .leaves import plain_calls, stamp_leaves
 from .plain_graph import operations, plain, written
@@ -92,6 +92,7 @@ def capture(
     model: nn.Module, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None, *, dynamic: bool = True
 ) -> Captured:
     """The graph of one call. The model is left as it was, also where that fails."""
+    lay_out_caches(model, (*args, *(kwargs or {}).values()))
     call = Call.of(forward_signature(model), args, kwargs)
     example = filled(model, call)
     reasons: list[str] = []
@@ -194,7 +195,8 @@ def _relate(call: Call, tensors: Sequence[Tensor], attempt: Attempt) -> None:
             if size == example.shape[0]:
                 torch._check(tensor.shape[0] == batch)
         if 2 in dims and leaf.cached:
-            past, size = firsts.setdefault("past", (tensor.shape[2], example.shape[2]))
+            cache = leaf.path.partition(".layers.")[0]
+            past, size = firsts.setdefault(cache, (tensor.shape[2], example.shape[2]))
             if size == example.shape[2]:
                 torch._check(tensor.shape[2] == past)
 

@@ -7,7 +7,7 @@ a constant. A cache that is still empty has the layout of a filled one, its tens
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -138,6 +138,17 @@ def is_cache(value: Any) -> bool:
     return any(b.__name__ in ("Cache", "CacheLayerMixin") and b.__module__ == "transformers.cache_utils" for b in bases)
 
 
+def lay_out_caches(model: Any, values: Iterable[Any]) -> None:
+    """Give caches that make their layers at the first update those layers now, so that every call finds them."""
+    for value in values:
+        made_of = getattr(value, "layer_class_to_replicate", None) if is_cache(value) else None
+        if made_of is not None and not value.layers and hasattr(model, "config"):
+            config = model.config.get_text_config(decoder=True)
+            value.layers.extend(made_of() for _ in range(config.num_hidden_layers))
+        elif is_cache(value) and hasattr(value, "self_attention_cache"):
+            lay_out_caches(model, (value.self_attention_cache, value.cross_attention_cache))
+
+
 def is_layer(value: Any) -> bool:
     return is_cache(value) and hasattr(value, "is_initialized") and not hasattr(value, "layers")
 
@@ -146,7 +157,7 @@ def _apart_object(value: Any, path: str, leaves: list[Leaf], known: Mapping[int,
     given = dict(vars(value))
     if not is_layer(value):
         return _named("object", value, given, path, leaves, known)
-    if type(value).__name__ not in ("DynamicLayer", "DynamicSlidingWindowLayer"):
+    if type(value).__name__ not in ("DynamicLayer", "DynamicSlidingWindowLayer", "RingLayer"):
         raise Refused(f"a cache layer {type(value).__name__}", where=path, fits="DynamicCache: its layers grow by cat")
     states = [given.pop("keys", None), given.pop("values", None)]
     names, parts = [], []

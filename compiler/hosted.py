@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from .attempts import AS_GIVEN, Attempt
 from .capture import Captured, operations_at, setting
+from .containers import lay_out_caches
 from .leaves import restore_leaves
 from .ownership import own, own_all, twin
 from .plain_graph import CONSTANTS
@@ -155,6 +156,7 @@ def _state(model: Any) -> Hosting:
 
 def _run(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     state = _state(model)
+    lay_out_caches(model, (*args, *kwargs.values()))
     call = Call.of(forward_signature(model), args, kwargs)
     key = call.key((*setting(model), *_changed_config(model, state)))
     captured = state.graphs.get(key) or _captured(model, state, call, key)

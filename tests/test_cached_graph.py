@@ -11,6 +11,7 @@ from torch import nn
 
 from reattend.compiler.capture import Captured, capture
 from reattend.compiler.hosted import host
+from reattend.compiler.refusal import Refused
 from reattend.compiler.signature import Call
 
 CONFIG = {
@@ -99,3 +100,34 @@ def test_generate_without_a_cache_too() -> None:
     x = torch.randint(1, 60, (1, 4))
     options = {"max_new_tokens": 4, "do_sample": False, "use_cache": False}
     assert torch.equal(fast.generate(x, **options), model.generate(x, **options))
+
+
+def test_an_encoder_decoder_generates_the_same_tokens() -> None:
+    config = hf.T5Config(
+        d_model=32,
+        d_kv=8,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
+        vocab_size=60,
+        decoder_start_token_id=0,
+        eos_token_id=None,
+    )
+    model = hf.T5ForConditionalGeneration(config).eval()
+    fast = host(model, identity)
+    x = torch.randint(1, 60, (2, 7))
+    options = {"max_new_tokens": 5, "do_sample": False}
+    assert torch.equal(fast.generate(x, **options), model.generate(x, **options))
+    assert len(fast.signatures) == 2  # before and after the encoder's keys are in the cache
+
+
+def test_a_sliding_window_needs_a_cache_that_keeps_everything() -> None:
+    model = hf.MistralForCausalLM(hf.MistralConfig(**CONFIG, sliding_window=4)).eval()
+    fast = host(model, identity)
+    x = torch.randint(1, 60, (2, 7))
+    options = {"max_new_tokens": 5, "do_sample": False}
+    with pytest.raises(Refused, match=r"sliding window: past_key_values=DynamicCache\(\)"):
+        fast.generate(x, **options)
+    whole = fast.generate(x, **options, past_key_values=hf.DynamicCache())
+    assert torch.equal(whole, model.generate(x, **options))
+    assert len(fast.signatures) == 1
