@@ -53,12 +53,14 @@ def optimize(
     data: Iterable[Inputs] | None = None,
     name: str = "",
     measure: bool = True,
+    max_signatures: int = 8,
 ) -> Any:
     """The model rewritten by a recipe: still of its own class, with `.graph`, `.report` and `.sites`.
 
     recipe          a shipped name, a path, YAML text, or the same as a dict.
     example_inputs  positional arguments, keyword arguments, or a pair of both; inferred where that runs.
     data            held-out calls like example_inputs; without it quality is not judged, only correctness.
+    max_signatures  how many kinds of calls get a graph of their own before a further one is refused.
 
     The original is left bit-identical; weights are shared until something would write them.
     """
@@ -75,12 +77,15 @@ def optimize(
         work.store = earlier.store
     args, kwargs = _inputs(inner, example_inputs)
     work.batches, work.described = batches, described
+    grad = torch.is_grad_enabled()
     try:
-        fast: Any = host(inner, work.program_for, about=work)
+        fast: Any = host(inner, work.program_for, about=work, limit=max_signatures)
         fast.prepare(*args, **kwargs)
     except Uncapturable as whole:
         must_run(inner, args, kwargs)
         fast = _in_islands(inner, work, whole, args, kwargs)
+    finally:
+        torch.set_grad_enabled(grad)
     for warning in fast.report.warnings:
         log.warning("%s", warning)
     if measure and not inner.training:

@@ -66,11 +66,18 @@ class Program:
     ports: dict[str, Ports]
     store: Store
     prefix: str = ""  # where the graph's module stands in the whole model, if it is a part of one
+    whole_model: int = 0  # whole-model passes that were taken
     changes: list[Change] = field(default_factory=list)
     losses: list[tuple[str, fx.Node]] = field(default_factory=list)
     buffers: list[tuple[str, fx.Node]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     fragments: dict[Any, Any] = field(default_factory=dict)  # traced once per distinct site signature
+
+    @property
+    def changes_shape(self) -> bool:
+        """Whether a whole-model pass left the output with another shape, as token merging without unmerge does."""
+        before, after = self.graph.meta.get("output_shapes"), output_shapes(self.graph)
+        return bool(self.whole_model) and before is not None and before != after
 
     def site(self, path: str) -> Site:
         for site in self.sites:
@@ -90,7 +97,7 @@ class Program:
             new.meta = dict(old.meta)
         ports = {path: own.moved(mapped) for path, own in self.ports.items()}
         fresh = Draft(self.graph, graph)
-        fresh.meta = dict(self.graph.meta)
+        fresh.meta = dict(self.graph.meta) | {"output_shapes": output_shapes(self.graph)}
         return Program(
             fresh, self.sites, ports, self.store, self.prefix, notes=list(self.notes), fragments=self.fragments
         )
@@ -102,6 +109,13 @@ class Program:
             if isinstance(value, torch._subclasses.FakeTensor):
                 return value.fake_mode
         raise Refused("the graph has no shapes", where="program")
+
+
+def output_shapes(graph: fx.GraphModule) -> tuple[str, ...]:
+    """The shapes of a graph's outputs, as text."""
+    output = next(iter(graph.graph.find_nodes(op="output")))
+    values = [n.meta.get("val") for n in output.all_input_nodes]
+    return tuple(str(tuple(v.shape)) for v in values if isinstance(v, Tensor))
 
 
 def tensor_name(program: Program, site: Site, mechanism: Mechanism, name: str) -> str:

@@ -64,7 +64,7 @@ def trace_function(run: Callable[..., Any], values: Mapping[str, Tensor]) -> fx.
     for node, name in zip(graph.graph.find_nodes(op="placeholder"), values, strict=True):
         node.name = node.target = name
     for node in list(graph.graph.nodes):
-        if "_assert_tensor_metadata" in str(node.target):
+        if "_assert_tensor_metadata" in str(node.target) or "_set_grad_enabled" in str(node.target):
             graph.graph.erase_node(node)
     graph.graph.eliminate_dead_code()
     graph.recompile()

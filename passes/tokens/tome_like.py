@@ -109,28 +109,27 @@ class TomeLike(Mechanism):
 
 def match(metric: Tensor, r: int, *, class_token: bool, distill_token: bool) -> Plan:
     """Bipartite soft matching: ties go to the lower index; the kept tokens of A come first, then all of B."""
-    with torch.no_grad():
-        unit = torch.nn.functional.normalize(metric, dim=-1)
-        a, b = unit[:, ::2], unit[:, 1::2]
-        scores = a @ b.mT  # (B, |A|, |B|)
-        if class_token:
-            scores = torch.cat([torch.full_like(scores[:, :1], -torch.inf), scores[:, 1:]], 1)
-        if distill_token:
-            scores = torch.cat([torch.full_like(scores[..., :1], -torch.inf), scores[..., 1:]], 2)
-        best, to = scores.max(-1)
-        order = best.argsort(dim=-1, descending=True, stable=True)
-        source, kept = order[:, :r], order[:, r:]
-        if class_token:
-            kept = kept.sort(-1).values
-        split = kept.shape[1]
-        rank = torch.arange(split, device=metric.device).expand_as(kept)
-        head = int(distill_token)  # with a distillation token: class, distillation, the other kept ones, the rest of B
-        rank = torch.where(rank < 1, rank, rank + head) if head else rank
-        of_b = torch.arange(b.shape[1], device=metric.device).expand(metric.shape[0], -1) + split
-        of_b = torch.where(of_b == split, torch.full_like(of_b, 1), of_b) if head else of_b
-        of_a = torch.zeros_like(order).scatter(1, kept, rank).scatter(1, source, of_b.gather(1, to.gather(1, source)))
-        rows = torch.zeros(metric.shape[:2], dtype=torch.long, device=metric.device)
-        rows = torch.cat([of_a, of_b], 1).gather(1, _interleaved(rows.shape[1], of_a.shape[1], rows))
+    unit = torch.nn.functional.normalize(metric.detach(), dim=-1)  # no gradient through the choice
+    a, b = unit[:, ::2], unit[:, 1::2]
+    scores = a @ b.mT  # (B, |A|, |B|)
+    if class_token:
+        scores = torch.cat([torch.full_like(scores[:, :1], -torch.inf), scores[:, 1:]], 1)
+    if distill_token:
+        scores = torch.cat([torch.full_like(scores[..., :1], -torch.inf), scores[..., 1:]], 2)
+    best, to = scores.max(-1)
+    order = best.argsort(dim=-1, descending=True, stable=True)
+    source, kept = order[:, :r], order[:, r:]
+    if class_token:
+        kept = kept.sort(-1).values
+    split = kept.shape[1]
+    rank = torch.arange(split, device=metric.device).expand_as(kept)
+    head = int(distill_token)  # with a distillation token: class, distillation, the other kept ones, the rest of B
+    rank = torch.where(rank < 1, rank, rank + head) if head else rank
+    of_b = torch.arange(b.shape[1], device=metric.device).expand(metric.shape[0], -1) + split
+    of_b = torch.where(of_b == split, torch.full_like(of_b, 1), of_b) if head else of_b
+    of_a = torch.zeros_like(order).scatter(1, kept, rank).scatter(1, source, of_b.gather(1, to.gather(1, source)))
+    rows = torch.zeros(metric.shape[:2], dtype=torch.long, device=metric.device)
+    rows = torch.cat([of_a, of_b], 1).gather(1, _interleaved(rows.shape[1], of_a.shape[1], rows))
     return Plan(rows, metric.shape[1] - r)
 
 

@@ -1,0 +1,50 @@
+"""Position-persistent selection against its card: on a tiny decoder, with and without enough keys to select from."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import reattend
+from reattend import Refused
+from reattend.models.zoo import zoo
+
+
+def llama() -> tuple[Any, dict[str, Any]]:
+    family = zoo()["llama"]
+    _, kwargs = family.inputs()
+    return family.build("sdpa").eval(), kwargs
+
+
+def selected(model: Any, kwargs: dict[str, Any], **knobs: Any) -> Any:
+    recipe = {"version": 1, "passes": [{"tidal": {"sparse_layer_start": 0, "correction_layer": 9, **knobs}}]}
+    return reattend.optimize(model, recipe, kwargs, measure=False)
+
+
+def generated(model: Any) -> torch.Tensor:
+    ids = torch.randint(1, 90, (1, 12), generator=torch.Generator().manual_seed(3))
+    return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, pad_token_id=0)
+
+
+def test_with_enough_keys_it_is_full_attention() -> None:
+    model, kwargs = llama()
+    assert torch.equal(generated(selected(model, kwargs, top_k=64)), generated(model))
+
+
+def test_prefill_is_full_attention_and_decoding_is_not() -> None:
+    model, kwargs = llama()
+    fast = selected(model, kwargs, top_k=1)
+    torch.testing.assert_close(fast(**kwargs)[0], model(**kwargs)[0], atol=1e-5, rtol=1e-5)
+    cache, full_cache = (m(**(kwargs | {"use_cache": True})).past_key_values for m in (fast, model))
+    step = {"input_ids": torch.tensor([[5], [7]]), "use_cache": True}
+    got = fast(**step, past_key_values=cache).logits
+    full = model(**step, past_key_values=full_cache).logits
+    assert (got - full).abs().max() > 1e-3
+
+
+def test_layers_in_the_wrong_order_are_refused() -> None:
+    model, kwargs = llama()
+    with pytest.raises(Refused, match="correction_layer"):
+        selected(model, kwargs, sparse_layer_start=3, correction_layer=2)
