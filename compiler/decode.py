@@ -8,8 +8,9 @@ state. Everything else gives `state`, `prefill` and `step` itself or is refused.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .decode_derived import way_of
 from .decode_ways import State, standing
@@ -67,3 +68,10 @@ class Decoder:
         o, self.state = self.way.run(self._at, self.state, self.seen, q, k, v)
         self.seen += k.shape[2]
         return o
+
+
+def ring_cache(fast: nn.Module) -> Any:
+    """An empty transformers cache for an optimized model: `fast.generate(ids, past_key_values=ring_cache(fast))`."""
+    from .ring_cache import ring_cache as made  # transformers is needed here alone
+
+    return made(fast)

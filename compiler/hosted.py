@@ -18,6 +18,7 @@ from .leaves import restore_leaves
 from .ownership import own, own_all, twin
 from .plain_graph import CONSTANTS
 from .refusal import Refused
+from .ringed import as_captured
 from .signature import Call, SignatureKey, forward_signature
 
 log = logging.getLogger("reattend")
@@ -197,10 +198,8 @@ def _same_when_small(model: Any, state: Hosting, call: Call, key: SignatureKey, 
     captured = state.graphs[key]
     asked = (key, captured.dims.small(tensors))
     if asked not in state.small:
-        opened = tuple(
-            frozenset(d for d, s in enumerate(shape) if isinstance(s, str)) for shape in captured.dims.shapes
-        )
-        state.small[asked] = operations_at(original(model), call, Attempt(tensors, opened)) == captured.operations
+        plain, sizes, opened = as_captured(captured, call, tensors)
+        state.small[asked] = operations_at(original(model), plain, Attempt(sizes, opened)) == captured.operations
     return state.small[asked]
 
 

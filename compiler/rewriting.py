@@ -20,6 +20,7 @@ from .program import Change, Program, Store
 from .recipe import Recipe
 from .refusal import Refused
 from .report import NO_DATA, Report, Row, SiteList
+from .ringed import ringed, unringed
 from .signature import Call
 from .site import Site
 from .steps import fitting, steps_of
@@ -62,7 +63,7 @@ class Rewriting:
     def program_for(self, model: nn.Module, call: Call) -> Captured:
         """The lowered graph of one call's signature."""
         with drafting():
-            return self._program_for(model, call)
+            return ringed(self._program_for(model, unringed(call)), call)
 
     def _program_for(self, model: nn.Module, call: Call) -> Captured:
         captured = capture(model, call.args, dict(call.kwargs))
