@@ -19,7 +19,7 @@ from .refusal import Refused
 from .site import Site
 
 
-class RingLayer(DynamicLayer):  # type: ignore[misc]
+class RingLayer(DynamicLayer):
     """The first `sinks` and the last `back` keys; `cumulative_length` counts all keys that ever came."""
 
     is_croppable = False

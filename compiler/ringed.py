@@ -183,8 +183,8 @@ def _without_whole_slices(node: fx.Node) -> None:
 
 
 def _takes_all(node: fx.Node) -> bool:
-    defaults: tuple[Any, ...] = (None, sys.maxsize, 1)
-    start, end, step = [*node.args[2:], *defaults[len(node.args) - 2 :]]
+    given: list[Any] = list(node.args[2:])
+    start, end, step = given + [None, sys.maxsize, 1][len(given) :]
     return bool((start or 0, end, step) == (0, sys.maxsize, 1))
 
 
@@ -222,7 +222,8 @@ def _cut_outputs(captured: Captured, call: Call, grown: Mapping[str, tuple[Ring,
     """What the caches become: rings cut, ordinary layers as they were, and the new lengths."""
     graph = captured.graph.graph
     output = next(iter(graph.find_nodes(op="output")))
-    flat: list[Any] = list(output.args[0])  # type: ignore[arg-type]
+    results: Any = output.args[0]
+    flat: list[Any] = list(results)
     start = captured.output.count
     after = start + sum(layout.count for _, layout in captured.grown)
     given = iter(flat[start:after])
