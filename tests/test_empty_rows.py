@@ -1,4 +1,4 @@
-"""Rows that keep no key: a finite fill gives them equal weights in the model, and so it stays after raising and folding."""
+"""Rows that keep no key: a finite fill gives them equal weights in the model, and so they have after raising too."""
 
 from __future__ import annotations
 
