@@ -18,6 +18,7 @@ from .leaves import plain_calls, stamp_leaves
 from .plain_graph import operations, plain, written
 from .ranges import Sizes, Symbol
 from .refusal import Refused, Uncapturable
+from .regions import open_regions
 from .signature import Call, SignatureKey, forward_signature, rebuild
 from .untouched import forgotten, quiet, unchanged
 
@@ -151,6 +152,7 @@ def export(model: nn.Module, call: Call, attempt: Attempt) -> Captured:
     finally:
         torch.set_grad_enabled(grad)
     graph = plain(program, model, [leaf.path for leaf in call.leaves])
+    open_regions(graph)
     stamp_leaves(graph, leaves)
     return Captured(
         graph=graph,

@@ -12,7 +12,9 @@ from .layout import tensor_of
 
 
 def may_empty(mask: fx.Node, groups: Groups, columns: Group, *, keeps: bool) -> bool:
-    """One made of constants is looked at; of any other only a call can tell."""
+    """One made of constants, of one size, is looked at; of any other only a call can tell."""
+    if any(not isinstance(size, int) for size in tensor_of(mask).shape):
+        return True
     try:
         value = _value(mask, {})
     except _Unknown:
