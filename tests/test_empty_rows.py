@@ -187,3 +187,29 @@ def test_padded_rows_of_models_in_eager_spelling(name: str) -> None:
             wanted = model(input_ids=given[0], attention_mask=given[1])[0]
             found = captured.graph(*given)[0]
             assert (found - wanted).abs().max() <= 1e-5, verdicts
+
+
+def test_the_report_compares_the_graph_with_the_model_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph that lost the fill is told apart from the model, though every rewrite would match the graph."""
+    from dataclasses import replace
+
+    import reattend
+    from reattend.compiler import pipeline
+
+    x, p = calls()[1]
+    model = Masked(outer).eval()
+    report = reattend.optimize(model, "exact", (x, p), measure=False).report
+    assert report.captured is not None and report.captured.max_abs <= 1e-5 and not report.warnings
+    assert "against the model itself" in report.text()
+
+    def forgetting(graph_module: Any) -> Any:
+        found = fold_masks(graph_module)
+        for node in graph_module.graph.nodes:
+            if node.target is torch.ops.reattend.attend.default:
+                node.args = (*node.args[:3], replace(AttendSpec.of(node.args[3]), empty="").text)
+        graph_module.recompile()
+        return found
+
+    monkeypatch.setattr(pipeline, "fold_masks", forgetting)
+    report = reattend.optimize(Masked(outer).eval(), "exact", (x, p), measure=False).report
+    assert any("the captured graph is not the model" in warning for warning in report.warnings)
