@@ -12,9 +12,13 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._functorch import predispatch
 
 ATTENDING = frozenset({"softmax", "_softmax", "_safe_softmax", "log_softmax", "scaled_dot_product_attention"})
 _CHECKS = "_assert_tensor_metadata"
+for _name in ("lazy_load_decompositions", "_vmap_increment_nesting", "_vmap_decrement_nesting"):
+    if (_function := getattr(predispatch, _name, None)) is not None:
+        fx.node.has_side_effect(_function)  # nothing reads them, and without them torch.vmap's nodes cannot run
 
 
 def open_regions(module: fx.GraphModule) -> None:
