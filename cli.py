@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -34,18 +34,30 @@ def _answers(*, as_json: bool = False) -> Iterator[None]:
     try:
         yield
     except Refused as refused:
-        if as_json:
-            print(json.dumps({"error": str(refused)}))
-        else:
-            print(f"error: {refused}", file=sys.stderr)
-        raise typer.Exit(1) from None
+        _refusal(str(refused), as_json=as_json)
     except BrokenPipeError:  # who reads has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (typer.Exit, KeyboardInterrupt):
         raise
+    except OSError as error:
+        if error.filename is None:
+            _fault(error)
+        _refusal(f"{error.filename}: {error.strerror}", as_json=as_json)
     except Exception as fault:
-        logging.getLogger("reattend").exception("a fault of reattend itself: %s", fault)
-        raise typer.Exit(2) from None
+        _fault(fault)
+
+
+def _refusal(text: str, *, as_json: bool) -> NoReturn:
+    if as_json:
+        print(json.dumps({"error": text}))
+    else:
+        print(f"error: {text}", file=sys.stderr)
+    raise typer.Exit(1) from None
+
+
+def _fault(fault: Exception) -> NoReturn:
+    logging.getLogger("reattend").exception("a fault of reattend itself: %s", fault)
+    raise typer.Exit(2) from None
 
 
 def _working(says: str, work: Callable[[], Any], *, quiet: bool) -> Any:
@@ -99,6 +111,8 @@ def optimize(
         from . import api
         from .models.load import load_model
 
+        if report is not None and report.suffix not in (".html", ".json", ".txt"):
+            raise Refused(f"--report {report}", fits=".html, .json or .txt")
         loaded = load_model(model)
         work = lambda: api.optimize(loaded.model, recipe, loaded.example_inputs, name=loaded.name)
         fast = _working(f"optimizing {model}", work, quiet=as_json)

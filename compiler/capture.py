@@ -18,6 +18,7 @@ from .leaves import plain_calls, stamp_leaves
 from .plain_graph import operations, plain, written
 from .ranges import Sizes, Symbol
 from .refusal import Refused, Uncapturable
+from .regions import open_regions
 from .signature import Call, SignatureKey, forward_signature, rebuild
 from .untouched import forgotten, quiet, unchanged
 
@@ -151,6 +152,7 @@ def export(model: nn.Module, call: Call, attempt: Attempt) -> Captured:
     finally:
         torch.set_grad_enabled(grad)
     graph = plain(program, model, [leaf.path for leaf in call.leaves])
+    open_regions(graph)
     stamp_leaves(graph, leaves)
     return Captured(
         graph=graph,
@@ -219,9 +221,9 @@ def _grown(call: Call, values: Mapping[str, Any], given: Sequence[Leaf], seen: S
 def _sizes(graph: fx.GraphModule, program: torch.export.ExportedProgram, call: Call) -> Sizes:
     values = [n.meta["val"] for n in graph.graph.find_nodes(op="placeholder")]
     shapes = tuple(tuple(map(_size, v.shape)) for v in values)
-    symbols = {str(s): Symbol(str(s), int(r.lower), _most(r.upper)) for s, r in program.range_constraints.items()}
     used = {t for shape in shapes for t in shape if isinstance(t, str)}
-    symbols = {n: s for n, s in symbols.items() if n in used}
+    ranges = {str(s): r for s, r in program.range_constraints.items() if str(s) in used}  # others may be unbounded
+    symbols = {n: Symbol(n, int(r.lower), _most(r.upper)) for n, r in ranges.items()}
     guards = tuple(g for g in program._guards_code if "L[" in g)
     return Sizes(tuple(leaf.path for leaf in call.leaves), shapes, tuple(v.dtype for v in values), symbols, guards)
 

@@ -72,6 +72,8 @@ def variants(which: str | type[Mechanism] | Mechanism) -> tuple[Mechanism, ...]:
     if isinstance(which, Mechanism):
         return (which,)
     cls = type(mechanism(which)) if isinstance(which, str) else which
+    if not (isinstance(cls, type) and issubclass(cls, Mechanism)):
+        raise Refused(f"{which!r} is no mechanism", where="check", fits="a registered name, or a Mechanism's class")
     if mechanisms().get(cls.slug) is not cls:
         raise Refused(f"{cls.__name__} is not registered", where="check", fits="@register('name') above the class")
     return tuple(cls(**knobs) for knobs in cls.tries)

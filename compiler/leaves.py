@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -31,12 +32,12 @@ def plain_calls(model: nn.Module) -> Iterator[set[str]]:
     found: set[str] = set()
     others: set[str] = set()
 
-    def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def watch(path: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         plain = len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and isinstance(output, Tensor)
-        (found if plain else others).add(paths[module])
+        (found if plain else others).add(path)
 
     # on each leaf: torch's global hook leaves a trace of itself that torch.compile warns of ever after
-    handles = [module.register_forward_hook(watch, with_kwargs=True) for module in paths]
+    handles = [m.register_forward_hook(partial(watch, path), with_kwargs=True) for m, path in paths.items()]
     try:
         yield found
     finally:

@@ -84,6 +84,7 @@ class Report:
     passes: tuple[str, ...] = ()
     misses: tuple[str, ...] = ()
     output: Deviation | None = None
+    captured: Deviation | None = None  # of the graph before any rewrite, from the model itself
     data: str = NO_DATA
     timing: Timing | None = None
     predicted: tuple[Cost, Cost] = (Cost(), Cost())
@@ -110,6 +111,8 @@ class Report:
 
     def text(self) -> str:
         lines = [self.verdict(), "", f"model   {self.model}", f"recipe  {self.recipe}"]
+        if self.captured is not None:
+            lines.append(f"graph   {self.captured}, before any rewrite, against the model itself")
         if self.timing is not None:
             t = self.timing
             lines.append(
@@ -156,6 +159,8 @@ class Report:
             "recipe": self.recipe,
             "cost, predicted": f"{self.predicted[0]} → {self.predicted[1]}",
         }
+        if self.captured is not None:
+            facts["graph, before any rewrite, against the model"] = str(self.captured)
         if self.timing is not None:
             facts["time, measured here"] = (
                 f"{self.timing.before:.2f} ms → {self.timing.after:.2f} ms ({self.timing.sizes})"

@@ -13,6 +13,7 @@ from torch import nn
 from .capture import Captured, capture
 from .cost import Cost, graph_cost, site_costs
 from .draft import drafting
+from .fidelity import against_model, too_far
 from .held_out import Batch
 from .mechanism import KINDS
 from .pipeline import Checked, Outcome, Step, checked_rewrite, lower, raise_program, rewrite
@@ -24,7 +25,7 @@ from .ringed import ringed, unringed
 from .signature import Call
 from .site import Site
 from .steps import fitting, steps_of
-from .verification import SiteResult
+from .verification import Deviation, SiteResult
 
 log = logging.getLogger("reattend")
 
@@ -44,6 +45,7 @@ class Rewriting:
     warnings: tuple[str, ...] = ()
     declined: dict[str, str] = field(default_factory=dict)  # sites at which a split cannot stand
     report: Report | None = None
+    faithful: Deviation | None = None  # the raised graph against the model itself
 
     batches: tuple[Batch, ...] = ()  # held-out calls that quality is judged on
     described: str = ""  # how the report names them
@@ -109,7 +111,9 @@ class Rewriting:
         batches = [captured.inputs(Call.of(call.signature, *batch)) for batch in self.batches]
         self.first = checked_rewrite(raised, steps, batches or [captured.inputs(call)], self.recipe.verify)
         self.captured, self.misses = captured, misses
-        self.warnings = (*warnings, *_half_on_cpu(model))
+        self.faithful = against_model(model, captured, call)
+        lost = too_far(self.faithful, model) if self.faithful is not None else ""
+        self.warnings = (*warnings, *_half_on_cpu(model), *((lost,) if lost else ()))
         self.report = self._report(raised, steps)
         self._some_step_holds(steps)
         return lower(self.first.outcome.program, captured)
@@ -172,6 +176,7 @@ class Rewriting:
             passes=passes,
             misses=self.misses,
             output=self.first.deviation,
+            captured=self.faithful,
             data=self.described or NO_DATA,
             predicted=(graph_cost(raised.graph), graph_cost(program.graph)),
             warnings=(*self.warnings, *(f"whole-model pass refused: {refused['']}" for _ in [0] if "" in refused)),

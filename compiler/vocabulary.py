@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field
 
 from .refusal import Refused
@@ -51,6 +51,7 @@ class MechanismFacts:
     knobs: Mapping[str, Knob] = field(default_factory=dict)
     stage: str = ""
     doc: str = ""
+    make: Callable[..., object] | None = None  # refuses knobs that do not go together
 
 
 @dataclass(frozen=True)

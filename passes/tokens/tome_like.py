@@ -123,7 +123,7 @@ def _weigh_keys(program: Program, attend: fx.Node, size: fx.Node) -> None:
     tables = list(attend.args[2])  # type: ignore[arg-type]
     spec = AttendSpec.of(str(attend.args[3]))
     score = spec.score_expr + parse(f"t{len(tables)}[b, j]")
-    attend.args = (attend.args[0], attend.args[1], [*tables, logs], replace(spec, score=score.text).text)
+    attend.args = (attend.args[0], attend.args[1], [*tables, logs], replace(spec, score=score.text, empty="").text)
 
 
 def _comes_later(user: fx.Node, *, order: Mapping[fx.Node, int], than: fx.Node) -> bool:
