@@ -25,6 +25,7 @@ from .signature import Call
 from .site import Site
 from .steps import fitting, steps_of
 from .verification import SiteResult
+from .weights_asked import gives_weights, weights_asked
 
 log = logging.getLogger("reattend")
 
@@ -69,16 +70,20 @@ class Rewriting:
         captured = capture(model, call.args, dict(call.kwargs))
         raised, misses = raise_program(captured, self.store, self.prefix)
         steps, warnings = self._steps(raised)
-        if steps and dict(call.values).get("output_attentions") is True:
-            fits = "ask the original model for them, or a recipe that keeps every site"
-            raise Refused(
-                "output_attentions=True, and rewritten sites have no weights to give", where=self.name, fits=fits
-            )
+        if steps and weights_asked(model, call):
+            self._gives_weights(steps, captured)
         if self.first is None:
             return self._decide(model, captured, raised, steps, misses, warnings, call)
         outcome = rewrite(raised, self._decided(steps), without=frozenset(self.first.rolled_back))
         self._holds_as_before(outcome, captured)
         return lower(outcome.program, captured)
+
+    def _gives_weights(self, steps: Sequence[Step], captured: Captured) -> None:
+        """A rewritten site has no weights; where all rewrites are exact, a site whose weights are returned was left."""
+        if all(s.mechanism.kind == "exact" for s in steps) and gives_weights(captured.output):
+            return
+        fits = "ask the original model for them, in its eager attention, or a recipe that keeps every site"
+        raise Refused("output_attentions=True, and rewritten sites have no weights to give", where=self.name, fits=fits)
 
     def _decided(self, steps: Sequence[Step]) -> list[Step]:
         """The steps without those that the first call refused: a site that was left as it was stays as it was."""
@@ -135,7 +140,10 @@ class Rewriting:
             raise Refused(f"{refusal}{others}", fits=fits)
 
     def _holds_as_before(self, outcome: Outcome, captured: Captured) -> None:
-        """A signature in which a rewritten site cannot be rewritten would be another model: refused."""
+        """A signature in which a rewritten site cannot be rewritten would be another model: refused.
+
+        A site whose rewrite was exact computes the same without it.
+        """
         assert self.first is not None
         done, now = _changed(self.first.outcome), _changed(outcome)
         lost = {path for path, mechanisms in done.items() if now.get(path) != mechanisms}
@@ -188,9 +196,9 @@ class Rewriting:
 
 
 def _changed(outcome: Outcome) -> dict[str, tuple[str, ...]]:
-    """What stands at each rewritten site now."""
+    """What stands now at each site that computes something else than before."""
     found: dict[str, tuple[str, ...]] = {}
-    for change in outcome.program.changes:
+    for change in (c for c in outcome.program.changes if c.mechanism.kind != "exact"):
         found[change.site.path] = (*found.get(change.site.path, ()), repr(change.mechanism))
     return found
 
