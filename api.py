@@ -58,7 +58,8 @@ def optimize(
     """The model rewritten by a recipe: still of its own class, with `.graph`, `.report` and `.sites`.
 
     recipe          a shipped name, a path, YAML text, or the same as a dict.
-    example_inputs  positional arguments, keyword arguments, or a pair of both; inferred where that runs.
+    example_inputs  positional arguments, keyword arguments, or a pair of both. Left out they are inferred where that
+                    runs; where it does not, the first call is captured, and refused if the recipe does not fit.
     data            held-out calls like example_inputs; without it quality is not judged, only correctness.
     max_signatures  how many kinds of calls get a graph of their own before a further one is refused.
 
@@ -75,8 +76,14 @@ def optimize(
     work = Rewriting(recipes, called, notes=list(notes))
     if earlier is not None:
         work.store = earlier.store
-    args, kwargs = _inputs(inner, example_inputs)
     work.batches, work.described = batches, described
+    try:
+        args, kwargs = _inputs(inner, example_inputs)
+    except Refused as unknown:
+        if example_inputs is not None:
+            raise
+        log.warning("captured at the first call: %s", unknown)
+        return host(inner, work.program_for, about=work, limit=max_signatures)
     grad = torch.is_grad_enabled()
     try:
         fast: Any = host(inner, work.program_for, about=work, limit=max_signatures)

@@ -58,6 +58,14 @@ class Captured:
         """Raise Refused where the sizes of a call are outside the captured range."""
         self.dims.check(tensors)
 
+    def fits(self, call: Call) -> bool:
+        """Whether the sizes of a call are within the captured range."""
+        try:
+            self.check(self.inputs(call))
+        except Refused:
+            return False
+        return True
+
     def inputs(self, call: Call) -> tuple[Tensor, ...]:
         """The flat tensors of a call, caches that are still empty given tensors of length 0."""
         given = call.tensors

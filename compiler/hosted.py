@@ -14,12 +14,15 @@ from torch import Tensor, fx, nn
 from .attempts import AS_GIVEN, Attempt
 from .capture import Captured, operations_at, setting
 from .containers import lay_out_caches
+from .difference import said_frozen, said_limit
 from .leaves import restore_leaves
 from .ownership import own, own_all, twin
 from .plain_graph import CONSTANTS
-from .refusal import Refused
+from .refusal import Refused, Uncapturable
 from .ringed import as_captured
 from .signature import Call, SignatureKey, forward_signature
+from .trial import must_run
+from .turns import TURNS
 
 log = logging.getLogger("reattend")
 ProgramFor = Callable[[nn.Module, Call], Captured]
@@ -85,7 +88,10 @@ class HostedModel:
     @property
     def report(self) -> Any:
         """What changed where, what was refused and why, deviation, time and cost."""
-        return _state(self).about.report
+        found = _state(self).about.report
+        if found is None:
+            raise Refused("no call has been captured yet", where="report", fits="call the model once, or give inputs")
+        return found
 
     @property
     def sites(self) -> Any:
@@ -156,13 +162,25 @@ def _state(model: Any) -> Hosting:
 
 
 def _run(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if torch.compiler.is_compiling():
+        return _call(model, args, kwargs)
+    with TURNS.beside():
+        return _call(model, args, kwargs)
+
+
+def _call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     state = _state(model)
     lay_out_caches(model, (*args, *kwargs.values()))
     call = Call.of(forward_signature(model), args, kwargs)
     key = call.key((*setting(model), *_changed_config(model, state)))
     captured = state.graphs.get(key) or _captured(model, state, call, key)
     tensors = captured.inputs(call)
-    captured.check(tensors)
+    try:
+        captured.check(tensors)
+    except Refused as outside:
+        key = _at_other_sizes(model, state, call, key, outside)
+        captured = state.graphs[key]
+        tensors = captured.inputs(call)
     small = captured.dims.small(tensors)
     if small and not _same_when_small(model, state, call, key, tensors):
         key = _captured_as_given(model, state, call, key, small)
@@ -176,21 +194,47 @@ def _run(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _captured(model: Any, state: Hosting, call: Call, key: SignatureKey) -> Captured:
-    known = "; ".join(map(str, state.graphs)) or "none"
-    if state.frozen:
-        raise Refused(f"the call {key}", where="frozen", fits=f"captured signatures: {known}")
-    if len(state.graphs) >= state.limit:
-        fits = f"call it as one of: {known}; or optimize(..., max_signatures={2 * state.limit})"
-        raise Refused(f"the call {key} would be signature {state.limit + 1} of at most {state.limit}", fits=fits)
-    view = original(model)
-    captured = state.program_for(view, call)
-    restore_leaves(captured.graph, view)
-    _mount(captured, model)
-    state.graphs[key] = captured
+    with TURNS.alone():
+        if key in state.graphs:  # another thread was first
+            return state.graphs[key]
+        if state.frozen:
+            found, fits = said_frozen(key, tuple(state.graphs))
+            raise Refused(found, where="frozen", fits=fits)
+        if len(state.graphs) >= state.limit:
+            found, fits = said_limit(key, tuple(state.graphs), state.limit)
+            raise Refused(found, fits=fits)
+        view = original(model)
+        captured = state.program_for(view, call)
+        restore_leaves(captured.graph, view)
+        _mount(captured, model)
+        state.graphs[key] = captured
     log.log(logging.INFO if len(state.graphs) == 1 else logging.WARNING, "captured new signature %s", key)
     for note in captured.notes:
         log.info("%s", note)
     return captured
+
+
+def _at_other_sizes(model: Any, state: Hosting, call: Call, key: SignatureKey, outside: Refused) -> SignatureKey:
+    """A call outside the sizes of its graph: another graph's call, a graph of its own where the model takes it."""
+    known = [k for k in state.graphs if k != key and k.setting[: len(key.setting)] == key.setting]
+    for other in (k for k in known if replace(k, setting=key.setting) == key):
+        if state.graphs[other].fits(call):
+            return other
+    captured = state.graphs[key]
+    places = captured.dims.apart(captured.inputs(call))
+    apart = replace(key, setting=(*key.setting, *(f"{place} = {size}" for place, size in places)))
+    if apart in state.graphs:
+        raise outside
+    try:
+        with TURNS.alone():
+            must_run(original(model), call.args, call.kwargs)
+    except Refused as own:
+        raise Refused(outside.found, where=outside.where, fits=f"{outside.fits}; {own.found}") from None
+    try:
+        _captured(model, state, call, apart).check(state.graphs[apart].inputs(call))
+    except Uncapturable:
+        raise outside from None
+    return apart
 
 
 def _same_when_small(model: Any, state: Hosting, call: Call, key: SignatureKey, tensors: tuple[Tensor, ...]) -> bool:
@@ -199,7 +243,8 @@ def _same_when_small(model: Any, state: Hosting, call: Call, key: SignatureKey, 
     asked = (key, captured.dims.small(tensors))
     if asked not in state.small:
         plain, sizes, opened = as_captured(captured, call, tensors)
-        state.small[asked] = operations_at(original(model), plain, Attempt(sizes, opened)) == captured.operations
+        with TURNS.alone():
+            state.small[asked] = operations_at(original(model), plain, Attempt(sizes, opened)) == captured.operations
     return state.small[asked]
 
 

@@ -26,6 +26,7 @@ from .signature import Call
 from .site import Site
 from .steps import fitting, steps_of
 from .verification import Deviation, SiteResult
+from .weights_asked import gives_weights, weights_asked
 
 log = logging.getLogger("reattend")
 
@@ -71,16 +72,26 @@ class Rewriting:
         captured = capture(model, call.args, dict(call.kwargs))
         raised, misses = raise_program(captured, self.store, self.prefix)
         steps, warnings = self._steps(raised)
-        if steps and dict(call.values).get("output_attentions") is True:
-            fits = "ask the original model for them, or a recipe that keeps every site"
-            raise Refused(
-                "output_attentions=True, and rewritten sites have no weights to give", where=self.name, fits=fits
-            )
+        if steps and weights_asked(model, call):
+            self._gives_weights(steps, captured)
         if self.first is None:
             return self._decide(model, captured, raised, steps, misses, warnings, call)
-        outcome = rewrite(raised, steps, without=frozenset(self.first.rolled_back))
+        outcome = rewrite(raised, self._decided(steps), without=frozenset(self.first.rolled_back))
         self._holds_as_before(outcome, captured)
         return lower(outcome.program, captured)
+
+    def _gives_weights(self, steps: Sequence[Step], captured: Captured) -> None:
+        """A rewritten site has no weights; where all rewrites are exact, a site whose weights are returned was left."""
+        if all(s.mechanism.kind == "exact" for s in steps) and gives_weights(captured.output):
+            return
+        fits = "ask the original model for them, in its eager attention, or a recipe that keeps every site"
+        raise Refused("output_attentions=True, and rewritten sites have no weights to give", where=self.name, fits=fits)
+
+    def _decided(self, steps: Sequence[Step]) -> list[Step]:
+        """The steps without those that the first call refused: a site that was left as it was stays as it was."""
+        assert self.first is not None
+        refused = {(s.path, s.mechanism.slug) for s, _ in self.first.outcome.refused if s.mechanism.kind != "exact"}
+        return [s for s in steps if (s.path, s.mechanism.slug) not in refused]
 
     def _steps(self, raised: Program) -> tuple[list[Step], tuple[str, ...]]:
         """The steps of every recipe in turn; a later recipe's wish for a part of a site replaces an earlier one's."""
@@ -133,12 +144,17 @@ class Rewriting:
             raise Refused(f"{refusal}{others}", fits=fits)
 
     def _holds_as_before(self, outcome: Outcome, captured: Captured) -> None:
-        """A signature in which a rewritten site cannot be rewritten would be another model: refused."""
+        """A signature in which a rewritten site cannot be rewritten would be another model: refused.
+
+        A site whose rewrite was exact computes the same without it.
+        """
         assert self.first is not None
-        done = {c.site.path for c in self.first.outcome.program.changes}
-        lost = done - {c.site.path for c in outcome.program.changes}
+        done, now = _changed(self.first.outcome), _changed(outcome)
+        lost = {path for path, mechanisms in done.items() if now.get(path) != mechanisms}
         if lost:
-            why = next((str(r) for s, r in outcome.refused if s.path in lost), "the site is not there")
+            refused = (str(r) for s, r in outcome.refused if s.path in lost)
+            other = (f"{' + '.join(done[p])} there, {' + '.join(now[p])} here" for p in sorted(lost) if p in now)
+            why = next(refused, next(other, "the site is not there"))
             raise Refused(
                 f"the recipe does not hold at {', '.join(sorted(lost))} for the call {captured.key}: {why}",
                 where=self.name,
@@ -182,6 +198,14 @@ class Rewriting:
             warnings=(*self.warnings, *(f"whole-model pass refused: {refused['']}" for _ in [0] if "" in refused)),
             notes=(*self.notes, *raised.notes),
         )
+
+
+def _changed(outcome: Outcome) -> dict[str, tuple[str, ...]]:
+    """What stands now at each site that computes something else than before."""
+    found: dict[str, tuple[str, ...]] = {}
+    for change in (c for c in outcome.program.changes if c.mechanism.kind != "exact"):
+        found[change.site.path] = (*found.get(change.site.path, ()), repr(change.mechanism))
+    return found
 
 
 def _called(mechanism: Any) -> str:

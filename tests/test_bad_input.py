@@ -85,13 +85,17 @@ def test_what_only_looks_like_attention_is_the_nearest_miss() -> None:
         ("hello", ("Stack", "'hello'", "forward(x")),
         ((X, X), ("too many positional arguments", "forward(x")),
         ({"y": X}, ("missing a required argument: 'x'", "forward(x")),
-        (None, ("Stack", "nothing in its signature", "example_inputs", "forward(x")),
     ],
-    ids=["width", "rank", "dtype", "text", "too many", "unknown name", "left out"],
+    ids=["width", "rank", "dtype", "text", "too many", "unknown name"],
 )
 def test_inputs_that_the_model_does_not_take(inputs: Any, says: tuple[str, ...]) -> None:
     in_order(refusal(lambda: optimized(stack(), inputs=inputs)), *says)
     in_order(refusal(lambda: reattend.sites(stack(), inputs)), *says)
+
+
+def test_sites_need_inputs_where_nothing_says_what_they_are() -> None:
+    found = refusal(lambda: reattend.sites(stack()))
+    in_order(found, "Stack", "nothing in its signature", "example_inputs", "forward(x")
 
 
 def test_a_model_that_writes_to_its_input_is_refused_and_the_input_is_as_before() -> None:
