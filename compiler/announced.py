@@ -1,4 +1,4 @@
-"""Mechanisms that installed packages announce by entry points of the group `reattend.mechanisms`, loaded when asked for.
+"""Mechanisms that installed packages announce as entry points of group `reattend.mechanisms`, loaded when asked for.
 
 In a package's pyproject.toml, one line a mechanism; the value is a module that registers it, or the class itself:
 

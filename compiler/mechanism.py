@@ -17,10 +17,10 @@ from torch import Tensor
 from . import announced
 from .refusal import Refused, nearest
 from .site import Site
+from .vocabulary import WORDS
 
 PARTS = ("core", "gate", "cache", "region", "insert", "model")
 KINDS = ("exact", "approximate", "needs recovery")
-WORDS = ("keep", "split", "rest")  # of a recipe itself: no mechanism can have these names
 OPTIONAL_PORTS = ("key_padding", "bias", "positions", "cos", "sin", "x_kv")
 
 
@@ -192,7 +192,9 @@ def mechanism(slug: str, /, **knobs: Any) -> Mechanism:
         _load(slug)
     if slug not in _REGISTRY:
         broken = announced.why_not(slug)
-        raise Refused(f"mechanism {slug!r}", fits=f"its package fails: {broken}" if broken else nearest(slug, mechanisms()))
+        raise Refused(
+            f"mechanism {slug!r}", fits=f"its package fails: {broken}" if broken else nearest(slug, mechanisms())
+        )
     cls = _REGISTRY[slug]
     for knob in knobs:
         if knob not in cls.knobs():
