@@ -7,7 +7,7 @@ not carry (learned tensors, the hidden state) is refused by name.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -16,15 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..compiler.facts import features
+from ..compiler.capture import capture
+from ..compiler.facts import features, module_path
 from ..compiler.mechanism import Mechanism, mechanism
-from ..compiler.place import Place, run
+from ..compiler.place import Place, dropped, run
 from ..compiler.primitives.attend import Tables
 from ..compiler.primitives.attend_spec import AttendSpec
+from ..compiler.raising import raise_sites
 from ..compiler.refusal import Refused
 from ..compiler.site import Site
 from ..compiler.symbols import TRUE, Expr, build, name, table
-from .hf_masks import Seen
+from .hf_masks import FITS, Seen
 
 _CALLS: ContextVar[list[str] | None] = ContextVar("_CALLS", default=None)
 I, J = name("i"), name("j")
@@ -48,6 +50,7 @@ class AttentionFunction:
     slug: str
     knobs: tuple[tuple[str, Any], ...] = ()
 
+    @torch.compiler.disable  # its place is worked out in Python: one graph break, and the op is compiled around
     def __call__(
         self, module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **given: Any
     ) -> tuple[Tensor, None]:
@@ -101,14 +104,16 @@ def stand_at(
     """The place that a call of an attention function describes."""
     where = type(module).__name__
     if cache is not None:
-        raise Refused("a paged cache", where=f"attn_implementation: {where}", fits="generate(), without generate_batch()")
+        raise Refused(
+            "a paged cache", where=f"attn_implementation: {where}", fits="generate(), without generate_batch()"
+        )
     see = _seen(module, query, attention_mask, is_causal, sliding_window)
     rows = _Rows(query, key, see)
     tables = Tables()
     given = {"q": query, "k": key, "v": value}
     keep: Expr = (J <= I) if see.causal else TRUE
-    keep = keep if see.back is None else keep & (I <= J + see.back)
-    keep = keep if see.ahead is None else keep & (J <= I + see.ahead)
+    keep = keep if see.back is None else keep & (J + see.back >= I)
+    keep = keep if see.ahead is None else keep & (I + see.ahead >= J)
     if see.padding is not None:
         real = see.padding.to(query.device)
         keep = keep & tables.settle(table(real)[name("b"), J] != 0)
@@ -131,7 +136,7 @@ def stand_at(
         keep="" if keep.text == TRUE.text else keep.text,
         score=score.text,
         sink="" if s_aux is None else tables.settle(table(s_aux.reshape(-1))[name("h")]).text,
-        after=_dropped(tables, rows, dropout, query, key),
+        after=dropped(tables, rows.of, dropout, query, key),
         align="end" if rows.at_end else "start",
         q_positions=q_positions,
         k_positions=k_positions,
@@ -206,15 +211,6 @@ class _Rows:
         return table(tensor)[tuple(0 if size == 1 else place for size, place in places)]
 
 
-def _dropped(tables: Tables, rows: _Rows, p: float, query: Tensor, key: Tensor) -> str:
-    """Dropout on the weights, drawn here: primitives are pure."""
-    if not p:
-        return ""
-    drawn = torch.rand(*query.shape[:3], key.shape[2], device=query.device, dtype=torch.float32)
-    kept = build("lt", tables.settle(rows.of(drawn)), 1.0 - p)
-    return build("where", kept, build("truediv", name("w"), 1.0 - p), 0.0).text
-
-
 def _pattern(module: nn.Module, see: Seen, query: Tensor, key: Tensor) -> str:
     if see.causal:
         return "causal-self"
@@ -224,8 +220,19 @@ def _pattern(module: nn.Module, see: Seen, query: Tensor, key: Tensor) -> str:
     return f"noncausal-{'cross' if cross else 'self'}"
 
 
-def routing(model: Any, inputs: Mapping[str, Any]) -> int:
-    """How many attentions one call of the model routes through its `reattend:` function."""
-    with counted() as calls, torch.no_grad():
-        model(**inputs)
-    return len(calls)
+def unrouted(model: nn.Module, *args: Any, **kwargs: Any) -> tuple[str, ...]:
+    """The modules in which a call of the model attends without asking transformers' interface; best: none.
+
+    Some models never ask it, and a name given as `attn_implementation` changes nothing in them: `refuse_unrouted` says
+    so. Counted are the attentions in the captured graph that no function of ours has put there.
+    """
+    captured = capture(model, args, kwargs)
+    return tuple(module_path(node) for node in raise_sites(captured.graph).nodes)
+
+
+def refuse_unrouted(model: nn.Module, *args: Any, **kwargs: Any) -> None:
+    """Raise where a call of the model attends beside transformers' interface."""
+    beside = unrouted(model, *args, **kwargs)
+    if beside:
+        found = f"{len(beside)} attentions are not routed through transformers' interface: {', '.join(beside)}"
+        raise Refused(found, where=f"attn_implementation: {type(model).__name__}", fits=FITS)

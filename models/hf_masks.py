@@ -1,4 +1,4 @@
-"""What transformers says a query may see, kept as structure: causality, window, padding; a tensor only where it must be.
+"""What transformers says a query may see, as structure: causality, window, padding; a tensor only where it must be.
 
 A mask function that is registered beside an attention function decides what reaches it: without one the causal mask is
 lost silently. A model that does not hand its mask on to the attention function, but computes with it, is refused.
@@ -37,6 +37,15 @@ class Seen:
     q_offset: int | Tensor | None = None  # the position of the first query; not told: the last is at the last key
     kv_offset: int | Tensor = 0  # of the first key
 
+    # generate() makes the masks of a static cache itself and hands them through the model as they are
+
+    ndim = 2
+
+    def to(self, *_: Any, **__: Any) -> Seen:
+        return self
+
+    contiguous = to
+
     def __getattr__(self, wanted: str) -> NoReturn:
         if wanted.startswith("__"):
             raise AttributeError(wanted)
@@ -62,12 +71,14 @@ def seen(
     q_offset: int | Tensor = 0,
     kv_offset: int = 0,
     mask_function: Callable[..., Any] = masking_utils.causal_mask_function,
-    attention_mask: Tensor | None = None,
+    attention_mask: Tensor | Seen | None = None,
     use_vmap: bool = False,
     device: torch.device | str = "cpu",
     **_: Any,
 ) -> Seen:
     """The mask function of every `reattend:` name."""
+    if isinstance(attention_mask, Seen):
+        return attention_mask
     parts = list(_parts(mask_function))
     if None in parts:  # packed sequences, image blocks, masks of the user's own
         whole = masking_utils.sdpa_mask(

@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import Any
 
 from ..compiler.mechanism import mechanism, when_registered
-from ..compiler.recipe_yaml import scalar
+from ..compiler.recipe_yaml import resolve
 
 PREFIX = "reattend:"
 TABLE = "transformers.modeling_utils"
@@ -36,7 +36,7 @@ def attn_implementation(slug: str, **knobs: Any) -> str:
     slug, _, written = slug.removeprefix(PREFIX).partition("?")
     for part in filter(None, written.split("&")):
         knob, _, value = part.partition("=")
-        knobs[knob] = scalar(value)
+        knobs[knob] = resolve(value)
     mechanism(slug, **knobs)  # refuses unknown names and knobs
     chosen = tuple(sorted(knobs.items()))
     name = f"{PREFIX}{slug}{'?' if chosen else ''}{'&'.join(f'{knob}={value}' for knob, value in chosen)}"
