@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import doctest
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,3 +66,10 @@ def test_it_is_short(name: str) -> None:
         if isinstance(n, ast.stmt) and n is not main and not ast.unparse(n).startswith("print(")
     ]
     assert len(typed) < 15
+
+
+def test_the_page_on_ones_own_mechanism_runs() -> None:
+    page = EXAMPLES.parent / "docs" / "own_mechanism.md"
+    flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
+    found = doctest.testfile(str(page), module_relative=False, optionflags=flags, encoding="utf-8")
+    assert found.failed == 0 and found.attempted > 10
