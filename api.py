@@ -28,6 +28,7 @@ from .compiler.held_out import as_batch, held_out
 from .compiler.hosted import about, host, original
 from .compiler.islands import capture_islands, host_islands
 from .compiler.masks import fold_masks
+from .compiler.mechanism import mechanisms as mechanisms
 from .compiler.pipeline import shown_misses
 from .compiler.raising import raise_sites
 from .compiler.recipe import Recipe, guard
@@ -35,11 +36,15 @@ from .compiler.recipe_load import load_recipe
 from .compiler.refusal import Refused, Uncapturable
 from .compiler.report import NO_DATA, SiteList, Timing, joined
 from .compiler.rewriting import Rewriting, model_facts
+from .compiler.scaffold import new_mechanism as new_mechanism
 from .compiler.site import Site
 from .compiler.steps import fitting, vocabulary
 from .compiler.trial import must_run
 from .compiler.unwrap import unwrap
+from .models.hf_names import attn_implementation as attn_implementation
+from .models.hf_names import register_names
 
+register_names()  # `attn_implementation="reattend:..."`, from the moment transformers is imported
 log = logging.getLogger("reattend")
 Inputs = tuple[Any, ...] | Mapping[str, Any] | tuple[tuple[Any, ...], Mapping[str, Any]] | None
 TIMED_RUNS, TIMED_SECONDS = 15, 4.0  # interleaved pairs at most; the medians are reported

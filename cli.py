@@ -161,7 +161,7 @@ def _fitting(place: str) -> tuple[str, ...]:
 
 @app.command()
 def check(
-    mechanism: Annotated[str, typer.Argument(help="a registered name, or module:Class")],
+    mechanism: Annotated[str, typer.Argument(help="a registered name, a file.py, or module:Class")],
     as_json: AsJson = False,
 ) -> None:
     """Ask a mechanism the questions that our own must answer; exit 1 and the smallest failing case where one fails."""
@@ -175,15 +175,49 @@ def check(
 
 
 def _mechanism_class(text: str) -> Any:
+    import importlib
+
+    if text.endswith(".py"):
+        return _registered_by(Path(text))
     module, colon, name = text.partition(":")
     if not colon:
         return text
-    import importlib
-
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise Refused(f"mechanism {text!r}", fits=str(error)) from None
+
+
+def _registered_by(path: Path) -> Any:
+    """The one mechanism that a file registers when it is run."""
+    import runpy
+
+    from . import api
+    from .compiler.mechanism import Mechanism
+
+    if not path.is_file():
+        raise Refused(f"file {path}", fits="a python file that registers a mechanism")
+    before = api.mechanisms()
+    runpy.run_path(str(path), run_name=path.stem)
+    made: list[type[Mechanism]] = [cls for slug, cls in api.mechanisms().items() if before.get(slug) is not cls]
+    if len(made) != 1:
+        names = ", ".join(cls.slug for cls in made) or "none"
+        raise Refused(f"{path} registers {names}", fits="a file that registers one mechanism")
+    return made[0]
+
+
+@app.command()
+def new_mechanism(
+    name: Annotated[str, typer.Argument(help="its short name: small letters, digits and _")],
+    family: Annotated[str, typer.Option(help="in reattend's repository: the folder under passes/")] = "",
+) -> None:
+    """Write a new mechanism's file, which passes `reattend check` as it is; with --family also its import line."""
+    with _answers():
+        from . import api
+
+        made = api.new_mechanism(name, family=family)
+        print("\n".join(f"wrote {path}" for path in made))
+        print(f"next: reattend check {name if family else made[0].name}")
 
 
 @app.command()

@@ -27,6 +27,7 @@ KEY_STAGE: Mapping[str, str] = {
     "quantize": "quantize",
     "target": "lower",
 }
+WORDS = ("keep", "split", "rest")  # of a recipe itself: no mechanism can have these names
 SITE_KEYS = ("attention", "heads", "insert", "kv")
 
 
@@ -62,7 +63,7 @@ class Vocabulary:
 
     def __post_init__(self) -> None:
         for name, facts in self.mechanisms.items():
-            if name in ("keep", "split", "rest"):
+            if name in WORDS:
                 raise Refused(f"mechanism {name!r}", fits="keep, split and rest are words of the recipe itself")
             if facts.stage and facts.stage not in STAGES:
                 raise Refused(f"stage {facts.stage!r}", where=name, fits=", ".join(STAGES))

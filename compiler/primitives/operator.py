@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,6 +28,29 @@ class Kernel:
     refuses: Callable[[Groups, str], str | None]
     run: Meaning
     differentiable: bool = False  # made of differentiable torch operations, so that its own gradient can be taken
+
+
+@dataclass(frozen=True)
+class Ran:
+    """One call of a primitive: the kernel that was taken, "" for the eager meaning, and why others were not."""
+
+    primitive: str
+    kernel: str
+    refused: tuple[tuple[str, str], ...]
+
+
+_WATCHED: ContextVar[list[Ran] | None] = ContextVar("_WATCHED", default=None)
+
+
+@contextmanager
+def watched() -> Iterator[list[Ran]]:
+    """The calls of primitives inside, in order."""
+    ran: list[Ran] = []
+    token = _WATCHED.set(ran)
+    try:
+        yield ran
+    finally:
+        _WATCHED.reset(token)
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,7 +104,10 @@ class Primitive:
     def _run(self, *arguments: Any) -> list[Tensor]:
         *tensors, spec = arguments
         groups = self._grouped(tensors)
-        kernel, _ = self.choose(groups, spec)
+        kernel, refused = self.choose(groups, spec)
+        watching = _WATCHED.get()
+        if watching is not None:
+            watching.append(Ran(self.name, kernel.name if kernel else "", tuple(refused)))
         taken = {t.untyped_storage()._cdata for group in groups for t in group}
         return [_own(r, taken) for r in (kernel.run if kernel else self.meaning)(groups, spec)]
 
