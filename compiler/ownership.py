@@ -27,7 +27,7 @@ def twin(model: nn.Module) -> nn.Module:
 
 def own(tensor: Tensor) -> None:
     """Copy the memory that a tensor still shares."""
-    if type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta and torch._C._is_cow_tensor(tensor):
+    if type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta and torch._C._is_cow_tensor(tensor):  # type: ignore[attr-defined]
         tensor.data_ptr()
 
 
@@ -38,7 +38,8 @@ def own_all(model: nn.Module) -> None:
 
 def share_memory(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors lie at one address; asking for `data_ptr()` would part them."""
-    return bool(torch._C._data_address(one) == torch._C._data_address(other))
+    address: Any = torch._C._data_address  # type: ignore[attr-defined]
+    return bool(address(one) == address(other))
 
 
 def _shared(tensor: Tensor) -> Tensor:
