@@ -40,6 +40,7 @@ class Captured:
     notes: tuple[str, ...] = ()
     losses: tuple[str, ...] = ()  # what a rewritten graph gives behind its outputs: named losses,
     buffers: tuple[str, ...] = ()  # then new values of these buffers, to be written in train()
+    called: tuple[str, ...] = ()  # the model's own modules that the graph calls
     operations: tuple[str, ...] = ()  # what the model computed, reshaping aside, before any rewrite
 
     def extras(self, flat: Sequence[Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -32,16 +32,28 @@ class Piece:
     done: tuple[str, ...]  # values that nothing behind it reads
 
 
+@dataclass(frozen=True)
+class Cut:
+    """A whole graph in pieces, in their order."""
+
+    inputs: tuple[str, ...]
+    pieces: tuple[Piece, ...]
+    outputs: tuple[tuple[bool, Any], ...]  # (whether it is the name of a value, that name or a constant)
+
+
 def run_graph(graph: fx.GraphModule, model: nn.Module, tensors: Sequence[Tensor]) -> tuple[Any, ...]:
     """The flat outputs of a graph on a model's own modules, layers checkpointed where the model asks for it."""
     layers = _layers(model) if model.training and torch.is_grad_enabled() else {}
     if not layers:
         return type(graph).forward(model, *tensors)
-    pieces = graph.meta.setdefault("pieces", {})
-    asked = tuple(layers)
-    if asked not in pieces:
-        pieces[asked] = _cut(graph, asked)
-    return _run(graph, pieces[asked], model, tensors, layers)
+    return _run(_cut_at(graph, tuple(layers)), model, tensors, layers)
+
+
+def cut_where_asked(graph: fx.GraphModule, model: nn.Module) -> None:
+    """Cut now what a checkpointed call would cut: torch.compile cannot trace that."""
+    layers = _layers(model)
+    if layers:
+        _cut_at(graph, tuple(layers))
 
 
 def unflagged(model: nn.Module) -> None:
@@ -82,7 +94,17 @@ def _of(module: nn.Module, flagged: Sequence[nn.Module]) -> Iterator[tuple[nn.Mo
 # --- the cut ----------------------------------------------------------------------------------------------------------
 
 
-def _cut(graph: fx.GraphModule, layers: Sequence[str]) -> tuple[Piece, ...]:
+def _cut_at(graph: fx.GraphModule, layers: tuple[str, ...]) -> Cut:
+    cuts: dict[tuple[str, ...], Cut] = graph.meta.setdefault("cuts", {})
+    if layers not in cuts:
+        names = tuple(n.name for n in graph.graph.find_nodes(op="placeholder"))
+        results: Any = next(iter(graph.graph.find_nodes(op="output"))).args[0]
+        outputs = tuple((True, r.name) if isinstance(r, fx.Node) else (False, r) for r in results)
+        cuts[layers] = Cut(names, tuple(_pieces(graph, _runs(graph, layers))), outputs)
+    return cuts[layers]
+
+
+def _runs(graph: fx.GraphModule, layers: Sequence[str]) -> list[tuple[str, list[fx.Node]]]:
     """The graph's nodes in their order, as runs that are one layer each and runs between them."""
     nodes = [n for n in graph.graph.nodes if n.op not in ("placeholder", "output")]
     spans: dict[tuple[str, str], list[int]] = {}
@@ -100,7 +122,7 @@ def _cut(graph: fx.GraphModule, layers: Sequence[str]) -> tuple[Piece, ...]:
         runs += [("", nodes[start:first]), (path, nodes[first:last])]
         start, before = last, path
     runs.append(("", nodes[start:]))
-    return tuple(_pieces(graph, [(path, run) for path, run in runs if run]))
+    return [(path, run) for path, run in runs if run]
 
 
 def _pieces(graph: fx.GraphModule, runs: Sequence[tuple[str, list[fx.Node]]]) -> Iterator[Piece]:
@@ -138,15 +160,9 @@ def _graph_of(
 # --- the run ----------------------------------------------------------------------------------------------------------
 
 
-def _run(
-    graph: fx.GraphModule,
-    pieces: Sequence[Piece],
-    model: nn.Module,
-    tensors: Sequence[Tensor],
-    layers: Mapping[str, Again],
-) -> tuple[Any, ...]:
-    values: dict[str, Any] = dict(zip((n.name for n in graph.graph.find_nodes(op="placeholder")), tensors))
-    for piece in pieces:
+def _run(cut: Cut, model: nn.Module, tensors: Sequence[Tensor], layers: Mapping[str, Again]) -> tuple[Any, ...]:
+    values: dict[str, Any] = dict(zip(cut.inputs, tensors))
+    for piece in cut.pieces:
         given = [values[name] for name in piece.inputs]
         for name in piece.done:
             del values[name]
@@ -154,5 +170,4 @@ def _run(
         answer = layers[piece.path](own, *given) if piece.path else own(*given)
         values.update(zip(piece.outputs, answer))
         del given, answer
-    output: Any = next(iter(graph.graph.find_nodes(op="output"))).args[0]
-    return tuple(fx.node.map_arg(output, lambda node: values[node.name]))
+    return tuple(values[found] if named else found for named, found in cut.outputs)

@@ -6,7 +6,9 @@ tracing has left in the graph what it did to tensors, and nothing else of it hap
 
 from __future__ import annotations
 
-from torch import fx, nn
+from collections.abc import Sequence
+
+from torch import nn
 
 from .refusal import Refused
 
@@ -18,10 +20,10 @@ def hook_numbers(model: nn.Module) -> frozenset[int]:
     return frozenset(n for m in model.modules() for kind in _KINDS for n in m.__dict__[kind])
 
 
-def refuse_silent_hooks(model: nn.Module, graph: fx.GraphModule, traced: frozenset[int]) -> None:
+def refuse_silent_hooks(model: nn.Module, called: Sequence[str], traced: frozenset[int]) -> None:
     """Raise Refused where a hook was added to a module that the graph does not call."""
     if any(_added(m, traced) for m in model.modules() if m is not model):
-        late = silent_hooks(model, graph, traced)
+        late = silent_hooks(model, called, traced)
         if late:
             raise Refused(
                 f"a hook was added to {', '.join(late)}, and the graph does not call it",
@@ -31,14 +33,12 @@ def refuse_silent_hooks(model: nn.Module, graph: fx.GraphModule, traced: frozens
             )
 
 
-def silent_hooks(model: nn.Module, graph: fx.GraphModule, traced: frozenset[int] = frozenset()) -> list[str]:
-    """Modules with hooks, those with these numbers aside, that do not fire when the graph runs."""
-    fire = {model}
-    for node in graph.graph.find_nodes(op="call_module"):
-        fire.update(model.get_submodule(str(node.target)).modules())
-    return [path for path, m in model.named_modules() if m not in fire and _added(m, traced)]
+def silent_hooks(model: nn.Module, called: Sequence[str], traced: frozenset[int] = frozenset()) -> list[str]:
+    """Modules with hooks, those with these numbers aside, that do not fire where only `called` modules are called."""
+    hooked = [path for path, m in model.named_modules() if path and _added(m, traced)]
+    return [path for path in hooked if not any(path == c or path.startswith(f"{c}.") for c in called)]
 
 
 def _added(module: nn.Module, traced: frozenset[int]) -> bool:
     own = module.__dict__
-    return any(own[kind] and not traced.issuperset(own[kind]) for kind in _KINDS)
+    return any(number not in traced for kind in _KINDS for number in own[kind])

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from .attempts import AS_GIVEN, Attempt
 from .capture import Captured, operations_at, setting
-from .checkpointing import run_graph
+from .checkpointing import cut_where_asked, run_graph
 from .compiling import make_ready
 from .containers import lay_out_caches
 from .hooks import hook_numbers, refuse_silent_hooks, silent_hooks
@@ -103,8 +103,8 @@ class HostedModel:
         state = _state(self)
         call = Call.of(forward_signature(self), args, kwargs)  # type: ignore[arg-type]
         key = call.key((*setting(self), *_changed_config(self, state)))  # type: ignore[arg-type]
-        if key not in state.graphs:
-            _captured(self, state, call, key)
+        captured = state.graphs.get(key) or _captured(self, state, call, key)
+        cut_where_asked(captured.graph, self)  # type: ignore[arg-type]
 
     @property
     def signatures(self) -> tuple[SignatureKey, ...]:
@@ -177,7 +177,7 @@ def _run(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tensors = captured.inputs(call)
         captured.check(tensors)
     state.current = key
-    refuse_silent_hooks(model, captured.graph, state.hooks)
+    refuse_silent_hooks(model, captured.called, state.hooks)
     flat = run_graph(captured.graph, model, tensors)
     _keep_extras(model, state, captured, flat)
     return captured.result(call, flat)
@@ -193,11 +193,11 @@ def _captured(model: Any, state: Hosting, call: Call, key: SignatureKey) -> Capt
         raise Refused(f"the call {key} would be signature {state.limit + 1} of at most {state.limit}", fits=fits)
     view = original(model)
     captured = state.program_for(view, call)
-    restore_leaves(captured.graph, view)
+    captured.called = restore_leaves(captured.graph, view)
     _mount(captured, model)
     state.graphs[key] = captured
     log.log(logging.INFO if len(state.graphs) == 1 else logging.WARNING, "captured new signature %s", key)
-    for path in silent_hooks(model, captured.graph) if len(state.graphs) == 1 else ():
+    for path in silent_hooks(model, captured.called) if len(state.graphs) == 1 else ():
         log.warning("%s: its hooks do not fire; what they do to tensors was traced", path)
     for note in captured.notes:
         log.info("%s", note)
