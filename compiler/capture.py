@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .attempts import Attempt, attempts, filled
+from .checkpointing import unflagged
 from .containers import Layout, Leaf, absorb, lay_out_caches, put_together, take_apart
 from .graph_state import graph_from, state_of
 from .leaves import plain_calls, stamp_leaves
@@ -40,6 +41,7 @@ class Captured:
     notes: tuple[str, ...] = ()
     losses: tuple[str, ...] = ()  # what a rewritten graph gives behind its outputs: named losses,
     buffers: tuple[str, ...] = ()  # then new values of these buffers, to be written in train()
+    called: tuple[str, ...] = ()  # the model's own modules that the graph calls
     operations: tuple[str, ...] = ()  # what the model computed, reshaping aside, before any rewrite
 
     def extras(self, flat: Sequence[Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -156,6 +158,7 @@ def export(model: nn.Module, call: Call, attempt: Attempt) -> Captured:
     grad = torch.is_grad_enabled()
     try:
         with torch.no_grad(), unchanged(model), quiet(), plain_calls(model) as leaves:
+            unflagged(model)
             program = torch.export.export(flat, tensors, dynamic_shapes=(shapes,), strict=False)
     finally:
         torch.set_grad_enabled(grad)

@@ -71,7 +71,7 @@ def take_apart(value: Any, path: str, known: Mapping[int, str] | None = None) ->
 
 
 def _apart(value: Any, path: str, leaves: list[Leaf], known: Mapping[int, str]) -> Layout:
-    if id(value) in known and not isinstance(value, PLAIN):
+    if known and id(value) in known and not isinstance(value, PLAIN):  # torch.compile would guard on every id asked
         return Layout("argument", value=known[id(value)])
     if isinstance(value, Tensor | torch.SymInt | torch.SymFloat | torch.SymBool):
         leaves.append(Leaf(path, value))  # type: ignore[arg-type]

@@ -13,10 +13,13 @@ from torch import Tensor, fx, nn
 
 from .attempts import AS_GIVEN, Attempt
 from .capture import Captured, operations_at, setting
+from .checkpointing import cut_where_asked, run_graph
+from .compiling import make_ready
 from .containers import lay_out_caches
 from .difference import said_frozen, said_limit
+from .hooks import hook_numbers, refuse_silent_hooks, silent_hooks
 from .leaves import restore_leaves
-from .ownership import own, own_all, twin
+from .ownership import own_all, twin
 from .plain_graph import CONSTANTS
 from .refusal import Refused, Uncapturable
 from .ringed import as_captured
@@ -38,6 +41,7 @@ class Hosting:
     limit: int = 8
     frozen: bool = False
     config: Mapping[str, Any] = field(default_factory=dict)  # config values when it was hosted
+    hooks: frozenset[int] = frozenset()  # those it had when it was hosted: traced with the model
     current: SignatureKey | None = None
     losses: dict[str, Tensor] = field(default_factory=dict)
     small: dict[Any, bool] = field(default_factory=dict)  # sizes of 0 and 1 at which a graph was asked about
@@ -49,7 +53,9 @@ def host(model: nn.Module, program_for: ProgramFor, *, limit: int = 8, about: An
     hosted = twin(original(model))
     hosted.__class__ = hosted_class(type(hosted))  # type: ignore[arg-type]
     hosted.__dict__.pop("forward", None)
-    hosted.__dict__[_STATE] = Hosting(program_for, limit=limit, config=_config_values(hosted), about=about)
+    hosted.__dict__[_STATE] = Hosting(
+        program_for, limit=limit, config=_config_values(hosted), hooks=hook_numbers(hosted), about=about
+    )
     return hosted
 
 
@@ -103,8 +109,8 @@ class HostedModel:
         state = _state(self)
         call = Call.of(forward_signature(self), args, kwargs)  # type: ignore[arg-type]
         key = call.key((*setting(self), *_changed_config(self, state)))  # type: ignore[arg-type]
-        if key not in state.graphs:
-            _captured(self, state, call, key)
+        captured = state.graphs.get(key) or _captured(self, state, call, key)
+        cut_where_asked(captured.graph, self)  # type: ignore[arg-type]
 
     @property
     def signatures(self) -> tuple[SignatureKey, ...]:
@@ -137,6 +143,7 @@ def hosted_class(made_from: type) -> type:
 
     @functools.wraps(forward)
     def run(self: Any, *args: Any, **kwargs: Any) -> Any:
+        make_ready(self, args, kwargs)
         return _run(self, args, kwargs)
 
     body = {
@@ -188,11 +195,13 @@ def _call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         tensors = captured.inputs(call)
         captured.check(tensors)
     state.current = key
-    flat = type(captured.graph).forward(model, *tensors)
+    refuse_silent_hooks(model, captured.called, state.hooks)
+    flat = run_graph(captured.graph, model, tensors)
     _keep_extras(model, state, captured, flat)
     return captured.result(call, flat)
 
 
+@torch.compiler.disable(reason="this call has no graph yet: make it by fast.prepare(...) or one call before compiling")
 def _captured(model: Any, state: Hosting, call: Call, key: SignatureKey) -> Captured:
     with TURNS.alone():
         if key in state.graphs:  # another thread was first
@@ -205,10 +214,12 @@ def _captured(model: Any, state: Hosting, call: Call, key: SignatureKey) -> Capt
             raise Refused(found, fits=fits)
         view = original(model)
         captured = state.program_for(view, call)
-        restore_leaves(captured.graph, view)
+        captured.called = restore_leaves(captured.graph, view)
         _mount(captured, model)
         state.graphs[key] = captured
     log.log(logging.INFO if len(state.graphs) == 1 else logging.WARNING, "captured new signature %s", key)
+    for path in silent_hooks(model, captured.called) if len(state.graphs) == 1 else ():
+        log.warning("%s: its hooks do not fire; what they do to tensors was traced", path)
     for note in captured.notes:
         log.info("%s", note)
     return captured
@@ -285,8 +296,6 @@ def _mount(captured: Captured, model: nn.Module) -> None:
     for name in captured.buffers:
         _share(name, captured.graph, model)
     captured.graph.recompile()
-    for name in captured.writes:
-        own(_find(model, name))
 
 
 def _share(target: str, graph: fx.GraphModule, model: nn.Module) -> None:

@@ -54,8 +54,8 @@ def stamp_leaves(graph_module: fx.GraphModule, paths: set[str]) -> None:
                 node.meta["leaf"] = Stamp(call, path, len(nodes), _text(node))
 
 
-def restore_leaves(graph_module: fx.GraphModule, model: nn.Module) -> None:
-    """Stamped nodes that no rewrite touched become calls of the model's own leaf modules."""
+def restore_leaves(graph_module: fx.GraphModule, model: nn.Module) -> tuple[str, ...]:
+    """Stamped nodes that no rewrite touched become calls of the model's own leaf modules; which these are."""
     groups: dict[str, list[fx.Node]] = {}
     for node in graph_module.graph.nodes:
         if "leaf" in node.meta:
@@ -73,6 +73,7 @@ def restore_leaves(graph_module: fx.GraphModule, model: nn.Module) -> None:
             graph_module.graph.erase_node(node)
     graph_module.graph.lint()
     graph_module.recompile()
+    return tuple(dict.fromkeys(str(n.target) for n in graph_module.graph.find_nodes(op="call_module")))
 
 
 def _is_leaf(module: nn.Module) -> bool:

@@ -1,4 +1,4 @@
-"""A model's twin: new modules around the same memory, each tensor copied at the moment something would write to it."""
+"""A model's twin: new modules around the same memory, each tensor copied at the moment something writes to it."""
 
 from __future__ import annotations
 
@@ -6,34 +6,29 @@ import copy
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-
-_SHARED = "_reattend_shared"
 
 
 def twin(model: nn.Module) -> nn.Module:
-    """A copy of the module tree whose tensors share the memory of the originals; the original is never written to.
+    """A copy of the module tree whose tensors share the memory of the originals; neither sees what the other writes.
 
-    Every parameter is a new one over the same memory, so that `.to`, `.grad` and `requires_grad_` stay with the twin.
-    Memory is copied before weights are loaded, and when a parameter gets its first gradient.
+    Every parameter is a new one, so that `.to`, `.grad` and `requires_grad_` stay with the twin. Memory is copied by
+    torch itself when either side is first written, however that is done: an optimizer, `.data += x`, loading, numpy.
+    Whatever asks for a writable address also makes that copy: `data_ptr()`, code that inductor generated.
     """
     memo: dict[int, Any] = {}
     for module in model.modules():
         for tensor in (*module._parameters.values(), *module._buffers.values(), *_plain_tensors(module)):
             if tensor is not None and id(tensor) not in memo:
                 memo[id(tensor)] = _shared(tensor)
-    new = _copied(model, memo)
-    for module in new.modules():
-        if module._parameters or module._buffers:
-            module.register_load_state_dict_pre_hook(_own_before_loading)
-    return new
+    return _copied(model, memo)
 
 
 def own(tensor: Tensor) -> None:
-    """Copy the memory that a tensor shares with the original."""
-    if getattr(tensor, _SHARED, False):
-        tensor.data = tensor.data.clone()
-        setattr(tensor, _SHARED, False)
+    """Copy the memory that a tensor still shares."""
+    if type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta and torch._C._is_cow_tensor(tensor):  # type: ignore[attr-defined]
+        tensor.data_ptr()
 
 
 def own_all(model: nn.Module) -> None:
@@ -41,17 +36,26 @@ def own_all(model: nn.Module) -> None:
         own(tensor)
 
 
+def share_memory(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors lie at one address; asking for `data_ptr()` would part them."""
+    address: Any = torch._C._data_address  # type: ignore[attr-defined]
+    return bool(address(one) == address(other))
+
+
 def _shared(tensor: Tensor) -> Tensor:
     if type(tensor) is nn.Parameter:
-        new: Tensor = nn.Parameter(tensor.detach(), tensor.requires_grad)
-        if new.requires_grad and new.is_leaf:
-            new.register_post_accumulate_grad_hook(own)
-    elif type(tensor) is Tensor:
-        new = tensor.detach()
-    else:
-        return tensor  # quantized or otherwise special: such weights are not written in place
-    setattr(new, _SHARED, True)
-    return new
+        return nn.Parameter(_shared_memory(tensor.detach()), tensor.requires_grad)
+    if type(tensor) is Tensor:
+        return _shared_memory(tensor.detach())
+    return tensor  # quantized or otherwise special: such weights are not written in place
+
+
+def _shared_memory(tensor: Tensor) -> Tensor:
+    """Torch can copy on writing only what its own allocator gave; a mapped file or numpy's memory is copied at once."""
+    try:
+        return torch._lazy_clone(tensor)
+    except RuntimeError:
+        return tensor.clone()
 
 
 def _plain_tensors(module: nn.Module) -> Iterator[Tensor]:
@@ -77,9 +81,3 @@ def _uncopyable(model: nn.Module, memo: dict[int, Any]) -> dict[int, Any]:
                 except (TypeError, RuntimeError):
                     found[id(value)] = value
     return found
-
-
-def _own_before_loading(module: nn.Module, *_: Any) -> None:
-    for tensor in (*module._parameters.values(), *module._buffers.values()):
-        if tensor is not None:
-            own(tensor)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
-from functools import cached_property
-from types import CodeType
 from typing import Any
 
 import torch
@@ -16,7 +14,9 @@ from torch import Tensor
 from .refusal import Refused
 
 _SIZE = re.compile(r"L\['tensors'\]\[(\d+)\]\.size\(\)\[(\d+)\]")
+_AT = r"s[\1][\2]"
 _ORDER = re.compile(r" (!=|<|>|<=|>=) ")  # relations that sizes of 0 and 1 break without the graph being wrong
+Condition = Callable[..., Any]
 _KNOWN: dict[str, Any] = {"math": math, "torch": torch, "min": min, "max": max, "__builtins__": {}}
 
 
@@ -42,8 +42,16 @@ class Sizes:
     symbols: dict[str, Symbol] = field(default_factory=dict)
     guards: tuple[str, ...] = ()  # Python conditions on L['tensors'][k].size()[d]
 
+    def __post_init__(self) -> None:
+        """Conditions are compiled here, not when first asked: torch.compile cannot trace a property's lock."""
+        self.__dict__.update(_derived=self._derivations(), _conditions=self._both())
+
     def __getstate__(self) -> dict[str, Any]:
         return {f.name: getattr(self, f.name) for f in fields(self)}  # compiled guards stay behind
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.__post_init__()
 
     def __str__(self) -> str:
         shown = [f"{n} ({', '.join(map(str, s))})" for n, s in zip(self.inputs, self.shapes)]
@@ -94,37 +102,34 @@ class Sizes:
         bound.setdefault(symbol.name, (size, place))
 
     def _expressions(self, tensors: Sequence[Tensor], values: dict[str, int]) -> None:
-        for name, dim, text, code in self._derived:
-            if any(s not in values for s in code.co_names if s in self.symbols):
+        for name, dim, text, used, derived in self.__dict__["_derived"]:
+            if any(s not in values for s in used):
                 continue
-            expected, size = eval(code, _KNOWN, values), tensors[self.inputs.index(name)].shape[dim]
+            expected, size = derived(*(values[s] for s in used)), tensors[self.inputs.index(name)].shape[dim]
             if expected != size:
                 fits = f"captured as {text}, which is {expected} here"
                 raise Refused(f"{name} dim {dim} is {size}", where="sizes", fits=fits)
 
-    @cached_property
-    def _derived(self) -> list[tuple[str, int, str, CodeType]]:
+    def _derivations(self) -> list[tuple[str, int, str, tuple[str, ...], Condition]]:
         found = []
         for name, shape in zip(self.inputs, self.shapes):
             for dim, wanted in enumerate(shape):
                 if isinstance(wanted, str) and wanted not in self.symbols:
-                    found.append((name, dim, wanted, compile(wanted, name, "eval")))
+                    used = tuple(s for s in compile(wanted, name, "eval").co_names if s in self.symbols)
+                    found.append((name, dim, wanted, used, _function(", ".join(used), wanted)))
         return found
 
     def _relations(self, sizes: list[tuple[int, ...]], small: bool) -> None:
-        everything, equalities = self._compiled
-        if eval(equalities if small else everything, _KNOWN, {"s": sizes}):
+        everything, equalities = self.__dict__["_conditions"]
+        if (equalities if small else everything)(sizes):
             return
         for guard in self.guards:
-            if not (small and _ORDER.search(guard)) and not eval(_code(guard), _KNOWN, {"s": sizes}):
+            if not (small and _ORDER.search(guard)) and not _condition(guard)(sizes):
                 raise Refused(self._found(guard, sizes), where="sizes", fits=f"captured where {self._said(guard)}")
 
-    @cached_property
-    def _compiled(self) -> tuple[CodeType, CodeType]:
+    def _both(self) -> tuple[Condition, Condition]:
         equal = [g for g in self.guards if not _ORDER.search(g)]
-        return _code(" and ".join(f"({g})" for g in self.guards) or "True"), _code(
-            " and ".join(f"({g})" for g in equal) or "True"
-        )
+        return _condition(*self.guards), _condition(*equal)
 
     def _said(self, guard: str) -> str:
         return _SIZE.sub(lambda m: f"{self.inputs[int(m[1])]}.shape[{m[2]}]", guard)
@@ -134,5 +139,12 @@ class Sizes:
         return ", ".join(f"{self.inputs[k]} dim {d} is {sizes[k][d]}" for k, d in used)
 
 
-def _code(guard: str) -> CodeType:
-    return compile(_SIZE.sub(r"s[\1][\2]", guard), "guard", "eval")
+def _condition(*guards: str) -> Condition:
+    """All of these guards as a function of the inputs' sizes."""
+    return _function("s", " and ".join(f"({_SIZE.sub(_AT, guard)})" for guard in guards) or "True")
+
+
+def _function(arguments: str, expression: str) -> Condition:
+    """A function, not a code object to be evaluated: torch.compile traces through the one and breaks at the other."""
+    function: Condition = eval(f"lambda {arguments}: {expression}", _KNOWN)
+    return function
