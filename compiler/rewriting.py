@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .capture import Captured, capture
 from .cost import Cost, graph_cost, site_costs
@@ -119,7 +119,7 @@ class Rewriting:
         if not raised.sites:
             nearest = "; ".join(misses) or "nothing in it multiplies a softmax of a product with values"
             raise Refused("no attention found", where=self.name, fits=nearest)
-        batches = [captured.inputs(Call.of(call.signature, *batch)) for batch in self.batches]
+        batches = [_batch(captured, call, batch, number) for number, batch in enumerate(self.batches)]
         self.first = checked_rewrite(raised, steps, batches or [captured.inputs(call)], self.recipe.verify)
         self.captured, self.misses = captured, misses
         self.faithful = against_model(model, captured, call)
@@ -206,6 +206,21 @@ def _changed(outcome: Outcome) -> dict[str, tuple[str, ...]]:
     for change in (c for c in outcome.program.changes if c.mechanism.kind != "exact"):
         found[change.site.path] = (*found.get(change.site.path, ()), repr(change.mechanism))
     return found
+
+
+def _batch(captured: Captured, like: Call, batch: Batch, number: int) -> tuple[Tensor, ...]:
+    """A held-out call's tensors; it must be a call of the kind that was captured."""
+    fits = "calls like example_inputs: the same arguments, their sizes free"
+    try:
+        call = Call.of(like.signature, *batch)
+        if call.layouts != captured.layouts:
+            names = ", ".join(name for name, _ in call.layouts) or "nothing"
+            raise Refused(f"a call with {names}, not tensors as in the captured one", fits=fits)
+        tensors = captured.inputs(call)
+        captured.check(tensors)
+    except Refused as refused:
+        raise refused.at(f"data[{number}]") from None
+    return tensors
 
 
 def _called(mechanism: Any) -> str:

@@ -38,7 +38,7 @@ class Raised:
 
 
 def raise_sites(graph_module: fx.GraphModule) -> Raised:
-    """Raise every site in place. Numbers are unchanged, but for rows that keep no key: they become 0."""
+    """Raise every site in place. Numbers are unchanged, but for rows filled with minus infinity: NaN becomes 0."""
     graph = graph_module.graph
     _erase_idle(graph)
     make_values(graph)
