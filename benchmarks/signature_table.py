@@ -26,7 +26,8 @@ Tiny random models in float32 on a CPU, `optimize(model, "exact")` without examp
 written by `python benchmarks/signature_table.py` (torch {torch.__version__}). A number is the largest difference from
 the original at any output, of the same types and names (asked for: 1e-5; bf16, relative to the largest value: 8
 roundings).
-*refused*: a clear no, its reason below. *as original*: both raise. *-*: the model takes no such call.
+*refused*: a clear no, its reason below. *at padding*: apart at rows of padding only, where a query keeps no key.
+*as original*: both raise. *-*: the model takes no such call.
 
 | model | {" | ".join(kind.name for kind in KINDS)} |
 |---|{"---|" * len(KINDS)}
@@ -42,7 +43,8 @@ def main() -> None:
     given = options.parse_args()
     warnings.filterwarnings("ignore")
     logging.disable(logging.WARNING)
-    rows, reasons = {}, {}
+    rows: dict[str, str] = {}
+    reasons: dict[str, list[str]] = {}
     if given.out.exists():
         rows, reasons = _read(given.out.read_text())
     wanted = [f for f in zoo().values() if not given.families or f.name in given.families]
