@@ -9,8 +9,7 @@ In a package's pyproject.toml, one line a mechanism; the value is a module that 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, MutableMapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, MutableMapping
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
@@ -44,9 +43,8 @@ def why_not(name: str) -> str:
     return _TRIED.get(name, "")
 
 
-@contextmanager
-def loading(name: str, registry: MutableMapping[str, Any]) -> Iterator[Any]:
-    """What an entry point names. A broken package is one warning, and then as if it were not installed.
+def load(name: str, registry: MutableMapping[str, Any], enter: Callable[[Any], None]) -> None:
+    """Import what an entry point names and hand it to `enter`; a broken package is one warning, then as if not there.
 
     A package may not take a name that is already given: that mechanism stays, and a warning says so.
     """
@@ -54,7 +52,7 @@ def loading(name: str, registry: MutableMapping[str, Any]) -> Iterator[Any]:
     _TRIED[name] = ""  # before it is imported: the package may itself ask what there is
     before = dict(registry)
     try:
-        yield point.load()
+        enter(point.load())
         if name not in registry:
             raise LookupError(f"{point.value} registers no {name!r}")
     except Exception as error:  # whatever a stranger's module raises

@@ -33,7 +33,8 @@ class Own(nn.Module):
 
     def take(self, aux: Aux) -> None:
         """Keep the losses of this forward; in train() also the new values of buffers."""
-        self.losses = dict(aux.losses)
+        # an exported program gives its outputs alone: a traced tensor must not stay behind in the module
+        self.losses = {} if torch.compiler.is_exporting() else dict(aux.losses)
         if self.training:
             for own_name, value in aux.buffers.items():
                 self.get_buffer(own_name).copy_(value.detach())

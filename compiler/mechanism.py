@@ -204,6 +204,9 @@ def mechanism(slug: str, /, **knobs: Any) -> Mechanism:
 
 def _load(slug: str) -> None:
     """Import what a package announces; a class that is not registered yet gets the announced name."""
-    with announced.loading(slug, _REGISTRY) as found:
+
+    def enter(found: Any) -> None:
         if isinstance(found, type) and issubclass(found, Mechanism) and not found.slug:
             register(slug)(found)
+
+    announced.load(slug, _REGISTRY, enter)

@@ -395,7 +395,7 @@ def _honours(case: Case, tensors: Mapping[str, Tensor], feature: str, given: Map
     return feature in m.honours and m.refuses(case.place(tensors, **given).site) is None
 
 
-def _hiding(case: Case, key: int) -> dict[str, dict[str, Tensor]]:
+def _hiding(case: Case, key: int) -> dict[str, dict[str, Any]]:
     seen = torch.ones(case.batch, case.m, dtype=torch.bool)
     seen[:, key] = False
     if case.alone:
@@ -403,7 +403,7 @@ def _hiding(case: Case, key: int) -> dict[str, dict[str, Tensor]]:
     bias = torch.zeros(1, case.heads, case.n, case.m)
     bias[..., key] = -1e4
     whole = seen[:, None, None, :].expand(case.batch, 1, case.n, case.m)
-    hiding = {"padding": {"mask": seen}, "mask": {"mask": whole}, "bias": {"bias": bias}}
+    hiding: dict[str, dict[str, Any]] = {"padding": {"mask": seen}, "mask": {"mask": whole}, "bias": {"bias": bias}}
     if key < case.m - 1:
         del hiding["bias"]  # a row that sees nothing else is not made empty by a number
     return hiding

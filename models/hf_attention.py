@@ -194,8 +194,8 @@ class _Rows:
     def positions(self) -> tuple[Tensor | None, Tensor | None]:
         if not self.told:
             return None, None
-        count = lambda size: torch.arange(size, device=self.device)
-        return count(self.n) + self.first, count(self.m) + self.see.kv_offset
+        queries, keys = (torch.arange(size, device=self.device) for size in (self.n, self.m))
+        return queries + self.first, keys + self.see.kv_offset
 
     def of(self, tensor: Tensor) -> Expr:
         """A lookup of (B | 1, H | 1, N | 1, M | 1) by position; dimensions of size one are not indexed."""

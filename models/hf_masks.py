@@ -64,6 +64,7 @@ def _computed_with() -> NoReturn:
     raise NotRouted(found, where="attn_implementation", fits=FITS)
 
 
+@torch.compiler.disable
 def seen(
     batch_size: int,
     q_length: int,

@@ -36,7 +36,7 @@ def example(name: str) -> ModuleType:
 
 
 SAYS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
-    "first_hour_llama": ({}, ("2 of 2 sites rewritten", "its cache holds 35 keys", "differs from the model by")),
+    "first_hour_llama": ({}, ("2 of 2 sites rewritten", "its cache holds 35 keys")),
     "first_hour_vit": ({}, ("UNTRAINED", "step 5: loss", "new tensors")),
     "first_hour_mechanism": ({"everything": False}, ("torch.Size([2, 10, 64])", "'reattend:alibi_like?slope=0.1'",
                                                      "1 of 2 sites rewritten")),
