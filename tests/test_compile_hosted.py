@@ -1,4 +1,4 @@
-"""torch.compile of an optimized model: one graph, like the original's, whether its signature was captured before or not."""
+"""torch.compile of an optimized model: one graph, like the original's, also where its call was never captured."""
 
 from __future__ import annotations
 
