@@ -115,9 +115,11 @@ def test_losses_have_gradients_under_compile() -> None:
         run(x)
         (loss,) = fast.losses().values()
         loss.backward()
-        losses.append((loss.detach(), {n: p.grad for n, p in fast.named_parameters() if p.grad is not None}))
+        # a compiled graph gives zeros where eager gives None
+        found = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in fast.named_parameters()}
+        losses.append((loss.detach(), found))
     torch.testing.assert_close(losses[1], losses[0])
-    assert any("w_router" in name for name in losses[0][1])
+    assert losses[0][1]["layers.0.attn.reattend.moh.w_router"].abs().sum() > 0
 
 
 def llama() -> Any:
