@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -136,8 +135,10 @@ def setting(model: nn.Module) -> tuple[str, ...]:
     """What a graph depends on beside the call: the mode, and the dtype and device of the weights."""
     modes = {m.training for m in model.modules()}
     if len(modes) == 2:
-        inside = "".join("te"[not m.training] for m in model.modules())
-        mode = f"{'train' if model.training else 'eval'} mixed {zlib.crc32(inside.encode()) & 0xFFFF:04x}"
+        inside = int(
+            "".join("01"[m.training] for m in model.modules()), 2
+        )  # torch.compile cannot trace zlib or hashlib
+        mode = f"{'train' if model.training else 'eval'} mixed {inside % 65521:04x}"
     else:
         mode = "train" if model.training else "eval"
     weight = next((p for p in model.parameters() if p.is_floating_point()), None)

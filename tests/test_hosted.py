@@ -119,6 +119,63 @@ def test_hooks_of_leaves_and_of_the_root_fire() -> None:
     assert seen == ["leaf", "before hosting", "root"]
 
 
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_a_hook_that_cannot_fire_is_refused_by_name(kind: str) -> None:
+    fast = host(llama(), identity)
+    x = ids(2, 5)
+    before = fast(x).logits
+    handle = getattr(fast.model.layers[0].mlp, f"register_{kind}_hook")(lambda *_: None)
+    with pytest.raises(Refused, match=r"hook was added to model\.layers\.0\.mlp, and the graph does not call it"):
+        fast(x)
+    handle.remove()
+    torch.testing.assert_close(fast(x).logits, before)
+
+
+def test_a_hook_that_was_there_is_traced_and_named(caplog: pytest.LogCaptureFixture) -> None:
+    model = llama()
+    model.model.layers[0].mlp.register_forward_hook(lambda m, a, o: o * 2)
+    model.lm_head.register_forward_hook(lambda m, a, o: o + 1)
+    fast = host(model, identity)
+    x = ids(2, 5)
+    torch.testing.assert_close(fast(x).logits, model(x).logits)
+    fast(x, attention_mask=torch.ones_like(x))
+    said = [r.getMessage() for r in caplog.records if "hooks" in r.getMessage()]
+    assert said == ["model.layers.0.mlp: its hooks do not fire; what they do to tensors was traced"]
+
+
+def test_hooks_inside_a_replaced_leaf_fire() -> None:
+    fast = host(llama(), identity)
+    x = ids(2, 5)
+    fast(x)
+    seen: list[str] = []
+    fast.lm_head = nn.Sequential(fast.lm_head, nn.Identity())
+    fast.lm_head.register_forward_hook(lambda *_: seen.append("around"))
+    fast.lm_head[0].register_forward_hook(lambda *_: seen.append("inside"))
+    fast(x)
+    assert seen == ["inside", "around"]
+
+
+class Dropped(nn.Module):
+    """Dropout inside fused attention, which no module switches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.q(x)[:, None]
+        return nn.functional.scaled_dot_product_attention(q, q, q, dropout_p=0.5 if self.training else 0.0)
+
+
+def test_dropout_inside_attention_switches() -> None:
+    model = Dropped().eval()
+    fast = host(model, identity)
+    x = torch.randn(2, 6, 8)
+    for _ in range(2):
+        torch.testing.assert_close(fast.eval()(x), model(x))
+        assert not torch.allclose(fast.train()(x), fast(x))
+
+
 def test_one_graph_per_signature_whatever_the_spelling() -> None:
     fast = host(llama(), identity)
     x = ids(2, 5)
