@@ -6,8 +6,6 @@ capture ─▶ raise sites ─▶ fold masks ─▶ decide by the recipe ─▶ 
 from __future__ import annotations
 
 import logging
-import statistics
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -33,16 +31,16 @@ from .compiler.raising import raise_sites
 from .compiler.recipe import Recipe, guard
 from .compiler.recipe_load import load_recipe
 from .compiler.refusal import Refused, Uncapturable
-from .compiler.report import NO_DATA, SiteList, Timing, joined
+from .compiler.report import NO_DATA, SiteList, joined
 from .compiler.rewriting import Rewriting, model_facts
 from .compiler.site import Site
 from .compiler.steps import fitting, vocabulary
+from .compiler.timing import timed
 from .compiler.trial import must_run
 from .compiler.unwrap import unwrap
 
 log = logging.getLogger("reattend")
 Inputs = tuple[Any, ...] | Mapping[str, Any] | tuple[tuple[Any, ...], Mapping[str, Any]] | None
-TIMED_RUNS, TIMED_SECONDS = 15, 4.0  # interleaved pairs at most; the medians are reported
 
 
 def optimize(
@@ -89,7 +87,7 @@ def optimize(
     for warning in fast.report.warnings:
         log.warning("%s", warning)
     if measure and not inner.training:
-        fast.report.timing = _timed(inner, fast, args, kwargs)
+        fast.report.timing = timed(inner, fast, args, kwargs)
     log.info("%s", fast.report.verdict())
     return fast
 
@@ -163,22 +161,3 @@ def _needs_data(recipe: Recipe, batches: Sequence[Any]) -> None:
 
 def _inputs(model: nn.Module, given: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return inferred_inputs(model) if given is None else as_batch(given)
-
-
-def _timed(original: nn.Module, fast: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Timing | None:
-    """Medians of interleaved runs; None where a call changes its arguments (a cache)."""
-    if any(type(v).__name__.endswith("Cache") for v in (*args, *kwargs.values())):
-        return None
-    took: tuple[list[float], list[float]] = ([], [])
-    with torch.no_grad():
-        started = time.perf_counter()
-        for run in range(TIMED_RUNS + 1):
-            if run > 3 and time.perf_counter() - started > TIMED_SECONDS:
-                break
-            for which, one in enumerate((original, fast)):
-                start = time.perf_counter()
-                one(*args, **kwargs)
-                if run:  # the first pair warms up
-                    took[which].append(1e3 * (time.perf_counter() - start))
-    shapes = [tuple(v.shape) for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
-    return Timing(statistics.median(took[0]), statistics.median(took[1]), len(took[0]), " ".join(map(str, shapes)))
