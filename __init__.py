@@ -6,7 +6,7 @@ fast = reattend.optimize(model, "recipe.yaml")
 
 __version__ = "0.1.0"
 
-from reattend.api import check, explain, optimize, sites
+from reattend.api import bench, check, explain, optimize, sites
 from reattend.compiler.functional import attention
 from reattend.compiler.layers import Attention, module
 from reattend.compiler.mechanism import Aux, Limit, Mechanism, Param, mechanism, mechanisms, register
@@ -27,6 +27,7 @@ __all__ = [
     "Site",
     "attend",
     "attention",
+    "bench",
     "check",
     "explain",
     "mechanism",

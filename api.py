@@ -5,6 +5,7 @@ capture ─▶ raise sites ─▶ fold masks ─▶ decide by the recipe ─▶ 
 
 from __future__ import annotations
 
+import copy
 import logging
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from torch import nn
 
 from . import codegen as codegen
 from . import passes as passes
+from .compiler.bench import Bench, measure
 from .compiler.capture import Captured, capture
 from .compiler.catalogue import mechanism_table as mechanism_table
 from .compiler.check import check as check
@@ -34,8 +36,9 @@ from .compiler.refusal import Refused, Uncapturable
 from .compiler.report import NO_DATA, SiteList, joined
 from .compiler.rewriting import Rewriting, model_facts
 from .compiler.site import Site
+from .compiler.sized import sized
 from .compiler.steps import fitting, vocabulary
-from .compiler.timing import timed
+from .compiler.timing import RUNS, timed
 from .compiler.trial import must_run
 from .compiler.unwrap import unwrap
 
@@ -90,6 +93,35 @@ def optimize(
         fast.report.timing = timed(inner, fast, args, kwargs)
     log.info("%s", fast.report.verdict())
     return fast
+
+
+def bench(
+    model: Any,
+    recipe: str | Path | Mapping[str, Any] | Recipe = "exact",
+    inputs: Inputs = None,
+    *,
+    compiled: bool = False,
+    batch: int = 0,
+    length: int = 0,
+    dtype: torch.dtype | None = None,
+    runs: int = RUNS,
+    name: str = "",
+) -> Bench:
+    """The model before and after a recipe: deviation first, then time, rate, memory and the share of its sites.
+
+    compiled        both sides through torch.compile.
+    batch, length   the inputs repeated or cut to these sizes; dtype: a copy of the model in it.
+    """
+    inner, _ = unwrap(model)
+    inner = original(inner)
+    args, kwargs = sized(*_inputs(inner, inputs), batch=batch, length=length, dtype=dtype)
+    if dtype is not None:
+        inner = copy.deepcopy(inner).to(dtype)
+    if inner.training:
+        raise Refused("a model in train()", where="bench", fits="model.eval(): dropout makes every call another one")
+    fast = optimize(inner, recipe, (args, kwargs), name=name, measure=False)
+    report = fast.report
+    return measure(inner, fast, args, kwargs, model=report.model, recipe=report.recipe, compiled=compiled, runs=runs)
 
 
 def sites(model: Any, example_inputs: Inputs = None) -> tuple[Site, ...]:
