@@ -6,7 +6,7 @@ fast = reattend.optimize(model, "recipe.yaml")
 
 __version__ = "0.1.0"
 
-from reattend.api import bench, check, explain, optimize, sites
+from reattend.api import bench, check, explain, optimize, preview, sites
 from reattend.compiler.functional import attention
 from reattend.compiler.layers import Attention, module
 from reattend.compiler.mechanism import Aux, Limit, Mechanism, Param, mechanism, mechanisms, register
@@ -34,6 +34,7 @@ __all__ = [
     "mechanisms",
     "module",
     "optimize",
+    "preview",
     "register",
     "sites",
     "table",

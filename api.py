@@ -21,6 +21,7 @@ from .compiler.capture import Captured, capture
 from .compiler.catalogue import mechanism_table as mechanism_table
 from .compiler.check import check as check
 from .compiler.cost import site_costs
+from .compiler.devices import device_of
 from .compiler.example_inputs import example_inputs as inferred_inputs
 from .compiler.explanation import Explanation, together
 from .compiler.facts import describe
@@ -29,6 +30,7 @@ from .compiler.hosted import about, host, original
 from .compiler.islands import capture_islands, host_islands
 from .compiler.masks import fold_masks
 from .compiler.pipeline import shown_misses
+from .compiler.preview import Preview, foresee
 from .compiler.raising import raise_sites
 from .compiler.recipe import Recipe, guard
 from .compiler.recipe_load import load_recipe
@@ -41,6 +43,7 @@ from .compiler.steps import fitting, vocabulary
 from .compiler.timing import RUNS, timed
 from .compiler.trial import must_run
 from .compiler.unwrap import unwrap
+from .models.on_meta import on_meta
 
 log = logging.getLogger("reattend")
 Inputs = tuple[Any, ...] | Mapping[str, Any] | tuple[tuple[Any, ...], Mapping[str, Any]] | None
@@ -122,6 +125,33 @@ def bench(
     fast = optimize(inner, recipe, (args, kwargs), name=name, measure=False)
     report = fast.report
     return measure(inner, fast, args, kwargs, model=report.model, recipe=report.recipe, compiled=compiled, runs=runs)
+
+
+def preview(
+    model_or_config: Any,
+    recipe: str | Path | Mapping[str, Any] | Recipe,
+    inputs: Inputs = None,
+    *,
+    tokens: int = 0,
+    batch: int = 1,
+    device: str | Mapping[str, Any] = "h100",
+    dtype: torch.dtype | None = None,
+    name: str = "",
+) -> Preview:
+    """FLOPs, bytes, peak memory, KV cache and roofline time before and after a recipe; nothing is run or loaded.
+
+    model_or_config  a model, its weights on any device, or a Hugging Face config: up to shapes of 70 B parameters.
+    device           h100, a100, cpu, or {"flops": ..., "bandwidth": ..., "memory": ...}.
+    """
+    given = isinstance(model_or_config, nn.Module)
+    model = original(unwrap(model_or_config)[0]) if given else on_meta(model_or_config, dtype)
+    args, kwargs = sized(*_inputs(model, inputs), batch=batch, length=tokens, dtype=dtype)
+    if dtype is not None and given:
+        model = copy.deepcopy(model).to(dtype)
+    wanted = load_recipe(recipe, vocabulary())
+    guard(wanted, model_facts(model))
+    called = name or type(model).__name__
+    return foresee(model, wanted, args, kwargs, device=device_of(device), name=called)
 
 
 def sites(model: Any, example_inputs: Inputs = None) -> tuple[Site, ...]:

@@ -123,9 +123,8 @@ def operations_at(model: nn.Module, call: Call, attempt: Attempt) -> tuple[str, 
 
 def setting(model: nn.Module) -> tuple[str, ...]:
     """What a graph depends on beside the call: the mode, and the dtype and device of the weights."""
-    modes = {m.training for m in model.modules()}
-    if len(modes) == 2:
-        inside = "".join("te"[not m.training] for m in model.modules())
+    inside = "".join(_modes(model))
+    if len(set(inside)) == 2:
         mode = f"{'train' if model.training else 'eval'} mixed {zlib.crc32(inside.encode()) & 0xFFFF:04x}"
     else:
         mode = "train" if model.training else "eval"
@@ -134,6 +133,18 @@ def setting(model: nn.Module) -> tuple[str, ...]:
         return (mode,)
     device = "" if weight.device.type == "cpu" else f" {weight.device}"
     return mode, f"{str(weight.dtype).removeprefix('torch.')}{device}"
+
+
+def _modes(model: nn.Module) -> list[str]:
+    """t or e of every module, each once; asked at every call, so without the generators of modules()."""
+    found, seen, waiting = [], set(), [model]
+    while waiting:
+        module = waiting.pop()
+        if id(module) not in seen:
+            seen.add(id(module))
+            found.append("t" if module.training else "e")
+            waiting += [m for m in module._modules.values() if m is not None]
+    return found
 
 
 # --- the export -------------------------------------------------------------------------------------------------------
