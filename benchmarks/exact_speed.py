@@ -1,4 +1,4 @@
-"""How fast the `exact` recipe leaves models that one already has: MiniLM, a small llama, a small ViT, eager or compiled.
+"""How fast the `exact` recipe leaves models: MiniLM, a small llama, a small ViT, eager or compiled.
 
     python benchmarks/exact_speed.py [--only minilm llama vit] [--compiled] [--runs 15] [--json FILE]
 
