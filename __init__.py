@@ -6,7 +6,7 @@ fast = reattend.optimize(model, "recipe.yaml")
 
 __version__ = "0.1.0"
 
-from reattend.api import attn_implementation, check, explain, optimize, sites
+from reattend.api import attn_implementation, bench, check, explain, optimize, preview, sites
 from reattend.compiler.functional import attention
 from reattend.compiler.layers import Attention, module
 from reattend.compiler.mechanism import Aux, Limit, Mechanism, Param, mechanism, mechanisms, register
@@ -28,12 +28,14 @@ __all__ = [
     "attend",
     "attention",
     "attn_implementation",
+    "bench",
     "check",
     "explain",
     "mechanism",
     "mechanisms",
     "module",
     "optimize",
+    "preview",
     "register",
     "sites",
     "table",

@@ -127,6 +127,68 @@ def optimize(
 
 
 @app.command()
+def bench(
+    model: ModelName,
+    recipe: RecipeName,
+    compiled: Annotated[bool, typer.Option("--compiled", help="both sides through torch.compile")] = False,
+    batch: Annotated[int, typer.Option(help="rows of the inputs; 0: as they come")] = 0,
+    length: Annotated[int, typer.Option(help="tokens of the inputs; 0: as they come")] = 0,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16; empty: the model's own")] = "",
+    runs: Annotated[int, typer.Option(help="interleaved pairs of runs, at most")] = 15,
+    as_json: AsJson = False,
+) -> None:
+    """A model before and after a recipe: deviation first, then time, rate, peak memory, and where the time goes."""
+    with _answers(as_json=as_json):
+        from . import api
+        from .models.load import load_model
+
+        loaded = load_model(model)
+        work = lambda: api.bench(
+            loaded.model, recipe, loaded.example_inputs, compiled=compiled, batch=batch, length=length,
+            dtype=_dtype(dtype), runs=runs, name=loaded.name,
+        )  # fmt: skip
+        found = _working(f"measuring {model}", work, quiet=as_json)
+        print(json.dumps(found.to_dict()) if as_json else found.text())
+        if found.failed:
+            raise typer.Exit(1)
+
+
+@app.command()
+def preview(
+    model: ModelName,
+    recipe: RecipeName,
+    tokens: Annotated[int, typer.Option(help="length of the inputs; 0: as they come")] = 0,
+    batch: Annotated[int, typer.Option(help="rows of the inputs")] = 1,
+    device: Annotated[str, typer.Option(help="h100, a100 or cpu")] = "h100",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16; empty: the model's own")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """What a recipe would change on a device: predicted from shapes; of hf: models only the config is read."""
+    with _answers(as_json=as_json):
+        from . import api
+        from .models.load import load_model
+        from .models.on_meta import shape_of
+
+        shape = shape_of(model, _dtype(dtype))
+        loaded = load_model(model) if shape is None else None
+        work = lambda: api.preview(
+            loaded.model if loaded else shape, recipe, loaded.example_inputs if loaded else None, tokens=tokens,
+            batch=batch, device=device, dtype=_dtype(dtype) if loaded else None, name=model,
+        )  # fmt: skip
+        found = _working(f"predicting {model}", work, quiet=as_json)
+        print(json.dumps(found.to_dict()) if as_json else found.text())
+
+
+def _dtype(text: str) -> Any:
+    import torch
+
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "": None}
+    if text not in known:
+        raise Refused(f"--dtype {text}", fits=", ".join(filter(None, known)))
+    return known[text]
+
+
+@app.command()
 def mechanisms(
     for_site: Annotated[str, typer.Option("--for", help="MODEL@SITE: only what fits that site")] = "",
     markdown: Annotated[bool, typer.Option("--md", help="the table of the docs")] = False,

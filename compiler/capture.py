@@ -133,12 +133,10 @@ def operations_at(model: nn.Module, call: Call, attempt: Attempt) -> tuple[str, 
 
 def setting(model: nn.Module) -> tuple[str, ...]:
     """What a graph depends on beside the call: the mode, and the dtype and device of the weights."""
-    modes = {m.training for m in model.modules()}
-    if len(modes) == 2:
-        inside = int(
-            "".join("01"[m.training] for m in model.modules()), 2
-        )  # torch.compile cannot trace zlib or hashlib
-        mode = f"{'train' if model.training else 'eval'} mixed {inside % 65521:04x}"
+    inside = "".join(_modes(model))
+    if len(set(inside)) == 2:
+        code = int(inside, 2) % 65521  # torch.compile cannot trace zlib or hashlib
+        mode = f"{'train' if model.training else 'eval'} mixed {code:04x}"
     else:
         mode = "train" if model.training else "eval"
     weight = next((p for p in model.parameters() if p.is_floating_point()), None)
@@ -146,6 +144,18 @@ def setting(model: nn.Module) -> tuple[str, ...]:
         return (mode,)
     device = "" if weight.device.type == "cpu" else f" {weight.device}"
     return mode, f"{str(weight.dtype).removeprefix('torch.')}{device}"
+
+
+def _modes(model: nn.Module) -> list[str]:
+    """1 (train) or 0 of every module, each once; asked at every call, so without the generators of modules()."""
+    found, seen, waiting = [], set(), [model]
+    while waiting:
+        module = waiting.pop()
+        if id(module) not in seen:
+            seen.add(id(module))
+            found.append("01"[module.training])
+            waiting += [m for m in module._modules.values() if m is not None]
+    return found
 
 
 # --- the export -------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -78,6 +78,15 @@ def is_hosted(model: nn.Module) -> bool:
     return hasattr(type(model), "_reattend_made_from")
 
 
+def captured_for(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Captured:
+    """The graph that a hosted model runs on a call."""
+    model.prepare(*args, **kwargs)  # type: ignore[operator]
+    state = _state(model)
+    captured = state.graphs[_key(model, state, Call.of(forward_signature(model), args, kwargs))]
+    _mount(captured, model)
+    return captured
+
+
 class HostedModel:
     """What a hosted model can do beside being the user's model; stands before the user's class in the generated one."""
 
@@ -108,7 +117,7 @@ class HostedModel:
         """Make the graph of a call's signature without running it."""
         state = _state(self)
         call = Call.of(forward_signature(self), args, kwargs)  # type: ignore[arg-type]
-        key = call.key((*setting(self), *_changed_config(self, state)))  # type: ignore[arg-type]
+        key = _key(self, state, call)
         captured = state.graphs.get(key) or _captured(self, state, call, key)
         cut_where_asked(captured.graph, self)  # type: ignore[arg-type]
 
@@ -179,7 +188,7 @@ def _call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     state = _state(model)
     lay_out_caches(model, (*args, *kwargs.values()))
     call = Call.of(forward_signature(model), args, kwargs)
-    key = call.key((*setting(model), *_changed_config(model, state)))
+    key = _key(model, state, call)
     captured = state.graphs.get(key) or _captured(model, state, call, key)
     tensors = captured.inputs(call)
     try:
@@ -199,6 +208,10 @@ def _call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     flat = run_graph(captured.graph, model, tensors)
     _keep_extras(model, state, captured, flat)
     return captured.result(call, flat)
+
+
+def _key(model: Any, state: Hosting, call: Call) -> SignatureKey:
+    return call.key((*setting(model), *_changed_config(model, state)))
 
 
 @torch.compiler.disable(reason="this call has no graph yet: make it by fast.prepare(...) or one call before compiling")

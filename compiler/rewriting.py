@@ -15,6 +15,7 @@ from .cost import Cost, graph_cost, site_costs
 from .draft import drafting
 from .fidelity import against_model, too_far
 from .held_out import Batch
+from .lowering import lower_calls
 from .mechanism import KINDS
 from .pipeline import Checked, Outcome, Step, checked_rewrite, lower, raise_program, rewrite
 from .program import Change, Program, Store
@@ -66,7 +67,9 @@ class Rewriting:
     def program_for(self, model: nn.Module, call: Call) -> Captured:
         """The lowered graph of one call's signature."""
         with drafting():
-            return ringed(self._program_for(model, unringed(call)), call)
+            captured = ringed(self._program_for(model, unringed(call)), call)
+            lower_calls(captured.graph)
+            return captured
 
     def _program_for(self, model: nn.Module, call: Call) -> Captured:
         captured = capture(model, call.args, dict(call.kwargs))

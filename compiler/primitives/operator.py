@@ -13,11 +13,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 Groups = Sequence[Sequence[Tensor]]  # the op's tensor arguments in order, a single tensor as a group of one
 Meaning = Callable[[Groups, str], list[Tensor]]
+InTorch = Callable[[fx.Node, dict[Any, fx.Node]], fx.Node | None]  # a call, and what was made so far in its graph
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class Primitive:
     meaning: Meaning
     shapes: Meaning  # the same outputs, empty
     kernels: dict[str, list[Kernel]] = field(default_factory=dict)
+    in_torch: list[InTorch] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         arguments = ", ".join(f"Tensor[] {g[:-1]}" if g.endswith("*") else f"Tensor {g}" for g in self.groups)
