@@ -6,7 +6,7 @@ fast = reattend.optimize(model, "recipe.yaml")
 
 __version__ = "0.1.0"
 
-from reattend.api import check, explain, optimize, sites
+from reattend.api import check, explain, load, optimize, save, sites
 from reattend.compiler.functional import attention
 from reattend.compiler.layers import Attention, module
 from reattend.compiler.mechanism import Aux, Limit, Mechanism, Param, mechanism, mechanisms, register
@@ -29,11 +29,13 @@ __all__ = [
     "attention",
     "check",
     "explain",
+    "load",
     "mechanism",
     "mechanisms",
     "module",
     "optimize",
     "register",
+    "save",
     "sites",
     "table",
 ]

@@ -35,6 +35,8 @@ from .compiler.recipe_load import load_recipe
 from .compiler.refusal import Refused, Uncapturable
 from .compiler.report import NO_DATA, SiteList, Timing, joined
 from .compiler.rewriting import Rewriting, model_facts
+from .compiler.shipping.saved import load as load_folder
+from .compiler.shipping.saved import save as save
 from .compiler.site import Site
 from .compiler.steps import fitting, vocabulary
 from .compiler.trial import must_run
@@ -92,6 +94,21 @@ def optimize(
         fast.report.timing = _timed(inner, fast, args, kwargs)
     log.info("%s", fast.report.verdict())
     return fast
+
+
+def load(folder: str | Path, model: nn.Module | str | None = None) -> Any:
+    """A model that `save_pretrained` or `save` wrote: equal outputs, report and sites; further signatures by recipe.
+
+    model  needed where transformers does not ship the class: an instance, or "module:factory" that makes one. Nothing
+           that the folder names is ever imported or run.
+    """
+    from .models.load import load_model
+    from .models.vision_ops import declare_missing_vision_ops
+
+    declare_missing_vision_ops()  # before transformers looks for torchvision
+    if isinstance(model, str):
+        model = load_model(f"py:{model.removeprefix('py:')}").model
+    return load_folder(folder, model)
 
 
 def sites(model: Any, example_inputs: Inputs = None) -> tuple[Site, ...]:

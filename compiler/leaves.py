@@ -27,7 +27,7 @@ class Stamp:
 @contextmanager
 def plain_calls(model: nn.Module) -> Iterator[set[str]]:
     """Collects the paths of leaf modules whose every call took one tensor and gave one."""
-    paths = {m: n for n, m in model.named_modules() if n and _is_leaf(m)}
+    paths = {m: n for n, m in model.named_modules() if n and is_leaf(m)}
     found: set[str] = set()
     others: set[str] = set()
 
@@ -74,7 +74,7 @@ def restore_leaves(graph_module: fx.GraphModule, model: nn.Module) -> None:
     graph_module.recompile()
 
 
-def _is_leaf(module: nn.Module) -> bool:
+def is_leaf(module: nn.Module) -> bool:
     return not any(True for _ in module.children()) and any(True for _ in module.parameters(recurse=False))
 
 

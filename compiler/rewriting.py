@@ -29,6 +29,14 @@ from .verification import SiteResult
 log = logging.getLogger("reattend")
 
 
+@dataclass(frozen=True)
+class Settled:
+    """What the first call decided for every later one."""
+
+    rolled_back: Mapping[str, str]  # path to reason
+    rewritten: frozenset[str]
+
+
 @dataclass
 class Rewriting:
     """Holds what all signatures share: the recipes, the new tensors, what was decided and rolled back."""
@@ -39,6 +47,7 @@ class Rewriting:
     store: Store = field(default_factory=Store)
     notes: list[str] = field(default_factory=list)
     first: Checked | None = None
+    settled: Settled | None = None
     captured: Captured | None = None
     misses: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
@@ -74,10 +83,10 @@ class Rewriting:
             raise Refused(
                 "output_attentions=True, and rewritten sites have no weights to give", where=self.name, fits=fits
             )
-        if self.first is None:
+        if self.settled is None:
             return self._decide(model, captured, raised, steps, misses, warnings, call)
-        outcome = rewrite(raised, steps, without=frozenset(self.first.rolled_back))
-        self._holds_as_before(outcome, captured)
+        outcome = rewrite(raised, steps, without=frozenset(self.settled.rolled_back))
+        self._holds_as_before(outcome, captured, self.settled)
         return lower(outcome.program, captured)
 
     def _steps(self, raised: Program) -> tuple[list[Step], tuple[str, ...]]:
@@ -112,6 +121,8 @@ class Rewriting:
         self.warnings = (*warnings, *_half_on_cpu(model))
         self.report = self._report(raised, steps)
         self._some_step_holds(steps)
+        done = frozenset(c.site.path for c in self.first.outcome.program.changes)
+        self.settled = Settled(dict(self.first.rolled_back), done)
         return lower(self.first.outcome.program, captured)
 
     def _some_step_holds(self, steps: Sequence[Step]) -> None:
@@ -128,11 +139,9 @@ class Rewriting:
             fits = f"fits here: {', '.join(fitting(site))} (reattend mechanisms --for MODEL@SITE)" if site else ""
             raise Refused(f"{refusal}{others}", fits=fits)
 
-    def _holds_as_before(self, outcome: Outcome, captured: Captured) -> None:
+    def _holds_as_before(self, outcome: Outcome, captured: Captured, settled: Settled) -> None:
         """A signature in which a rewritten site cannot be rewritten would be another model: refused."""
-        assert self.first is not None
-        done = {c.site.path for c in self.first.outcome.program.changes}
-        lost = done - {c.site.path for c in outcome.program.changes}
+        lost = settled.rewritten - {c.site.path for c in outcome.program.changes}
         if lost:
             why = next((str(r) for s, r in outcome.refused if s.path in lost), "the site is not there")
             raise Refused(
