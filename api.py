@@ -39,6 +39,8 @@ from .compiler.refusal import Refused, Uncapturable
 from .compiler.report import NO_DATA, SiteList, joined
 from .compiler.rewriting import Rewriting, model_facts
 from .compiler.scaffold import new_mechanism as new_mechanism
+from .compiler.shipping.saved import load as load_folder
+from .compiler.shipping.saved import save as save
 from .compiler.site import Site
 from .compiler.sized import sized
 from .compiler.steps import fitting, vocabulary
@@ -164,6 +166,21 @@ def preview(
     guard(wanted, model_facts(model))
     called = name or type(model).__name__
     return foresee(model, wanted, args, kwargs, device=device_of(device), name=called)
+
+
+def load(folder: str | Path, model: nn.Module | str | None = None) -> Any:
+    """A model that `save_pretrained` or `save` wrote: equal outputs, report and sites; further signatures by recipe.
+
+    model  needed where transformers does not ship the class: an instance, or "module:factory" that makes one. Nothing
+           that the folder names is ever imported or run.
+    """
+    from .models.load import load_model
+    from .models.vision_ops import declare_missing_vision_ops
+
+    declare_missing_vision_ops()  # before transformers looks for torchvision
+    if isinstance(model, str):
+        model = load_model(f"py:{model.removeprefix('py:')}").model
+    return load_folder(folder, model)
 
 
 def sites(model: Any, example_inputs: Inputs = None) -> tuple[Site, ...]:

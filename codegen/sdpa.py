@@ -231,7 +231,7 @@ def _fused(
 for _device in ("cpu", "cuda"):
     attend_op.kernels.setdefault(_device, []).extend(
         [
-            Kernel("sdpa", _refuse_dense, _run_dense, differentiable=True),
+            Kernel("sdpa", _refuse_dense, _run_dense, plain=True, differentiable=True),
             Kernel("sdpa over kept keys", _refuse_keys, _run_keys, differentiable=True),
             Kernel("sdpa in blocks of rows", _refuse_rows, _run_rows, differentiable=True),
         ]

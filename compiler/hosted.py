@@ -18,7 +18,7 @@ from .compiling import make_ready
 from .containers import lay_out_caches
 from .difference import said_frozen, said_limit
 from .hooks import hook_numbers, refuse_silent_hooks, silent_hooks
-from .leaves import restore_leaves
+from .leaves import modules_called, restore_leaves
 from .ownership import own_all, twin
 from .plain_graph import CONSTANTS
 from .refusal import Refused, Uncapturable
@@ -54,7 +54,7 @@ def host(model: nn.Module, program_for: ProgramFor, *, limit: int = 8, about: An
     hosted.__class__ = hosted_class(type(hosted))  # type: ignore[arg-type]
     hosted.__dict__.pop("forward", None)
     hosted.__dict__[_STATE] = Hosting(
-        program_for, limit=limit, config=_config_values(hosted), hooks=hook_numbers(hosted), about=about
+        program_for, limit=limit, config=config_values(hosted), hooks=hook_numbers(hosted), about=about
     )
     return hosted
 
@@ -71,7 +71,20 @@ def original(model: nn.Module) -> nn.Module:
 
 def about(model: nn.Module) -> Any:
     """Who rewrote a hosted model; None where it is not one."""
-    return _state(model).about if is_hosted(model) else None
+    return hosting(model).about if is_hosted(model) else None
+
+
+def hosting(model: Any) -> Hosting:
+    """What a hosted model knows beside its modules."""
+    state: Hosting = model.__dict__[_STATE]
+    return state
+
+
+def adopt(model: nn.Module, captured: Captured) -> None:
+    """Give a hosted model a graph that was made for it elsewhere."""
+    captured.called = modules_called(captured.graph)
+    _mount(captured, model)
+    hosting(model).graphs[captured.key] = captured
 
 
 def is_hosted(model: nn.Module) -> bool:
@@ -81,7 +94,7 @@ def is_hosted(model: nn.Module) -> bool:
 def captured_for(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Captured:
     """The graph that a hosted model runs on a call."""
     model.prepare(*args, **kwargs)  # type: ignore[operator]
-    state = _state(model)
+    state = hosting(model)
     captured = state.graphs[_key(model, state, Call.of(forward_signature(model), args, kwargs))]
     _mount(captured, model)
     return captured
@@ -93,7 +106,7 @@ class HostedModel:
     @property
     def graph(self) -> fx.GraphModule:
         """The rewritten graph of the signature called last, or the first one captured."""
-        state = _state(self)
+        state = hosting(self)
         if not state.graphs:
             raise Refused("no call has been captured yet", where="graph", fits="call the model once, or give inputs")
         captured = state.graphs[state.current or next(iter(state.graphs))]
@@ -103,7 +116,7 @@ class HostedModel:
     @property
     def report(self) -> Any:
         """What changed where, what was refused and why, deviation, time and cost."""
-        found = _state(self).about.report
+        found = hosting(self).about.report
         if found is None:
             raise Refused("no call has been captured yet", where="report", fits="call the model once, or give inputs")
         return found
@@ -111,11 +124,11 @@ class HostedModel:
     @property
     def sites(self) -> Any:
         """Where the model attends, and what stands there now."""
-        return _state(self).about.sites
+        return hosting(self).about.sites
 
     def prepare(self, *args: Any, **kwargs: Any) -> None:
         """Make the graph of a call's signature without running it."""
-        state = _state(self)
+        state = hosting(self)
         call = Call.of(forward_signature(self), args, kwargs)  # type: ignore[arg-type]
         key = _key(self, state, call)
         captured = state.graphs.get(key) or _captured(self, state, call, key)
@@ -123,11 +136,11 @@ class HostedModel:
 
     @property
     def signatures(self) -> tuple[SignatureKey, ...]:
-        return tuple(_state(self).graphs)
+        return tuple(hosting(self).graphs)
 
     def freeze(self) -> None:
         """Capture no further signatures: a call that would need one is refused."""
-        _state(self).frozen = True
+        hosting(self).frozen = True
 
     def own_weights(self) -> None:
         """Copy every tensor that still shares memory with the original."""
@@ -135,11 +148,23 @@ class HostedModel:
 
     def losses(self) -> dict[str, Tensor]:
         """The auxiliary losses of the last call, by name."""
-        return dict(_state(self).losses)
+        return dict(hosting(self).losses)
 
     def new_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters that the recipe added."""
         return ((n, p) for n, p in self.named_parameters() if "reattend" in n.split("."))  # type: ignore[attr-defined]
+
+    def ships(self) -> Any:
+        """How this model can leave the process: one line a route, with the reason for each no."""
+        from .shipping.routes import routes
+
+        return routes(self)  # type: ignore[arg-type]
+
+    def export(self, route: str, path: Any) -> Any:
+        """Write the model as a stock checkpoint ("hf"), an ExportedProgram ("torch") or an AOTInductor package."""
+        from .shipping.routes import export
+
+        return export(self, route, path)  # type: ignore[arg-type]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _empty_hosted, (type(self)._reattend_made_from,), self.__dict__  # type: ignore[attr-defined]
@@ -162,16 +187,31 @@ def hosted_class(made_from: type) -> type:
         "__doc__": made_from.__doc__,
         "_reattend_made_from": made_from,
     }
+    if hasattr(made_from, "save_pretrained"):
+        body["save_pretrained"] = _saving(made_from)
     return type(made_from)(made_from.__name__, (HostedModel, made_from), body)
+
+
+def _saving(made_from: Any) -> Callable[..., Any]:
+    """The class's own save_pretrained, with the rewritten graphs and the recipe beside its files."""
+
+    @functools.wraps(made_from.save_pretrained)
+    def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        from .shipping.saved import write_beside
+
+        state, before = hosting(self), config_values(self)
+        answer = made_from.save_pretrained(self, save_directory, *args, **kwargs)
+        written = {n: v for n, v in config_values(self).items() if before.get(n) != v or n not in before}
+        state.config = {**state.config, **written}  # what saving notes in the config changes no forward
+        if kwargs.get("is_main_process", args[0] if args else True):
+            write_beside(self, save_directory)
+        return answer
+
+    return save_pretrained
 
 
 def _empty_hosted(made_from: type) -> Any:
     return object.__new__(hosted_class(made_from))
-
-
-def _state(model: Any) -> Hosting:
-    state: Hosting = model.__dict__[_STATE]
-    return state
 
 
 # --- a call -----------------------------------------------------------------------------------------------------------
@@ -185,7 +225,7 @@ def _run(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    state = _state(model)
+    state = hosting(model)
     lay_out_caches(model, (*args, *kwargs.values()))
     call = Call.of(forward_signature(model), args, kwargs)
     key = _key(model, state, call)
@@ -211,7 +251,7 @@ def _call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def _key(model: Any, state: Hosting, call: Call) -> SignatureKey:
-    return call.key((*setting(model), *_changed_config(model, state)))
+    return call.key((*setting(model), *changed_config(model, state)))
 
 
 @torch.compiler.disable(reason="this call has no graph yet: make it by fast.prepare(...) or one call before compiling")
@@ -314,9 +354,9 @@ def _mount(captured: Captured, model: nn.Module) -> None:
 def _share(target: str, graph: fx.GraphModule, model: nn.Module) -> None:
     mine, theirs = _find(model, target), _find(graph, target)
     if mine is None:
-        _place(model, target, theirs)
+        place_at(model, target, theirs)
     elif mine is not theirs:
-        _place(graph, target, mine)
+        place_at(graph, target, mine)
 
 
 def _constant(target: str, graph: fx.GraphModule, model: nn.Module) -> str:
@@ -327,9 +367,9 @@ def _constant(target: str, graph: fx.GraphModule, model: nn.Module) -> str:
     same = next((n for n, other in held.items() if other is value or _equal(other, value)), None)
     name = f"{CONSTANTS}.{same or f'c{len(held)}'}"
     if name != target and _find(graph, name) is not value:
-        _place(graph, name, value)
+        place_at(graph, name, value)
     if same is None:
-        _place(model, name, value)
+        place_at(model, name, value)
     return name
 
 
@@ -349,7 +389,7 @@ def _find(root: nn.Module, target: str) -> Any:
     return found
 
 
-def _place(root: nn.Module, target: str, value: Any) -> None:
+def place_at(root: nn.Module, target: str, value: Any) -> None:
     *parents, last = target.split(".")
     module = root
     for part in parents:
@@ -370,14 +410,14 @@ def _place(root: nn.Module, target: str, value: Any) -> None:
 # --- config values that a forward reads -------------------------------------------------------------------------------
 
 
-def _config_values(model: nn.Module) -> dict[str, Any]:
+def config_values(model: nn.Module) -> dict[str, Any]:
     config = getattr(model, "config", None)
     values = getattr(config, "__dict__", {})
     return {n: v for n, v in values.items() if isinstance(v, bool | int | float | str | type(None))}
 
 
-def _changed_config(model: nn.Module, state: Hosting) -> tuple[str, ...]:
-    now = _config_values(model)
+def changed_config(model: nn.Module, state: Hosting) -> tuple[str, ...]:
+    now = config_values(model)
     if now == state.config:
         return ()
     return tuple(f"config.{n}={v!r}" for n, v in sorted(now.items()) if n not in state.config or state.config[n] != v)

@@ -28,7 +28,7 @@ class Stamp:
 @contextmanager
 def plain_calls(model: nn.Module) -> Iterator[set[str]]:
     """Collects the paths of leaf modules whose every call took one tensor and gave one."""
-    paths = {m: n for n, m in model.named_modules() if n and _is_leaf(m)}
+    paths = {m: n for n, m in model.named_modules() if n and is_leaf(m)}
     found: set[str] = set()
     others: set[str] = set()
 
@@ -73,10 +73,14 @@ def restore_leaves(graph_module: fx.GraphModule, model: nn.Module) -> tuple[str,
             graph_module.graph.erase_node(node)
     graph_module.graph.lint()
     graph_module.recompile()
+    return modules_called(graph_module)
+
+
+def modules_called(graph_module: fx.GraphModule) -> tuple[str, ...]:
     return tuple(dict.fromkeys(str(n.target) for n in graph_module.graph.find_nodes(op="call_module")))
 
 
-def _is_leaf(module: nn.Module) -> bool:
+def is_leaf(module: nn.Module) -> bool:
     return not any(True for _ in module.children()) and any(True for _ in module.parameters(recurse=False))
 
 

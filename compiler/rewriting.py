@@ -32,6 +32,15 @@ from .weights_asked import gives_weights, weights_asked
 log = logging.getLogger("reattend")
 
 
+@dataclass(frozen=True)
+class Settled:
+    """What the first call decided for every later one."""
+
+    rolled_back: Mapping[str, str]  # path to reason
+    changed: Mapping[str, tuple[str, ...]]  # what stands at each site that computes something else than before
+    refused: frozenset[tuple[str, str]] = frozenset()  # (path, mechanism): a site that was left as it was stays so
+
+
 @dataclass
 class Rewriting:
     """Holds what all signatures share: the recipes, the new tensors, what was decided and rolled back."""
@@ -42,6 +51,7 @@ class Rewriting:
     store: Store = field(default_factory=Store)
     notes: list[str] = field(default_factory=list)
     first: Checked | None = None
+    settled: Settled | None = None
     captured: Captured | None = None
     misses: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
@@ -77,10 +87,11 @@ class Rewriting:
         steps, warnings = self._steps(raised)
         if steps and weights_asked(model, call):
             self._gives_weights(steps, captured)
-        if self.first is None:
+        if self.settled is None:
             return self._decide(model, captured, raised, steps, misses, warnings, call)
-        outcome = rewrite(raised, self._decided(steps), without=frozenset(self.first.rolled_back))
-        self._holds_as_before(outcome, captured)
+        still = [s for s in steps if (s.path, s.mechanism.slug) not in self.settled.refused]
+        outcome = rewrite(raised, still, without=frozenset(self.settled.rolled_back))
+        self._holds_as_before(outcome, captured, self.settled)
         return lower(outcome.program, captured)
 
     def _gives_weights(self, steps: Sequence[Step], captured: Captured) -> None:
@@ -89,12 +100,6 @@ class Rewriting:
             return
         fits = "ask the original model for them, in its eager attention, or a recipe that keeps every site"
         raise Refused("output_attentions=True, and rewritten sites have no weights to give", where=self.name, fits=fits)
-
-    def _decided(self, steps: Sequence[Step]) -> list[Step]:
-        """The steps without those that the first call refused: a site that was left as it was stays as it was."""
-        assert self.first is not None
-        refused = {(s.path, s.mechanism.slug) for s, _ in self.first.outcome.refused if s.mechanism.kind != "exact"}
-        return [s for s in steps if (s.path, s.mechanism.slug) not in refused]
 
     def _steps(self, raised: Program) -> tuple[list[Step], tuple[str, ...]]:
         """The steps of every recipe in turn; a later recipe's wish for a part of a site replaces an earlier one's."""
@@ -130,6 +135,7 @@ class Rewriting:
         self.warnings = (*warnings, *_half_on_cpu(model), *((lost,) if lost else ()))
         self.report = self._report(raised, steps)
         self._some_step_holds(steps)
+        self.settled = _settled(self.first)
         return lower(self.first.outcome.program, captured)
 
     def _some_step_holds(self, steps: Sequence[Step]) -> None:
@@ -146,13 +152,12 @@ class Rewriting:
             fits = f"fits here: {', '.join(fitting(site))} (reattend mechanisms --for MODEL@SITE)" if site else ""
             raise Refused(f"{refusal}{others}", fits=fits)
 
-    def _holds_as_before(self, outcome: Outcome, captured: Captured) -> None:
+    def _holds_as_before(self, outcome: Outcome, captured: Captured, settled: Settled) -> None:
         """A signature in which a rewritten site cannot be rewritten would be another model: refused.
 
         A site whose rewrite was exact computes the same without it.
         """
-        assert self.first is not None
-        done, now = _changed(self.first.outcome), _changed(outcome)
+        done, now = settled.changed, _changed(outcome)
         lost = {path for path, mechanisms in done.items() if now.get(path) != mechanisms}
         if lost:
             refused = (str(r) for s, r in outcome.refused if s.path in lost)
@@ -201,6 +206,11 @@ class Rewriting:
             warnings=(*self.warnings, *(f"whole-model pass refused: {refused['']}" for _ in [0] if "" in refused)),
             notes=(*self.notes, *raised.notes),
         )
+
+
+def _settled(first: Checked) -> Settled:
+    refused = {(s.path, s.mechanism.slug) for s, _ in first.outcome.refused if s.mechanism.kind != "exact"}
+    return Settled(dict(first.rolled_back), _changed(first.outcome), frozenset(refused))
 
 
 def _changed(outcome: Outcome) -> dict[str, tuple[str, ...]]:

@@ -28,6 +28,7 @@ class Kernel:
     name: str
     refuses: Callable[[Groups, str], str | None]
     run: Meaning
+    plain: bool = False  # made of torch operations without looking at sizes or values, so that it can be traced
     differentiable: bool = False  # made of differentiable torch operations, so that its own gradient can be taken
 
 
@@ -66,6 +67,7 @@ class Primitive:
     in_torch: list[InTorch] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        PRIMITIVES[self.name] = self
         arguments = ", ".join(f"Tensor[] {g[:-1]}" if g.endswith("*") else f"Tensor {g}" for g in self.groups)
         self._define(f"reattend::{self.name}", f"({arguments}, str spec) -> Tensor[]", self._run, self._empty)
         self._define(
@@ -99,6 +101,13 @@ class Primitive:
                 return kernel, refused
             refused.append((kernel.name, reason))
         return None, refused
+
+    def plainly(self, *arguments: Any) -> list[Tensor]:
+        """The same in plain torch, for graphs that leave: the kernel that fits if it is such, or the meaning."""
+        *tensors, spec = arguments
+        groups = self._grouped(tensors)
+        kernel, _ = self.choose(groups, spec)
+        return (kernel.run if kernel and kernel.plain else self.meaning)(groups, spec)
 
     def _grouped(self, arguments: Sequence[Any]) -> Groups:
         return [a if isinstance(a, list | tuple) else [a] for a in arguments]
@@ -163,6 +172,9 @@ class Primitive:
             return [torch.zeros_like(t) for t in learned]
         found = torch.autograd.grad([r for r, _ in pairs], learned, [g for _, g in pairs], allow_unused=True)
         return [_like(t, g) for t, g in zip(learned, found, strict=True)]
+
+
+PRIMITIVES: dict[str, Primitive] = {}  # by name, as the operators are called
 
 
 def _own(result: Tensor, taken: set[int]) -> Tensor:
