@@ -17,8 +17,9 @@ from tqdm import tqdm
 
 import reattend
 from reattend.compiler.refusal import Refused
-from reattend.models.zoo import Family, zoo
+from reattend.models.zoo import zoo
 from reattend.models.zoo_calls import KINDS, Answer, answers, reference
+from reattend.models.zoo_family import Family
 
 HEAD = f"""# Signatures: every family, every kind of call
 

@@ -15,7 +15,7 @@ from ..compiler.containers import take_apart
 from ..compiler.hosted import original
 from ..compiler.refusal import Refused
 from ..compiler.signature import forward_signature
-from .zoo import Family, Inputs
+from .zoo_family import Family, Inputs
 
 Make = Callable[[nn.Module, dict[str, Any]], dict[str, Any] | None]  # None: the model takes no such call
 
