@@ -27,7 +27,7 @@ Tiny random models in float32 on a CPU, `optimize(model, "exact")` without examp
 written by `python benchmarks/signature_table.py` (torch {torch.__version__}). A number is the largest difference from
 the original at any output, of the same types and names (asked for: 1e-5; bf16, relative to the largest value: 8
 roundings).
-*refused*: a clear no, its reason below. *at padding*: apart at rows of padding only, where a query keeps no key.
+*refused*: a clear no, its reason below.
 *as original*: both raise. *-*: the model takes no such call.
 
 | model | {" | ".join(kind.name for kind in KINDS)} |

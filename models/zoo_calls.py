@@ -88,19 +88,16 @@ def answer(kind: Kind, model: nn.Module, fast: nn.Module, given: dict[str, Any])
         return Answer(kind.name, "refused", reason=str(refused))
     except Exception as error:
         return Answer(kind.name, "wrong", reason=f"{type(error).__name__}: {error}".splitlines()[0])
-    return compared(kind.name, wanted, found, _tolerance(model), asked.get("attention_mask"))
+    return compared(kind.name, wanted, found, _tolerance(model))
 
 
-def compared(kind: str, wanted: Any, found: Any, tolerance: float, mask: Tensor | None = None) -> Answer:
-    """Both results taken apart: the same types and names, and the tensors at most this far apart.
-
-    "at padding": they are that far apart only at rows of padding, where a folded mask leaves a query without a key.
-    """
+def compared(kind: str, wanted: Any, found: Any, tolerance: float) -> Answer:
+    """Both results taken apart: the same types and names, and the tensors at most this far apart."""
     ours, our_layout = take_apart(found, "")
     theirs, their_layout = take_apart(wanted, "")
     if our_layout != their_layout:
         return Answer(kind, "wrong", reason=f"gives {our_layout}, the original {their_layout}")
-    worst, unpadded = 0.0, 0.0
+    worst = 0.0
     for leaf, other in zip(ours, theirs, strict=True):
         one, two = leaf.tensor, other.tensor
         if one is None or two is None:
@@ -119,14 +116,9 @@ def compared(kind: str, wanted: Any, found: Any, tolerance: float, mask: Tensor 
                 .nan_to_num(nan=0.0 if bool((one.isnan() == two.isnan()).all()) else math.inf)
             )
             worst = max(worst, float(apart.max()) / scale)
-            kept = apart[mask.bool()] if mask is not None and mask.shape == apart.shape[:2] else apart
-            unpadded = max(unpadded, float(kept.max()) / scale)
     if worst <= tolerance:
         return Answer(kind, "ok", worst)
-    said = f"{worst:.1e} apart"
-    if unpadded <= tolerance:
-        return Answer(kind, "at padding", worst, f"{said} at rows of padding only, {unpadded:.1e} elsewhere")
-    return Answer(kind, "wrong", worst, said)
+    return Answer(kind, "wrong", worst, f"{worst:.1e} apart")
 
 
 def _as_original(kind: Kind, fast: nn.Module, asked: dict[str, Any], error: Exception) -> Answer:
