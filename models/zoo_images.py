@@ -19,7 +19,6 @@ def _images() -> list[Family]:
         num_encoder_blocks=2, depths=[1, 1], hidden_sizes=[16, 32], strides=[4, 2], num_attention_heads=[1, 2]
     )
     stages |= dict(mlp_ratios=[2, 2])
-    pyramid = stages | dict(image_size=32, sequence_reduction_ratios=[4, 2], patch_sizes=[4, 2])
     overlapping = stages | dict(image_size=32, sr_ratios=[4, 2], patch_sizes=[7, 3])
     units: dict[str, Any] = dict(image_size=[32, 32], patch_size=[3, 3], patch_stride=[4, 4], patch_padding=[1, 1])
     units |= dict(embed_dim=16, depths=[1, 1], num_heads=[1, 2], masked_unit_size=[2, 2], query_stride=[2, 2])
@@ -35,7 +34,6 @@ def _images() -> list[Family]:
     return [
         hf("beit", "BeitModel", "BeitConfig", biased, pixels, 2),
         hf("yolos", "YolosModel", "YolosConfig", IMAGE | {"image_size": [32, 32]}, pixels, 2),
-        hf("pvt", "PvtModel", "PvtConfig", pyramid, pixels, 2, EAGER),
         hf("pvt_v2", "PvtV2Model", "PvtV2Config", overlapping, pixels, 2, EAGER),
         hf("hiera", "HieraModel", "HieraConfig", units, pixels, 2, EAGER),
         hf("dinov3", "DINOv3ViTModel", "DINOv3ViTConfig", IMAGE | {"num_register_tokens": 2}, pixels, 2),
