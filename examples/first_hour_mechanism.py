@@ -18,7 +18,7 @@ import reattend
 @reattend.register("alibi_like")
 @dataclass(frozen=True)
 class AlibiLike(reattend.Mechanism):
-    """A key counts less the further away it is, by a slope that doubles from head to head (arXiv 2108.12409)."""
+    """A key counts less the further away it is, by a slope that falls from head to head (arXiv 2108.12409)."""
 
     slope: float = 0.5
     kind = "approximate"
@@ -26,7 +26,7 @@ class AlibiLike(reattend.Mechanism):
     honours = {"padding", "bias", "mask"}
 
     def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
-        return reattend.attend(q, k, v, score=lambda s, h, i, j: s - self.slope * 2.0**-h * abs(i - j), site=site)
+        return reattend.attend(q, k, v, score=lambda s, h, i, j: s - self.slope * abs(i - j) / (h + 1), site=site)
 
 
 def main(*, everything: bool = True) -> None:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import ast
 import doctest
-import importlib.util
+import runpy
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -27,12 +26,9 @@ def notebook() -> Iterator[None]:
     registry._REGISTRY.update(before)
 
 
-def example(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def example(name: str) -> dict[str, Any]:
+    """What the script defines."""
+    return runpy.run_path(str(EXAMPLES / f"{name}.py"), run_name=name)
 
 
 SAYS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
@@ -50,7 +46,7 @@ def test_every_first_hour_is_run() -> None:
 @pytest.mark.parametrize("name", FIRST_HOURS)
 def test_it_prints_what_it_promises(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     options, says = SAYS[name]
-    example(name).main(**options)
+    example(name)["main"](**options)
     shown = capsys.readouterr().out
     assert [text for text in says if text not in shown] == [], shown
 
