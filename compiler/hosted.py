@@ -136,13 +136,13 @@ class HostedModel:
         """How this model can leave the process: one line a route, with the reason for each no."""
         from .shipping.routes import routes
 
-        return routes(self)  # type: ignore[arg-type]
+        return routes(self)
 
     def export(self, route: str, path: Any) -> Any:
         """Write the model as a stock checkpoint ("hf"), an ExportedProgram ("torch") or an AOTInductor package."""
         from .shipping.routes import export
 
-        return export(self, route, path)  # type: ignore[arg-type]
+        return export(self, route, path)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _empty_hosted, (type(self)._reattend_made_from,), self.__dict__  # type: ignore[attr-defined]

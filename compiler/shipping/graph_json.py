@@ -68,7 +68,7 @@ def _operator_name(node: fx.Node) -> str:
     if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace in NAMESPACES:
         return str(node.target)
     if node.target in _NAME_OF:
-        return _NAME_OF[node.target]  # type: ignore[index]
+        return _NAME_OF[node.target]
     raise Refused(f"operator {node.target}", where=f"%{node.name}", fits=_FITS)
 
 
@@ -217,8 +217,8 @@ def tensor_at(model: nn.Module, path: Any) -> Tensor:
     *parents, last = segments(path)
     module = module_at(model, ".".join(parents))
     for kept in (module._parameters, module._buffers, vars(module)):
-        if isinstance(kept.get(last), Tensor):
-            found: Tensor = kept[last]
+        found = kept.get(last)
+        if isinstance(found, Tensor):
             return found
     raise Refused(f"tensor {path!r}", where="graph", fits=f"a parameter or buffer of this {type(model).__name__}")
 

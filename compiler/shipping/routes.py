@@ -71,7 +71,8 @@ def export(fast: Any, route: str, path: str | Path) -> Path:
     if route == "hf":
         if reason := _why_not_stock(fast):
             raise Refused(reason, where="export hf", fits="save_pretrained, and reattend.load where it is used")
-        original(fast).save_pretrained(target)
+        stock: Any = original(fast)
+        stock.save_pretrained(target)
         return target
     if reason := _why_not_packaged(fast):
         raise Refused(reason, where=f"export {route}")
