@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 
+from reattend.compiler import mechanism as registry
 from reattend.models.vision_ops import declare_missing_vision_ops
 
 declare_missing_vision_ops()  # before anything imports torchvision: timm, and the image models of transformers
@@ -46,6 +47,15 @@ def same_start_and_end() -> Iterator[None]:
     torch.set_grad_enabled(before["grad mode"])
     torch.set_default_dtype(before["default dtype"])
     assert after == before, f"the test left switches changed: {after}, before: {before}"
+
+
+@pytest.fixture
+def notebook() -> Iterator[None]:
+    """What is registered in a test is gone afterwards."""
+    before = dict(registry._REGISTRY)
+    yield
+    registry._REGISTRY.clear()
+    registry._REGISTRY.update(before)
 
 
 def _switches() -> dict[str, bool | int | torch.dtype]:

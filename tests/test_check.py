@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 import reattend
-from reattend.compiler import mechanism as registry
 from reattend.compiler.case import Case
 from reattend.compiler.check import Answer, Report, answer, check
 from reattend.compiler.kernel_status import kernel_status
@@ -23,14 +22,7 @@ from reattend.compiler.questions import QUESTIONS
 from reattend.compiler.site import Site
 from reattend.compiler.smallest import Failure, smallest
 
-
-@pytest.fixture(autouse=True)
-def notebook() -> Iterator[None]:
-    """What is registered in a test is gone afterwards."""
-    before = dict(registry._REGISTRY)
-    yield
-    registry._REGISTRY.clear()
-    registry._REGISTRY.update(before)
+pytestmark = pytest.mark.usefixtures("notebook")
 
 
 @dataclass(frozen=True)

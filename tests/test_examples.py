@@ -5,25 +5,18 @@ from __future__ import annotations
 import ast
 import doctest
 import runpy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import reattend
-from reattend.compiler import mechanism as registry
 
 EXAMPLES = Path(reattend.__path__[0]) / "examples"
 FIRST_HOURS = sorted(path.stem for path in EXAMPLES.glob("first_hour_*.py"))
 
 
-@pytest.fixture(autouse=True)
-def notebook() -> Iterator[None]:
-    before = dict(registry._REGISTRY)
-    yield
-    registry._REGISTRY.clear()
-    registry._REGISTRY.update(before)
+pytestmark = pytest.mark.usefixtures("notebook")
 
 
 def example(name: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 import reattend
-from reattend.compiler import mechanism as registry
 from reattend.compiler.refusal import Refused
 from reattend.models.hf_attention import counted, refuse_unrouted, unrouted
 from reattend.models.hf_masks import NotRouted, Seen
@@ -30,15 +29,6 @@ WIDTH: dict[str, Any] = dict(
     vocab_size=60,
 )
 SLIDING = [{}, {"kind": "Mistral", "sliding_window": 4}, {"kind": "Gemma2", "sliding_window": 4, "head_dim": 8}]
-
-
-@pytest.fixture
-def notebook() -> Iterator[None]:
-    """What is registered in a test is gone afterwards."""
-    before = dict(registry._REGISTRY)
-    yield
-    registry._REGISTRY.clear()
-    registry._REGISTRY.update(before)
 
 
 def llama(name: str = "sdpa", kind: str = "Llama", **settings: Any) -> nn.Module:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 import reattend.passes
-from reattend.compiler import mechanism as registry
 from reattend.compiler.catalogue import mechanism_table
 from reattend.compiler.check import Answer, answer, check, variants
 from reattend.compiler.functional import attention
@@ -55,15 +54,6 @@ def test_the_page_of_the_docs_is_the_registry() -> None:
     page = Path(reattend.__path__[0]) / "docs" / "mechanisms.md"
     again = "python -m reattend mechanisms --md > docs/mechanisms.md"
     assert page.read_text(encoding="utf-8") == mechanism_table().markdown() + "\n", again
-
-
-@pytest.fixture
-def notebook() -> Iterator[None]:
-    """What is registered in a test is gone afterwards."""
-    before = dict(registry._REGISTRY)
-    yield
-    registry._REGISTRY.clear()
-    registry._REGISTRY.update(before)
 
 
 @dataclass(frozen=True)

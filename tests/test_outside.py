@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -16,7 +15,6 @@ from typer.testing import CliRunner
 
 import reattend
 from reattend.cli import app
-from reattend.compiler import mechanism as registry
 from reattend.compiler.questions import QUESTIONS
 from reattend.compiler.refusal import Refused
 from reattend.compiler.scaffold import new_mechanism
@@ -38,13 +36,7 @@ X = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(0))
 RECIPE = {"version": 1, "sites": [{"match": "*", "attention": "near"}]}
 
 
-@pytest.fixture(autouse=True)
-def notebook() -> Iterator[None]:
-    """What is registered in a test is gone afterwards."""
-    before = dict(registry._REGISTRY)
-    yield
-    registry._REGISTRY.clear()
-    registry._REGISTRY.update(before)
+pytestmark = pytest.mark.usefixtures("notebook")
 
 
 def python(*arguments: str, path: Path | None = None, folder: Path) -> subprocess.CompletedProcess[str]:
