@@ -39,6 +39,7 @@ from .compiler.refusal import Refused, Uncapturable
 from .compiler.report import NO_DATA, SiteList, joined
 from .compiler.rewriting import Rewriting, model_facts
 from .compiler.scaffold import new_mechanism as new_mechanism
+from .compiler.shipping import routes as routes  # ships() and export() of a hosted model
 from .compiler.shipping.saved import load as load_folder
 from .compiler.shipping.saved import save as save
 from .compiler.site import Site

@@ -74,6 +74,19 @@ def about(model: nn.Module) -> Any:
     return hosting(model).about if is_hosted(model) else None
 
 
+_WAYS_OUT: dict[str, Callable[..., Any]] = {}
+
+
+def way_out(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Shipping stands above hosting; it announces what a hosted model's methods call."""
+
+    def announce(function: Callable[..., Any]) -> Callable[..., Any]:
+        _WAYS_OUT[name] = function
+        return function
+
+    return announce
+
+
 def hosting(model: Any) -> Hosting:
     """What a hosted model knows beside its modules."""
     state: Hosting = model.__dict__[_STATE]
@@ -156,15 +169,11 @@ class HostedModel:
 
     def ships(self) -> Any:
         """How this model can leave the process: one line a route, with the reason for each no."""
-        from .shipping.routes import routes
-
-        return routes(self)
+        return _WAYS_OUT["ships"](self)
 
     def export(self, route: str, path: Any) -> Any:
         """Write the model as a stock checkpoint ("hf"), an ExportedProgram ("torch") or an AOTInductor package."""
-        from .shipping.routes import export
-
-        return export(self, route, path)
+        return _WAYS_OUT["export"](self, route, path)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _empty_hosted, (type(self)._reattend_made_from,), self.__dict__  # type: ignore[attr-defined]
@@ -197,14 +206,12 @@ def _saving(made_from: Any) -> Callable[..., Any]:
 
     @functools.wraps(made_from.save_pretrained)
     def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
-        from .shipping.saved import write_beside
-
         state, before = hosting(self), config_values(self)
         answer = made_from.save_pretrained(self, save_directory, *args, **kwargs)
         written = {n: v for n, v in config_values(self).items() if before.get(n) != v or n not in before}
         state.config = {**state.config, **written}  # what saving notes in the config changes no forward
         if kwargs.get("is_main_process", args[0] if args else True):
-            write_beside(self, save_directory)
+            _WAYS_OUT["write beside"](self, save_directory)
         return answer
 
     return save_pretrained

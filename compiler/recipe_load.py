@@ -48,10 +48,12 @@ RULE_KEYS = ("match", *SITE_KEYS, "split", "drop")
 Section = TypeVar("Section")
 
 
-def load_recipe(source: str | Path | Mapping[str, Any] | Recipe, vocabulary: Vocabulary) -> Recipe:
+def load_recipe(
+    source: str | Path | Mapping[str, Any] | Recipe, vocabulary: Vocabulary, *, alone: bool = False
+) -> Recipe:
     """The recipe of a path, a shipped name ("exact"), a YAML or JSON text (with a newline), or a dict.
 
-    Refused: what the vocabulary does not know, what is not a recipe, what is not plain data.
+    Refused: what the vocabulary does not know, what is not a recipe, what is not plain data; `alone`: other files too.
     """
     if isinstance(source, Recipe):
         again = load_recipe(source.to_dict(), vocabulary)
@@ -62,7 +64,7 @@ def load_recipe(source: str | Path | Mapping[str, Any] | Recipe, vocabulary: Voc
         return _Loader(vocabulary).read(read_text(source, "recipe"), "recipe", Path())
     if not isinstance(source, str | Path):
         raise Refused(f"a recipe given as {type(source).__name__}", fits="a path, a shipped name, YAML text or a dict")
-    return _Loader(vocabulary).open(_locate(source, Path()))
+    return _Loader(vocabulary, alone).open(_locate(source, Path()))
 
 
 def shipped() -> tuple[str, ...]:
@@ -75,6 +77,7 @@ class _Loader:
     """One reading: the vocabulary, and the files read so far."""
 
     vocabulary: Vocabulary
+    alone: bool = False
 
     def __post_init__(self) -> None:
         self.opening: list[Path] = []
@@ -112,6 +115,8 @@ class _Loader:
     def include(self, item: Node, folder: Path) -> Recipe:
         if not isinstance(item.value, str):
             raise item.refuse(item.says(), "expected a path beside this file or a shipped name")
+        if self.alone:
+            raise item.refuse(f"include {item.value!r}", "a recipe in one file")
         try:
             path = _locate(item.value, folder)
         except Refused as refusal:

@@ -124,6 +124,15 @@ def test_an_empty_folder_and_cut_weights_are_refused(folder: Path, tmp_path: Pat
         reattend.load(tmp_path, model=Attending())
 
 
+def test_a_recipe_in_a_folder_includes_no_other_file(folder: Path, tmp_path: Path) -> None:
+    for file in folder.iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    (tmp_path / "recipe.yaml").write_text("version: 1\ninclude: [../elsewhere.yaml]\n")
+    (tmp_path.parent / "elsewhere.yaml").write_text("version: 1\n")
+    with pytest.raises(Refused, match=r"include '\.\./elsewhere\.yaml': a recipe in one file"):
+        reattend.load(tmp_path, model=Attending())
+
+
 def test_without_a_model_a_class_of_ones_own_is_refused(folder: Path) -> None:
     with pytest.raises(Refused, match=r"Attending, which transformers does not ship.*model=instance"):
         reattend.load(folder)

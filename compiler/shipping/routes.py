@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..hosted import hosting, original
+from ..hosted import hosting, original, way_out
 from ..refusal import Refused, nearest
 from .exporting import why_no_compiler, why_not_export, write_aoti, write_torch
 from .stock import is_stock
@@ -50,6 +50,7 @@ class Routes:
         return {route.name: route.reason or "yes" for route in self.all}
 
 
+@way_out("ships")
 def routes(fast: Any) -> Routes:
     """The routes of a hosted model, as its graph of the last call (or the first one) stands."""
     return Routes(
@@ -63,6 +64,7 @@ def routes(fast: Any) -> Routes:
     )
 
 
+@way_out("export")
 def export(fast: Any, route: str, path: str | Path) -> Path:
     """Write a model by one route; refused with what stands in the way."""
     if route not in EXPORTS:

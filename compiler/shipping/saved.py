@@ -20,7 +20,7 @@ from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from ..capture import Captured
-from ..hosted import adopt, changed_config, host, hosting, is_hosted, place_at
+from ..hosted import adopt, changed_config, host, hosting, is_hosted, place_at, way_out
 from ..plain_graph import CONSTANTS
 from ..program import Store
 from ..recipe_load import load_recipe
@@ -55,6 +55,7 @@ def save(fast: Any, folder: str | Path) -> Path:
     return target
 
 
+@way_out("write beside")
 def write_beside(fast: Any, folder: str | Path) -> None:
     """What reattend adds to the files that the model's class has written; all of it where the class writes none."""
     target, work = Path(folder), hosting(fast).about
@@ -217,7 +218,9 @@ def _work(source: Path, facts: Mapping[str, Any]) -> Rewriting:
     if type(count) is not int or not 1 <= count <= MAX_RECIPES:
         raise Refused(f"{count!r} recipes", where=FACTS, fits=f"1 to {MAX_RECIPES}")
     named = zip(_recipe_files(count), facts["sources"], strict=True)
-    recipes = tuple(replace(load_recipe(source / name, vocabulary()), source=str(said)) for name, said in named)
+    recipes = tuple(
+        replace(load_recipe(source / name, vocabulary(), alone=True), source=str(said)) for name, said in named
+    )
     work = Rewriting(recipes, str(facts["model"]["name"]))
     decided = facts["settled"]
     if decided is not None:
