@@ -39,6 +39,8 @@ def as_sdpa(node: fx.Node, made: Made) -> fx.Node | None:
     if causal:
         if spec.align != "start" and _size(q, 2) != _size(k, 2):
             return None
+    elif spec.empty:  # a query without a key has a score of its own
+        return None
     elif spec.keep:
         mask = _key_mask(node, spec, q, k, list(tables), made)  # type: ignore[arg-type]
         if mask is None:

@@ -79,3 +79,22 @@ def test_dropout_stays_in_train_and_goes_in_eval() -> None:
     fast.train()
     fast(x)
     assert any("dropout" in t for t in targets(fast))
+
+
+class Filled(Padded):
+    """The same with a finite fill: a row that keeps nothing averages all values."""
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        B, N, _ = x.shape
+        fill = (mask == 0)[:, None, None, :] * torch.finfo(x.dtype).min
+        q, k = (f(x).view(B, N, 2, 8).transpose(1, 2) for f in (self.q, self.k))
+        weights = (q @ k.mT * 8**-0.5 + fill).softmax(-1)
+        return (weights @ k).transpose(1, 2).reshape(B, N, 16)
+
+
+def test_rows_that_keep_nothing_have_the_models_own_fill() -> None:
+    torch.manual_seed(0)
+    model, x = Filled().eval(), torch.randn(3, 7, 16)
+    mask = torch.tensor([[1] * 7, [1] * 4 + [0] * 3, [0] * 7])
+    fast = reattend.optimize(model, "exact", (x, torch.ones_like(mask)), measure=False)
+    torch.testing.assert_close(fast(x, mask), model(x, mask), rtol=1e-5, atol=1e-6)
