@@ -6,7 +6,7 @@ fast = reattend.optimize(model, "recipe.yaml")
 
 __version__ = "0.1.0"
 
-from reattend.api import check, explain, optimize, sites
+from reattend.api import attn_implementation, bench, check, explain, load, optimize, preview, save, sites
 from reattend.compiler.functional import attention
 from reattend.compiler.layers import Attention, module
 from reattend.compiler.mechanism import Aux, Limit, Mechanism, Param, mechanism, mechanisms, register
@@ -27,13 +27,18 @@ __all__ = [
     "Site",
     "attend",
     "attention",
+    "attn_implementation",
+    "bench",
     "check",
     "explain",
+    "load",
     "mechanism",
     "mechanisms",
     "module",
     "optimize",
+    "preview",
     "register",
+    "save",
     "sites",
     "table",
 ]

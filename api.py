@@ -5,9 +5,8 @@ capture ─▶ raise sites ─▶ fold masks ─▶ decide by the recipe ─▶ 
 
 from __future__ import annotations
 
+import copy
 import logging
-import statistics
-import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,12 @@ from torch import nn
 
 from . import codegen as codegen
 from . import passes as passes
+from .compiler.bench import Bench, measure
 from .compiler.capture import Captured, capture
 from .compiler.catalogue import mechanism_table as mechanism_table
 from .compiler.check import check as check
 from .compiler.cost import site_costs
+from .compiler.devices import device_of
 from .compiler.example_inputs import example_inputs as inferred_inputs
 from .compiler.explanation import Explanation, together
 from .compiler.facts import describe
@@ -28,21 +29,31 @@ from .compiler.held_out import as_batch, held_out
 from .compiler.hosted import about, host, original
 from .compiler.islands import capture_islands, host_islands
 from .compiler.masks import fold_masks
+from .compiler.mechanism import mechanisms as mechanisms
 from .compiler.pipeline import shown_misses
+from .compiler.preview import Preview, foresee
 from .compiler.raising import raise_sites
 from .compiler.recipe import Recipe, guard
 from .compiler.recipe_load import load_recipe
 from .compiler.refusal import Refused, Uncapturable
-from .compiler.report import NO_DATA, SiteList, Timing, joined
+from .compiler.report import NO_DATA, SiteList, joined
 from .compiler.rewriting import Rewriting, model_facts
+from .compiler.scaffold import new_mechanism as new_mechanism
+from .compiler.shipping.saved import load as load_folder
+from .compiler.shipping.saved import save as save
 from .compiler.site import Site
+from .compiler.sized import sized
 from .compiler.steps import fitting, vocabulary
+from .compiler.timing import RUNS, timed
 from .compiler.trial import must_run
 from .compiler.unwrap import unwrap
+from .models.hf_names import attn_implementation as attn_implementation
+from .models.hf_names import register_names
+from .models.on_meta import on_meta
 
+register_names()  # `attn_implementation="reattend:..."`, from the moment transformers is imported
 log = logging.getLogger("reattend")
 Inputs = tuple[Any, ...] | Mapping[str, Any] | tuple[tuple[Any, ...], Mapping[str, Any]] | None
-TIMED_RUNS, TIMED_SECONDS = 15, 4.0  # interleaved pairs at most; the medians are reported
 
 
 def optimize(
@@ -58,7 +69,8 @@ def optimize(
     """The model rewritten by a recipe: still of its own class, with `.graph`, `.report` and `.sites`.
 
     recipe          a shipped name, a path, YAML text, or the same as a dict.
-    example_inputs  positional arguments, keyword arguments, or a pair of both; inferred where that runs.
+    example_inputs  positional arguments, keyword arguments, or a pair of both. Left out they are inferred where that
+                    runs; where it does not, the first call is captured, and refused if the recipe does not fit.
     data            held-out calls like example_inputs; without it quality is not judged, only correctness.
     max_signatures  how many kinds of calls get a graph of their own before a further one is refused.
 
@@ -75,8 +87,14 @@ def optimize(
     work = Rewriting(recipes, called, notes=list(notes))
     if earlier is not None:
         work.store = earlier.store
-    args, kwargs = _inputs(inner, example_inputs)
     work.batches, work.described = batches, described
+    try:
+        args, kwargs = _inputs(inner, example_inputs)
+    except Refused as unknown:
+        if example_inputs is not None:
+            raise
+        log.warning("captured at the first call: %s", unknown)
+        return host(inner, work.program_for, about=work, limit=max_signatures)
     grad = torch.is_grad_enabled()
     try:
         fast: Any = host(inner, work.program_for, about=work, limit=max_signatures)
@@ -89,9 +107,80 @@ def optimize(
     for warning in fast.report.warnings:
         log.warning("%s", warning)
     if measure and not inner.training:
-        fast.report.timing = _timed(inner, fast, args, kwargs)
+        fast.report.timing = timed(inner, fast, args, kwargs)
     log.info("%s", fast.report.verdict())
     return fast
+
+
+def bench(
+    model: Any,
+    recipe: str | Path | Mapping[str, Any] | Recipe = "exact",
+    inputs: Inputs = None,
+    *,
+    compiled: bool = False,
+    batch: int = 0,
+    length: int = 0,
+    dtype: torch.dtype | None = None,
+    runs: int = RUNS,
+    name: str = "",
+) -> Bench:
+    """The model before and after a recipe: deviation first, then time, rate, memory and the share of its sites.
+
+    compiled        both sides through torch.compile.
+    batch, length   the inputs repeated or cut to these sizes; dtype: a copy of the model in it.
+    """
+    inner, _ = unwrap(model)
+    inner = original(inner)
+    args, kwargs = sized(*_inputs(inner, inputs), batch=batch, length=length, dtype=dtype)
+    if dtype is not None:
+        inner = copy.deepcopy(inner).to(dtype)
+    if inner.training:
+        raise Refused("a model in train()", where="bench", fits="model.eval(): dropout makes every call another one")
+    fast = optimize(inner, recipe, (args, kwargs), name=name, measure=False)
+    report = fast.report
+    return measure(inner, fast, args, kwargs, model=report.model, recipe=report.recipe, compiled=compiled, runs=runs)
+
+
+def preview(
+    model_or_config: Any,
+    recipe: str | Path | Mapping[str, Any] | Recipe,
+    inputs: Inputs = None,
+    *,
+    tokens: int = 0,
+    batch: int = 1,
+    device: str | Mapping[str, Any] = "h100",
+    dtype: torch.dtype | None = None,
+    name: str = "",
+) -> Preview:
+    """FLOPs, bytes, peak memory, KV cache and roofline time before and after a recipe; nothing is run or loaded.
+
+    model_or_config  a model, its weights on any device, or a Hugging Face config: up to shapes of 70 B parameters.
+    device           h100, a100, cpu, or {"flops": ..., "bandwidth": ..., "memory": ...}.
+    """
+    given = isinstance(model_or_config, nn.Module)
+    model = original(unwrap(model_or_config)[0]) if given else on_meta(model_or_config, dtype)
+    args, kwargs = sized(*_inputs(model, inputs), batch=batch, length=tokens, dtype=dtype)
+    if dtype is not None and given:
+        model = copy.deepcopy(model).to(dtype)
+    wanted = load_recipe(recipe, vocabulary())
+    guard(wanted, model_facts(model))
+    called = name or type(model).__name__
+    return foresee(model, wanted, args, kwargs, device=device_of(device), name=called)
+
+
+def load(folder: str | Path, model: nn.Module | str | None = None) -> Any:
+    """A model that `save_pretrained` or `save` wrote: equal outputs, report and sites; further signatures by recipe.
+
+    model  needed where transformers does not ship the class: an instance, or "module:factory" that makes one. Nothing
+           that the folder names is ever imported or run.
+    """
+    from .models.load import load_model
+    from .models.vision_ops import declare_missing_vision_ops
+
+    declare_missing_vision_ops()  # before transformers looks for torchvision
+    if isinstance(model, str):
+        model = load_model(f"py:{model.removeprefix('py:')}").model
+    return load_folder(folder, model)
 
 
 def sites(model: Any, example_inputs: Inputs = None) -> tuple[Site, ...]:
@@ -163,22 +252,3 @@ def _needs_data(recipe: Recipe, batches: Sequence[Any]) -> None:
 
 def _inputs(model: nn.Module, given: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return inferred_inputs(model) if given is None else as_batch(given)
-
-
-def _timed(original: nn.Module, fast: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Timing | None:
-    """Medians of interleaved runs; None where a call changes its arguments (a cache)."""
-    if any(type(v).__name__.endswith("Cache") for v in (*args, *kwargs.values())):
-        return None
-    took: tuple[list[float], list[float]] = ([], [])
-    with torch.no_grad():
-        started = time.perf_counter()
-        for run in range(TIMED_RUNS + 1):
-            if run > 3 and time.perf_counter() - started > TIMED_SECONDS:
-                break
-            for which, one in enumerate((original, fast)):
-                start = time.perf_counter()
-                one(*args, **kwargs)
-                if run:  # the first pair warms up
-                    took[which].append(1e3 * (time.perf_counter() - start))
-    shapes = [tuple(v.shape) for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)]
-    return Timing(statistics.median(took[0]), statistics.median(took[1]), len(took[0]), " ".join(map(str, shapes)))

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -34,18 +34,30 @@ def _answers(*, as_json: bool = False) -> Iterator[None]:
     try:
         yield
     except Refused as refused:
-        if as_json:
-            print(json.dumps({"error": str(refused)}))
-        else:
-            print(f"error: {refused}", file=sys.stderr)
-        raise typer.Exit(1) from None
+        _refusal(str(refused), as_json=as_json)
     except BrokenPipeError:  # who reads has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (typer.Exit, KeyboardInterrupt):
         raise
+    except OSError as error:
+        if error.filename is None:
+            _fault(error)
+        _refusal(f"{error.filename}: {error.strerror}", as_json=as_json)
     except Exception as fault:
-        logging.getLogger("reattend").exception("a fault of reattend itself: %s", fault)
-        raise typer.Exit(2) from None
+        _fault(fault)
+
+
+def _refusal(text: str, *, as_json: bool) -> NoReturn:
+    if as_json:
+        print(json.dumps({"error": text}))
+    else:
+        print(f"error: {text}", file=sys.stderr)
+    raise typer.Exit(1) from None
+
+
+def _fault(fault: Exception) -> NoReturn:
+    logging.getLogger("reattend").exception("a fault of reattend itself: %s", fault)
+    raise typer.Exit(2) from None
 
 
 def _working(says: str, work: Callable[[], Any], *, quiet: bool) -> Any:
@@ -99,6 +111,8 @@ def optimize(
         from . import api
         from .models.load import load_model
 
+        if report is not None and report.suffix not in (".html", ".json", ".txt"):
+            raise Refused(f"--report {report}", fits=".html, .json or .txt")
         loaded = load_model(model)
         work = lambda: api.optimize(loaded.model, recipe, loaded.example_inputs, name=loaded.name)
         fast = _working(f"optimizing {model}", work, quiet=as_json)
@@ -110,6 +124,68 @@ def optimize(
         for path in (report, graph):
             if path is not None and not as_json:
                 print(f"\nwrote {path}")
+
+
+@app.command()
+def bench(
+    model: ModelName,
+    recipe: RecipeName,
+    compiled: Annotated[bool, typer.Option("--compiled", help="both sides through torch.compile")] = False,
+    batch: Annotated[int, typer.Option(help="rows of the inputs; 0: as they come")] = 0,
+    length: Annotated[int, typer.Option(help="tokens of the inputs; 0: as they come")] = 0,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16; empty: the model's own")] = "",
+    runs: Annotated[int, typer.Option(help="interleaved pairs of runs, at most")] = 15,
+    as_json: AsJson = False,
+) -> None:
+    """A model before and after a recipe: deviation first, then time, rate, peak memory, and where the time goes."""
+    with _answers(as_json=as_json):
+        from . import api
+        from .models.load import load_model
+
+        loaded = load_model(model)
+        work = lambda: api.bench(
+            loaded.model, recipe, loaded.example_inputs, compiled=compiled, batch=batch, length=length,
+            dtype=_dtype(dtype), runs=runs, name=loaded.name,
+        )  # fmt: skip
+        found = _working(f"measuring {model}", work, quiet=as_json)
+        print(json.dumps(found.to_dict()) if as_json else found.text())
+        if found.failed:
+            raise typer.Exit(1)
+
+
+@app.command()
+def preview(
+    model: ModelName,
+    recipe: RecipeName,
+    tokens: Annotated[int, typer.Option(help="length of the inputs; 0: as they come")] = 0,
+    batch: Annotated[int, typer.Option(help="rows of the inputs")] = 1,
+    device: Annotated[str, typer.Option(help="h100, a100 or cpu")] = "h100",
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16; empty: the model's own")] = "",
+    as_json: AsJson = False,
+) -> None:
+    """What a recipe would change on a device: predicted from shapes; of hf: models only the config is read."""
+    with _answers(as_json=as_json):
+        from . import api
+        from .models.load import load_model
+        from .models.on_meta import shape_of
+
+        shape = shape_of(model, _dtype(dtype))
+        loaded = load_model(model) if shape is None else None
+        work = lambda: api.preview(
+            loaded.model if loaded else shape, recipe, loaded.example_inputs if loaded else None, tokens=tokens,
+            batch=batch, device=device, dtype=_dtype(dtype) if loaded else None, name=model,
+        )  # fmt: skip
+        found = _working(f"predicting {model}", work, quiet=as_json)
+        print(json.dumps(found.to_dict()) if as_json else found.text())
+
+
+def _dtype(text: str) -> Any:
+    import torch
+
+    known = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "": None}
+    if text not in known:
+        raise Refused(f"--dtype {text}", fits=", ".join(filter(None, known)))
+    return known[text]
 
 
 @app.command()
@@ -147,7 +223,7 @@ def _fitting(place: str) -> tuple[str, ...]:
 
 @app.command()
 def check(
-    mechanism: Annotated[str, typer.Argument(help="a registered name, or module:Class")],
+    mechanism: Annotated[str, typer.Argument(help="a registered name, a file.py, or module:Class")],
     as_json: AsJson = False,
 ) -> None:
     """Ask a mechanism the questions that our own must answer; exit 1 and the smallest failing case where one fails."""
@@ -161,15 +237,49 @@ def check(
 
 
 def _mechanism_class(text: str) -> Any:
+    import importlib
+
+    if text.endswith(".py"):
+        return _registered_by(Path(text))
     module, colon, name = text.partition(":")
     if not colon:
         return text
-    import importlib
-
     try:
         return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise Refused(f"mechanism {text!r}", fits=str(error)) from None
+
+
+def _registered_by(path: Path) -> Any:
+    """The one mechanism that a file registers when it is run."""
+    import runpy
+
+    from . import api
+    from .compiler.mechanism import Mechanism
+
+    if not path.is_file():
+        raise Refused(f"file {path}", fits="a python file that registers a mechanism")
+    before = api.mechanisms()
+    runpy.run_path(str(path), run_name=path.stem)
+    made: list[type[Mechanism]] = [cls for slug, cls in api.mechanisms().items() if before.get(slug) is not cls]
+    if len(made) != 1:
+        names = ", ".join(cls.slug for cls in made) or "none"
+        raise Refused(f"{path} registers {names}", fits="a file that registers one mechanism")
+    return made[0]
+
+
+@app.command()
+def new_mechanism(
+    name: Annotated[str, typer.Argument(help="its short name: small letters, digits and _")],
+    family: Annotated[str, typer.Option(help="in reattend's repository: the folder under passes/")] = "",
+) -> None:
+    """Write a new mechanism's file, which passes `reattend check` as it is; with --family also its import line."""
+    with _answers():
+        from . import api
+
+        made = api.new_mechanism(name, family=family)
+        print("\n".join(f"wrote {path}" for path in made))
+        print(f"next: reattend check {name if family else made[0].name}")
 
 
 @app.command()

@@ -1,3 +1,4 @@
 """What becomes a kernel: implementations registered for the primitives, per device; no mechanism is known here."""
 
 from . import sdpa as sdpa
+from . import sdpa_call as sdpa_call

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..compiler.primitives.attend import attend_op
-from ..compiler.primitives.attend_spec import CAUSAL, AttendSpec
+from ..compiler.primitives.attend_spec import CAUSAL, FAINT, AttendSpec
 from ..compiler.primitives.operator import Groups, Kernel
+from ..compiler.primitives.rows import repeat_heads
 from ..compiler.reach import Reach, reach
 from ..compiler.symbol_eval import evaluate
 from ..compiler.symbols import Expr, build
 
+Names = dict[str, Any]
 BLOCK_ROWS = 256  # query rows of one sliced call: smaller wastes fewer keys, larger calls less often
 
 
@@ -50,7 +53,7 @@ def why_not_softmax(text: str) -> str | None:
     spec = AttendSpec.of(text)
     if spec.normaliser != "softmax" or spec.weight:
         return f"normaliser {spec.normaliser}"
-    if AttendSpec(score=spec.score, keep=spec.keep, align=spec.align).text != spec.text:
+    if AttendSpec(score=spec.score, keep=spec.keep, align=spec.align, empty=spec.empty).text != spec.text:
         return "asks for more than the output of a plain softmax over one segment"
     return None if linear_score(text) is not None else f"score {spec.score}"
 
@@ -104,6 +107,8 @@ def _run_keys(groups: Groups, text: str) -> list[Tensor]:
     named = {f"t{index}": table for index, table in enumerate(tables)}
     rows, keys = torch.zeros(1, dtype=torch.long, device=q.device), torch.arange(m, device=q.device)
     keep = _mask(spec, None, rows, keys, q, m, named)
+    if spec.empty and keep is not None and not bool(keep.any(-1).all()):
+        return _run_rows(groups, text)
     return [_masked(q, k, v, None if keep is None or bool(keep.all()) else keep, _scale(text))]
 
 
@@ -125,8 +130,32 @@ def _run_rows(groups: Groups, text: str) -> list[Tensor]:
         rows = torch.arange(first + shift, last + shift, device=q.device)
         mask = _mask(spec, _rest(text), rows, keys, q, m, named)
         near_k, near_v = (t if len(keys) == m else _take(t, keys, m, bound) for t in (k, v))
-        parts.append(_masked(q[..., first:last, :], near_k, near_v, mask, _scale(text)))
+        own = q[..., first:last, :]
+        o = _masked(own, near_k, near_v, mask, _scale(text))
+        if spec.empty_expr is not None and m:
+            o = _filled(o, own, k, v, _none(mask, keys), spec.empty_expr, _names(rows, torch.arange(m), q, m), named)
+        parts.append(o)
     return [torch.cat(parts, -2)] if parts else [q.new_empty(*q.shape[:-1], v.shape[-1])]
+
+
+def _none(mask: Tensor | None, keys: Tensor) -> Tensor:
+    """Which rows keep nothing, (B|1, H|1, N|1, 1)."""
+    if mask is None or len(keys) == 0:
+        return torch.full((1, 1, 1, 1), len(keys) == 0, device=keys.device)
+    return ~(mask if mask.dtype == torch.bool else mask > FAINT).any(-1, keepdim=True)
+
+
+def _filled(
+    o: Tensor, q: Tensor, k: Tensor, v: Tensor, none: Tensor, empty: Expr, names: Names, tables: dict[str, Tensor]
+) -> Tensor:
+    """Rows that keep nothing by the score that stands for them, over all keys."""
+    if not bool(none.any()):
+        return o
+    wide = torch.promote_types(q.dtype, torch.float32)
+    k, v = (repeat_heads(t, q).to(wide) for t in (k, v))
+    score = evaluate(empty, {**names, "s": q.to(wide) @ k.mT}, tables)
+    weights = torch.nan_to_num(score.to(wide).softmax(-1), nan=0.0)
+    return torch.where(none, (weights @ v).to(o.dtype), o)
 
 
 def _reached(first: int, last: int, m: int, bound: Reach, device: torch.device) -> Tensor:
@@ -149,15 +178,7 @@ def _mask(
     spec: AttendSpec, rest: Expr | None, rows: Tensor, keys: Tensor, q: Tensor, m: int, tables: dict[str, Tensor]
 ) -> Tensor | None:
     """Predicate and bias of one block: boolean, or additive in q's type; None where neither is there."""
-    batch, heads, n = q.shape[:3]
-    names = {
-        "b": torch.arange(batch, device=q.device).view(batch, 1, 1, 1),
-        "h": torch.arange(heads, device=q.device).view(1, heads, 1, 1),
-        "i": rows.view(1, 1, -1, 1),
-        "j": keys.view(1, 1, 1, -1),
-        "N": n,
-        "M": m,
-    }
+    n, names = q.shape[2], _names(rows, keys, q, m)
     whole = {"b", "h"} | ({"j"} if len(keys) == m else set())
     whole |= {"i"} if len(rows) == n and spec.align == "start" else set()
     keep = evaluate(spec.keep_expr, names, tables, whole=frozenset(whole)) if spec.keep else None
@@ -167,6 +188,18 @@ def _mask(
         return keep
     bias = torch.as_tensor(evaluate(rest, names, tables, whole=frozenset(whole)), device=q.device).to(q.dtype)
     return bias if keep is None else torch.where(keep, bias, torch.full((), -math.inf, dtype=q.dtype, device=q.device))
+
+
+def _names(rows: Tensor, keys: Tensor, q: Tensor, m: int) -> Names:
+    batch, heads, n = q.shape[:3]
+    return {
+        "b": torch.arange(batch, device=q.device).view(batch, 1, 1, 1),
+        "h": torch.arange(heads, device=q.device).view(1, heads, 1, 1),
+        "i": rows.view(1, 1, -1, 1),
+        "j": keys.to(q.device).view(1, 1, 1, -1),
+        "N": n,
+        "M": m,
+    }
 
 
 def _masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float) -> Tensor:
@@ -198,7 +231,7 @@ def _fused(
 for _device in ("cpu", "cuda"):
     attend_op.kernels.setdefault(_device, []).extend(
         [
-            Kernel("sdpa", _refuse_dense, _run_dense, differentiable=True),
+            Kernel("sdpa", _refuse_dense, _run_dense, plain=True, differentiable=True),
             Kernel("sdpa over kept keys", _refuse_keys, _run_keys, differentiable=True),
             Kernel("sdpa in blocks of rows", _refuse_rows, _run_rows, differentiable=True),
         ]

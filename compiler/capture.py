@@ -18,6 +18,7 @@ from .leaves import plain_calls, stamp_leaves
 from .plain_graph import operations, plain, written
 from .ranges import Sizes, Symbol
 from .refusal import Refused, Uncapturable
+from .regions import open_regions
 from .signature import Call, SignatureKey, forward_signature, rebuild
 from .untouched import forgotten, quiet, unchanged
 
@@ -57,6 +58,14 @@ class Captured:
     def check(self, tensors: Sequence[Tensor]) -> None:
         """Raise Refused where the sizes of a call are outside the captured range."""
         self.dims.check(tensors)
+
+    def fits(self, call: Call) -> bool:
+        """Whether the sizes of a call are within the captured range."""
+        try:
+            self.check(self.inputs(call))
+        except Refused:
+            return False
+        return True
 
     def inputs(self, call: Call) -> tuple[Tensor, ...]:
         """The flat tensors of a call, caches that are still empty given tensors of length 0."""
@@ -124,12 +133,10 @@ def operations_at(model: nn.Module, call: Call, attempt: Attempt) -> tuple[str, 
 
 def setting(model: nn.Module) -> tuple[str, ...]:
     """What a graph depends on beside the call: the mode, and the dtype and device of the weights."""
-    modes = {m.training for m in model.modules()}
-    if len(modes) == 2:
-        inside = int(
-            "".join("01"[m.training] for m in model.modules()), 2
-        )  # torch.compile cannot trace zlib or hashlib
-        mode = f"{'train' if model.training else 'eval'} mixed {inside % 65521:04x}"
+    inside = "".join(_modes(model))
+    if len(set(inside)) == 2:
+        code = int(inside, 2) % 65521  # torch.compile cannot trace zlib or hashlib
+        mode = f"{'train' if model.training else 'eval'} mixed {code:04x}"
     else:
         mode = "train" if model.training else "eval"
     weight = next((p for p in model.parameters() if p.is_floating_point()), None)
@@ -137,6 +144,18 @@ def setting(model: nn.Module) -> tuple[str, ...]:
         return (mode,)
     device = "" if weight.device.type == "cpu" else f" {weight.device}"
     return mode, f"{str(weight.dtype).removeprefix('torch.')}{device}"
+
+
+def _modes(model: nn.Module) -> list[str]:
+    """1 (train) or 0 of every module, each once; asked at every call, so without the generators of modules()."""
+    found, seen, waiting = [], set(), [model]
+    while waiting:
+        module = waiting.pop()
+        if id(module) not in seen:
+            seen.add(id(module))
+            found.append("01"[module.training])
+            waiting += [m for m in module._modules.values() if m is not None]
+    return found
 
 
 # --- the export -------------------------------------------------------------------------------------------------------
@@ -155,6 +174,7 @@ def export(model: nn.Module, call: Call, attempt: Attempt) -> Captured:
     finally:
         torch.set_grad_enabled(grad)
     graph = plain(program, model, [leaf.path for leaf in call.leaves])
+    open_regions(graph)
     stamp_leaves(graph, leaves)
     return Captured(
         graph=graph,
@@ -223,9 +243,9 @@ def _grown(call: Call, values: Mapping[str, Any], given: Sequence[Leaf], seen: S
 def _sizes(graph: fx.GraphModule, program: torch.export.ExportedProgram, call: Call) -> Sizes:
     values = [n.meta["val"] for n in graph.graph.find_nodes(op="placeholder")]
     shapes = tuple(tuple(map(_size, v.shape)) for v in values)
-    symbols = {str(s): Symbol(str(s), int(r.lower), _most(r.upper)) for s, r in program.range_constraints.items()}
     used = {t for shape in shapes for t in shape if isinstance(t, str)}
-    symbols = {n: s for n, s in symbols.items() if n in used}
+    ranges = {str(s): r for s, r in program.range_constraints.items() if str(s) in used}  # others may be unbounded
+    symbols = {n: Symbol(n, int(r.lower), _most(r.upper)) for n, r in ranges.items()}
     guards = tuple(g for g in program._guards_code if "L[" in g)
     return Sizes(tuple(leaf.path for leaf in call.leaves), shapes, tuple(v.dtype for v in values), symbols, guards)
 

@@ -22,16 +22,17 @@ SAMPLES = 257  # query and key positions at which a predicate is sampled to esti
 class Cost:
     flops: float = 0.0
     bytes: float = 0.0  # inputs and outputs of every operation, each once
+    products: float = 0.0  # of the flops, those of matrix products, convolutions and attention
 
     def __add__(self, other: Cost) -> Cost:
-        return Cost(self.flops + other.flops, self.bytes + other.bytes)
+        return Cost(self.flops + other.flops, self.bytes + other.bytes, self.products + other.products)
 
     def __str__(self) -> str:
-        return f"{_human(self.flops)}FLOP {_human(self.bytes)}B"
+        return f"{human(self.flops)}FLOP {human(self.bytes)}B"
 
 
-def _human(value: float) -> str:
-    for limit, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+def human(value: float) -> str:
+    for limit, unit in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= limit:
             return f"{value / limit:.3g} {unit}"
     return f"{value:.3g} "
@@ -80,7 +81,11 @@ def node_cost(node: fx.Node) -> Cost:
         return Cost()
     outputs = [t for t in (value if isinstance(value, list | tuple) else [value]) if isinstance(t, Tensor)]
     inputs = [n.meta["val"] for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
-    return Cost(_flops(node, inputs, outputs), float(sum(_bytes(t) for t in (*inputs, *outputs))))
+    moved = float(sum(_bytes(t) for t in (*inputs, *outputs)))
+    products = _products(node, inputs, outputs)
+    if products is None:  # one for every element that is written
+        return Cost(float(sum(prod(sizes(t)) for t in outputs)), moved)
+    return Cost(products, moved, products)
 
 
 _FREE = frozenset({"view", "reshape", "transpose", "permute", "unsqueeze", "squeeze", "expand", "slice", "select", "t",
@@ -96,7 +101,7 @@ def _bytes(tensor: Tensor) -> int:
     return prod(sizes(tensor)) * tensor.element_size()
 
 
-def _flops(node: fx.Node, inputs: list[Tensor], outputs: list[Tensor]) -> float:
+def _products(node: fx.Node, inputs: list[Tensor], outputs: list[Tensor]) -> float | None:
     name = op_name(node)
     if name == "attend":
         q, kv = node.args[0].meta["val"], [n.meta["val"] for n in node.args[1]]  # type: ignore[union-attr]
@@ -114,7 +119,7 @@ def _flops(node: fx.Node, inputs: list[Tensor], outputs: list[Tensor]) -> float:
         return 2.0 * prod(sizes(outputs[0])) * sizes(left)[-1]
     if name in ("conv2d", "conv1d", "convolution") and len(inputs) >= 2:
         return 2.0 * prod(sizes(outputs[0])) * prod(sizes(inputs[1])[1:])
-    return float(sum(prod(sizes(t)) for t in outputs))
+    return None
 
 
 def graph_cost(graph: fx.GraphModule) -> Cost:

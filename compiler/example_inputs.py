@@ -28,6 +28,7 @@ class Guess:
     arguments: tuple[str, ...]
     config: Any
     cfg: dict[str, Any]  # timm's default_cfg
+    built: Any  # the image size that a timm model was built for, where it keeps it
     dtype: torch.dtype
     device: torch.device
     generator: torch.Generator
@@ -78,12 +79,23 @@ def _guesses(model: nn.Module) -> Iterator[dict[str, Any]]:
     named = tuple(n for n, p in parameters.items() if p.kind is not inspect.Parameter.VAR_KEYWORD)
     for rule in RULES:
         generator = torch.Generator().manual_seed(0)
-        kwargs = rule(Guess(named, config, cfg, weight.dtype, weight.device, generator))
+        kwargs = rule(Guess(named, config, cfg, _built_for(model), weight.dtype, weight.device, generator))
         if kwargs:
             yield {n: v for n, v in kwargs.items() if n in named}
 
 
 # --- the rules --------------------------------------------------------------------------------------------------------
+
+
+def _built_for(model: nn.Module) -> Any:
+    held = (getattr(part, "img_size", None) for part in (model, getattr(model, "patch_embed", None)))
+    return next((size for size in held if isinstance(size, tuple)), None)
+
+
+def _timm_as_built(g: Guess) -> dict[str, Any]:
+    """What timm lists is the size of the published model; this one may have been built for another."""
+    size = g.cfg.get("input_size")
+    return {g.arguments[0]: g.floats(BATCH, size[0], *g.built)} if size and g.built else {}
 
 
 def _timm(g: Guess) -> dict[str, Any]:
@@ -183,6 +195,7 @@ def _denoiser(g: Guess) -> dict[str, Any]:
 
 
 RULES: tuple[Callable[[Guess], dict[str, Any]], ...] = (
+    _timm_as_built,
     _timm,
     _denoiser,
     _image_in_text,

@@ -68,6 +68,10 @@ def attention_and_aux(
     """`attention` together with its losses and new buffer values."""
     if bias is not None and not isinstance(bias, Tensor):
         knobs["bias"], bias = bias, None
+    for what, tensor in (("q", q), ("k", k), ("v", v)):
+        if not isinstance(tensor, Tensor) or tensor.ndim != 4:
+            found = f"shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise Refused(f"{what} of {found}", where="attention", fits="(batch, heads, tokens, features)")
     chosen = as_mechanism(slug, **knobs)
     if chosen.part not in ("core", "gate"):
         raise Refused(f"{chosen.slug} is a {chosen.part}", where="attention", fits=f"reattend.module({chosen.slug!r})")

@@ -27,6 +27,8 @@ def as_batch(given: Any) -> Batch:
 
 def held_out(recipe: Recipe, data: Iterable[Any] | None) -> tuple[tuple[Batch, ...], str]:
     """The batches, and how the report names them; none where neither the caller nor the recipe gives any."""
+    if isinstance(data, str | bytes):
+        raise Refused(f"data {data[:40]!r}", where="optimize", fits="an iterable of calls; a file stands in the recipe")
     if data is not None:
         batches = tuple(as_batch(batch) for batch in data)
         return batches, f"{len(batches)} batches given"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,13 +16,16 @@ from .capture import Captured, operations_at, setting
 from .checkpointing import cut_where_asked, run_graph
 from .compiling import make_ready
 from .containers import lay_out_caches
+from .difference import said_frozen, said_limit
 from .hooks import hook_numbers, refuse_silent_hooks, silent_hooks
-from .leaves import restore_leaves
+from .leaves import modules_called, restore_leaves
 from .ownership import own_all, twin
 from .plain_graph import CONSTANTS
-from .refusal import Refused
+from .refusal import Refused, Uncapturable
 from .ringed import as_captured
 from .signature import Call, SignatureKey, forward_signature
+from .trial import must_run
+from .turns import TURNS
 
 log = logging.getLogger("reattend")
 ProgramFor = Callable[[nn.Module, Call], Captured]
@@ -51,7 +54,7 @@ def host(model: nn.Module, program_for: ProgramFor, *, limit: int = 8, about: An
     hosted.__class__ = hosted_class(type(hosted))  # type: ignore[arg-type]
     hosted.__dict__.pop("forward", None)
     hosted.__dict__[_STATE] = Hosting(
-        program_for, limit=limit, config=_config_values(hosted), hooks=hook_numbers(hosted), about=about
+        program_for, limit=limit, config=config_values(hosted), hooks=hook_numbers(hosted), about=about
     )
     return hosted
 
@@ -68,11 +71,33 @@ def original(model: nn.Module) -> nn.Module:
 
 def about(model: nn.Module) -> Any:
     """Who rewrote a hosted model; None where it is not one."""
-    return _state(model).about if is_hosted(model) else None
+    return hosting(model).about if is_hosted(model) else None
+
+
+def hosting(model: Any) -> Hosting:
+    """What a hosted model knows beside its modules."""
+    state: Hosting = model.__dict__[_STATE]
+    return state
+
+
+def adopt(model: nn.Module, captured: Captured) -> None:
+    """Give a hosted model a graph that was made for it elsewhere."""
+    captured.called = modules_called(captured.graph)
+    _mount(captured, model)
+    hosting(model).graphs[captured.key] = captured
 
 
 def is_hosted(model: nn.Module) -> bool:
     return hasattr(type(model), "_reattend_made_from")
+
+
+def captured_for(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Captured:
+    """The graph that a hosted model runs on a call."""
+    model.prepare(*args, **kwargs)  # type: ignore[operator]
+    state = hosting(model)
+    captured = state.graphs[_key(model, state, Call.of(forward_signature(model), args, kwargs))]
+    _mount(captured, model)
+    return captured
 
 
 class HostedModel:
@@ -81,7 +106,7 @@ class HostedModel:
     @property
     def graph(self) -> fx.GraphModule:
         """The rewritten graph of the signature called last, or the first one captured."""
-        state = _state(self)
+        state = hosting(self)
         if not state.graphs:
             raise Refused("no call has been captured yet", where="graph", fits="call the model once, or give inputs")
         captured = state.graphs[state.current or next(iter(state.graphs))]
@@ -91,28 +116,31 @@ class HostedModel:
     @property
     def report(self) -> Any:
         """What changed where, what was refused and why, deviation, time and cost."""
-        return _state(self).about.report
+        found = hosting(self).about.report
+        if found is None:
+            raise Refused("no call has been captured yet", where="report", fits="call the model once, or give inputs")
+        return found
 
     @property
     def sites(self) -> Any:
         """Where the model attends, and what stands there now."""
-        return _state(self).about.sites
+        return hosting(self).about.sites
 
     def prepare(self, *args: Any, **kwargs: Any) -> None:
         """Make the graph of a call's signature without running it."""
-        state = _state(self)
+        state = hosting(self)
         call = Call.of(forward_signature(self), args, kwargs)  # type: ignore[arg-type]
-        key = call.key((*setting(self), *_changed_config(self, state)))  # type: ignore[arg-type]
+        key = _key(self, state, call)
         captured = state.graphs.get(key) or _captured(self, state, call, key)
         cut_where_asked(captured.graph, self)  # type: ignore[arg-type]
 
     @property
     def signatures(self) -> tuple[SignatureKey, ...]:
-        return tuple(_state(self).graphs)
+        return tuple(hosting(self).graphs)
 
     def freeze(self) -> None:
         """Capture no further signatures: a call that would need one is refused."""
-        _state(self).frozen = True
+        hosting(self).frozen = True
 
     def own_weights(self) -> None:
         """Copy every tensor that still shares memory with the original."""
@@ -120,11 +148,23 @@ class HostedModel:
 
     def losses(self) -> dict[str, Tensor]:
         """The auxiliary losses of the last call, by name."""
-        return dict(_state(self).losses)
+        return dict(hosting(self).losses)
 
     def new_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters that the recipe added."""
         return ((n, p) for n, p in self.named_parameters() if "reattend" in n.split("."))  # type: ignore[attr-defined]
+
+    def ships(self) -> Any:
+        """How this model can leave the process: one line a route, with the reason for each no."""
+        from .shipping.routes import routes
+
+        return routes(self)
+
+    def export(self, route: str, path: Any) -> Any:
+        """Write the model as a stock checkpoint ("hf"), an ExportedProgram ("torch") or an AOTInductor package."""
+        from .shipping.routes import export
+
+        return export(self, route, path)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _empty_hosted, (type(self)._reattend_made_from,), self.__dict__  # type: ignore[attr-defined]
@@ -147,29 +187,56 @@ def hosted_class(made_from: type) -> type:
         "__doc__": made_from.__doc__,
         "_reattend_made_from": made_from,
     }
+    if hasattr(made_from, "save_pretrained"):
+        body["save_pretrained"] = _saving(made_from)
     return type(made_from)(made_from.__name__, (HostedModel, made_from), body)
+
+
+def _saving(made_from: Any) -> Callable[..., Any]:
+    """The class's own save_pretrained, with the rewritten graphs and the recipe beside its files."""
+
+    @functools.wraps(made_from.save_pretrained)
+    def save_pretrained(self: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
+        from .shipping.saved import write_beside
+
+        state, before = hosting(self), config_values(self)
+        answer = made_from.save_pretrained(self, save_directory, *args, **kwargs)
+        written = {n: v for n, v in config_values(self).items() if before.get(n) != v or n not in before}
+        state.config = {**state.config, **written}  # what saving notes in the config changes no forward
+        if kwargs.get("is_main_process", args[0] if args else True):
+            write_beside(self, save_directory)
+        return answer
+
+    return save_pretrained
 
 
 def _empty_hosted(made_from: type) -> Any:
     return object.__new__(hosted_class(made_from))
 
 
-def _state(model: Any) -> Hosting:
-    state: Hosting = model.__dict__[_STATE]
-    return state
-
-
 # --- a call -----------------------------------------------------------------------------------------------------------
 
 
 def _run(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    state = _state(model)
+    if torch.compiler.is_compiling():
+        return _call(model, args, kwargs)
+    with TURNS.beside():
+        return _call(model, args, kwargs)
+
+
+def _call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    state = hosting(model)
     lay_out_caches(model, (*args, *kwargs.values()))
     call = Call.of(forward_signature(model), args, kwargs)
-    key = call.key((*setting(model), *_changed_config(model, state)))
+    key = _key(model, state, call)
     captured = state.graphs.get(key) or _captured(model, state, call, key)
     tensors = captured.inputs(call)
-    captured.check(tensors)
+    try:
+        captured.check(tensors)
+    except Refused as outside:
+        key = _at_other_sizes(model, state, call, key, outside)
+        captured = state.graphs[key]
+        tensors = captured.inputs(call)
     small = captured.dims.small(tensors)
     if small and not _same_when_small(model, state, call, key, tensors):
         key = _captured_as_given(model, state, call, key, small)
@@ -183,19 +250,26 @@ def _run(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     return captured.result(call, flat)
 
 
+def _key(model: Any, state: Hosting, call: Call) -> SignatureKey:
+    return call.key((*setting(model), *changed_config(model, state)))
+
+
 @torch.compiler.disable(reason="this call has no graph yet: make it by fast.prepare(...) or one call before compiling")
 def _captured(model: Any, state: Hosting, call: Call, key: SignatureKey) -> Captured:
-    known = "; ".join(map(str, state.graphs)) or "none"
-    if state.frozen:
-        raise Refused(f"the call {key}", where="frozen", fits=f"captured signatures: {known}")
-    if len(state.graphs) >= state.limit:
-        fits = f"call it as one of: {known}; or optimize(..., max_signatures={2 * state.limit})"
-        raise Refused(f"the call {key} would be signature {state.limit + 1} of at most {state.limit}", fits=fits)
-    view = original(model)
-    captured = state.program_for(view, call)
-    captured.called = restore_leaves(captured.graph, view)
-    _mount(captured, model)
-    state.graphs[key] = captured
+    with TURNS.alone():
+        if key in state.graphs:  # another thread was first
+            return state.graphs[key]
+        if state.frozen:
+            found, fits = said_frozen(key, tuple(state.graphs))
+            raise Refused(found, where="frozen", fits=fits)
+        if len(state.graphs) >= state.limit:
+            found, fits = said_limit(key, tuple(state.graphs), state.limit)
+            raise Refused(found, fits=fits)
+        view = original(model)
+        captured = state.program_for(view, call)
+        captured.called = restore_leaves(captured.graph, view)
+        _mount(captured, model)
+        state.graphs[key] = captured
     log.log(logging.INFO if len(state.graphs) == 1 else logging.WARNING, "captured new signature %s", key)
     for path in silent_hooks(model, captured.called) if len(state.graphs) == 1 else ():
         log.warning("%s: its hooks do not fire; what they do to tensors was traced", path)
@@ -204,13 +278,37 @@ def _captured(model: Any, state: Hosting, call: Call, key: SignatureKey) -> Capt
     return captured
 
 
+def _at_other_sizes(model: Any, state: Hosting, call: Call, key: SignatureKey, outside: Refused) -> SignatureKey:
+    """A call outside the sizes of its graph: another graph's call, a graph of its own where the model takes it."""
+    known = [k for k in state.graphs if k != key and k.setting[: len(key.setting)] == key.setting]
+    for other in (k for k in known if replace(k, setting=key.setting) == key):
+        if state.graphs[other].fits(call):
+            return other
+    captured = state.graphs[key]
+    places = captured.dims.apart(captured.inputs(call))
+    apart = replace(key, setting=(*key.setting, *(f"{place} = {size}" for place, size in places)))
+    if apart in state.graphs:
+        raise outside
+    try:
+        with TURNS.alone():
+            must_run(original(model), call.args, call.kwargs)
+    except Refused as own:
+        raise Refused(outside.found, where=outside.where, fits=f"{outside.fits}; {own.found}") from None
+    try:
+        _captured(model, state, call, apart).check(state.graphs[apart].inputs(call))
+    except Uncapturable:
+        raise outside from None
+    return apart
+
+
 def _same_when_small(model: Any, state: Hosting, call: Call, key: SignatureKey, tensors: tuple[Tensor, ...]) -> bool:
     """Whether the model computes the same at sizes of 0 and 1, which no trace at larger ones can know; asked once."""
     captured = state.graphs[key]
     asked = (key, captured.dims.small(tensors))
     if asked not in state.small:
         plain, sizes, opened = as_captured(captured, call, tensors)
-        state.small[asked] = operations_at(original(model), plain, Attempt(sizes, opened)) == captured.operations
+        with TURNS.alone():
+            state.small[asked] = operations_at(original(model), plain, Attempt(sizes, opened)) == captured.operations
     return state.small[asked]
 
 
@@ -256,9 +354,9 @@ def _mount(captured: Captured, model: nn.Module) -> None:
 def _share(target: str, graph: fx.GraphModule, model: nn.Module) -> None:
     mine, theirs = _find(model, target), _find(graph, target)
     if mine is None:
-        _place(model, target, theirs)
+        place_at(model, target, theirs)
     elif mine is not theirs:
-        _place(graph, target, mine)
+        place_at(graph, target, mine)
 
 
 def _constant(target: str, graph: fx.GraphModule, model: nn.Module) -> str:
@@ -269,9 +367,9 @@ def _constant(target: str, graph: fx.GraphModule, model: nn.Module) -> str:
     same = next((n for n, other in held.items() if other is value or _equal(other, value)), None)
     name = f"{CONSTANTS}.{same or f'c{len(held)}'}"
     if name != target and _find(graph, name) is not value:
-        _place(graph, name, value)
+        place_at(graph, name, value)
     if same is None:
-        _place(model, name, value)
+        place_at(model, name, value)
     return name
 
 
@@ -291,7 +389,7 @@ def _find(root: nn.Module, target: str) -> Any:
     return found
 
 
-def _place(root: nn.Module, target: str, value: Any) -> None:
+def place_at(root: nn.Module, target: str, value: Any) -> None:
     *parents, last = target.split(".")
     module = root
     for part in parents:
@@ -312,14 +410,14 @@ def _place(root: nn.Module, target: str, value: Any) -> None:
 # --- config values that a forward reads -------------------------------------------------------------------------------
 
 
-def _config_values(model: nn.Module) -> dict[str, Any]:
+def config_values(model: nn.Module) -> dict[str, Any]:
     config = getattr(model, "config", None)
     values = getattr(config, "__dict__", {})
     return {n: v for n, v in values.items() if isinstance(v, bool | int | float | str | type(None))}
 
 
-def _changed_config(model: nn.Module, state: Hosting) -> tuple[str, ...]:
-    now = _config_values(model)
+def changed_config(model: nn.Module, state: Hosting) -> tuple[str, ...]:
+    now = config_values(model)
     if now == state.config:
         return ()
     return tuple(f"config.{n}={v!r}" for n, v in sorted(now.items()) if n not in state.config or state.config[n] != v)

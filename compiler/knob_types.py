@@ -7,7 +7,6 @@ unions by `|` and Optional. Whatever else a field says is left to the mechanism 
 from __future__ import annotations
 
 import ast
-import math
 import types
 import typing
 from abc import ABC, abstractmethod
@@ -15,6 +14,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, ClassVar
+
+LARGEST = 2**63 - 1  # an int that a tensor can hold
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ class Plain(KnobType):
             return None
         if self.name in ("bool", "str") and type(value).__name__ == self.name:
             return value
-        if self.name == "int" and _is_number(value) and not math.isinf(value) and value == int(value):
+        if self.name == "int" and _is_number(value) and abs(value) <= LARGEST and value == int(value):
             return int(value)
         if self.name == "float" and _is_number(value):
             return _float(value)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from .mechanism import Aux, Mechanism, mechanism
 from .place import GridLike, as_grid, as_mechanism, layer_site, run, stand, stand_alone, started
 from .refusal import Refused
+from .rotary import Rotated, rotated
 from .site import Grid, Site
 
 
@@ -31,7 +33,8 @@ class Own(nn.Module):
 
     def take(self, aux: Aux) -> None:
         """Keep the losses of this forward; in train() also the new values of buffers."""
-        self.losses = dict(aux.losses)
+        # an exported program gives its outputs alone: a traced tensor must not stay behind in the module
+        self.losses = {} if torch.compiler.is_exporting() else dict(aux.losses)
         if self.training:
             for own_name, value in aux.buffers.items():
                 self.get_buffer(own_name).copy_(value.detach())
@@ -42,6 +45,10 @@ class Attention(nn.Module):
 
     Projections q_proj, k_proj, v_proj, o_proj; the mechanism's own tensors under `.reattend`. A gate stands on softmax
     attention, a region stands alone, without projections.
+
+    kv_heads  key and value heads, each shared by heads / kv_heads query heads.
+    rope      rotate queries and keys by their positions; a number is the base of the wavelengths (True: 10000).
+    dropout   of the weights, in train(); refused where the mechanism has no weights that it could act on.
 
     >>> layer = Attention("window", 32, heads=4, causal=True, window=8)
     >>> layer(torch.randn(2, 10, 32)).shape
@@ -58,6 +65,8 @@ class Attention(nn.Module):
         causal: bool = False,
         grid: GridLike = None,
         bias: bool = True,
+        rope: bool | float = False,
+        dropout: float = 0.0,
         **knobs: Any,
     ) -> None:
         super().__init__()
@@ -67,14 +76,21 @@ class Attention(nn.Module):
             raise Refused(f"dim={dim}, heads={heads}, kv_heads={kv_heads}", where="Attention", fits=fits)
         self.mechanism = as_mechanism(slug, **knobs)
         self.heads, self.kv_heads, self.causal, self.grid = heads, kv_heads, causal, as_grid(grid)
+        self.rope, self.dropout = (10000.0 if rope is True else float(rope)), dropout
+        region = self.mechanism.part == "region"
         if self.mechanism.part not in ("core", "gate", "region"):
             fits = f"reattend.module({self.mechanism.slug!r})"
             raise Refused(f"{self.mechanism.slug} is of part {self.mechanism.part}", where="Attention", fits=fits)
+        if self.rope and (region or dim // heads % 2):
+            found = f"rope with {self.mechanism.slug}, dim={dim}, heads={heads}"
+            raise Refused(found, where="Attention", fits="queries and keys of an even size per head")
         site = layer_site(dim, heads, kv_heads, causal=causal, grid=self.grid)
+        if dropout:
+            site = replace(site, features=site.features | {"dropout"})
         reason = self.mechanism.refuses(site)
         if reason:
             raise Refused(reason, where="Attention")
-        if self.mechanism.part != "region":
+        if not region:
             size = dim // heads
             self.q_proj = nn.Linear(dim, heads * size, bias)
             self.k_proj = nn.Linear(dim, kv_heads * size, bias)
@@ -82,21 +98,45 @@ class Attention(nn.Module):
             self.o_proj = nn.Linear(heads * size, dim, bias)
         self.reattend = Own(self.mechanism, site)
 
-    def forward(self, x: Tensor, x_kv: Tensor | None = None, key_padding: Tensor | None = None) -> Tensor:
-        """x_kv: where keys come from, if not from x; key_padding (B, M): true where a key is real."""
-        source = x if x_kv is None else x_kv
+    def forward(
+        self,
+        x: Tensor,
+        x_kv: Tensor | None = None,
+        key_padding: Tensor | None = None,
+        positions: Tensor | None = None,
+    ) -> Tensor:
+        """x_kv: where keys come from, if not from x; key_padding (B, M): true where a key is real; positions: for rope.
+
+        positions (N,) or (B, N) count from 0 where they are not given; with x_kv there is nothing to rotate by.
+        """
         if self.mechanism.part == "region":
-            place = stand_alone(x, self.heads, causal=self.causal, grid=self.grid, key_padding=key_padding)
-            y, aux = run(self.mechanism, place, self.reattend.tensors)
-            self.reattend.take(aux)
-            return y
+            return self._mix(x, x, key_padding)
+        source = x if x_kv is None else x_kv
         q, k, v = self._heads(self.q_proj(x)), self._heads(self.k_proj(source)), self._heads(self.v_proj(source))
-        place = stand(q, k, v, ports={"x": x, "x_kv": source}, causal=self.causal, grid=self.grid, mask=key_padding)
+        turned = rotated(q, k, positions, self.rope) if self.rope and x_kv is None else None
+        o = self._mix(x, source, key_padding, q, k, v, turned=turned)
+        return self.o_proj(o.transpose(1, 2).flatten(2))
+
+    @torch.compiler.disable  # its place is worked out in Python: one graph break, and what is around it is compiled
+    def _mix(
+        self, x: Tensor, source: Tensor, key_padding: Tensor | None, *qkv: Tensor, turned: Rotated | None = None
+    ) -> Tensor:
+        """The mechanism where this layer stands; its losses and buffers are taken."""
+        if not qkv:
+            place = stand_alone(x, self.heads, causal=self.causal, grid=self.grid, key_padding=key_padding)
+        else:
+            q, k, v = qkv
+            ports = {"x": x, "x_kv": source}
+            if turned is not None:
+                ports |= {"q_nope": q, "k_nope": k, "cos": turned.cos, "sin": turned.sin}
+                q, k = turned.q, turned.k
+            p = self.dropout if self.training else 0.0
+            place = stand(q, k, v, ports=ports, causal=self.causal, grid=self.grid, mask=key_padding, dropout=p)
         if self.mechanism.part == "gate":
             place = place.with_port("o", run(mechanism("softmax"), place)[0])
-        o, aux = run(self.mechanism, place, self.reattend.tensors)
+        answer, aux = run(self.mechanism, place, self.reattend.tensors)
         self.reattend.take(aux)
-        return self.o_proj(o.transpose(1, 2).flatten(2))
+        return answer
 
     def losses(self) -> dict[str, Tensor]:
         """The auxiliary losses of the last forward, by name."""

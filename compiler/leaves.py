@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -27,16 +28,16 @@ class Stamp:
 @contextmanager
 def plain_calls(model: nn.Module) -> Iterator[set[str]]:
     """Collects the paths of leaf modules whose every call took one tensor and gave one."""
-    paths = {m: n for n, m in model.named_modules() if n and _is_leaf(m)}
+    paths = {m: n for n, m in model.named_modules() if n and is_leaf(m)}
     found: set[str] = set()
     others: set[str] = set()
 
-    def watch(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def watch(path: str, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         plain = len(args) == 1 and not kwargs and isinstance(args[0], Tensor) and isinstance(output, Tensor)
-        (found if plain else others).add(paths[module])
+        (found if plain else others).add(path)
 
     # on each leaf: torch's global hook leaves a trace of itself that torch.compile warns of ever after
-    handles = [module.register_forward_hook(watch, with_kwargs=True) for module in paths]
+    handles = [m.register_forward_hook(partial(watch, path), with_kwargs=True) for m, path in paths.items()]
     try:
         yield found
     finally:
@@ -72,10 +73,14 @@ def restore_leaves(graph_module: fx.GraphModule, model: nn.Module) -> tuple[str,
             graph_module.graph.erase_node(node)
     graph_module.graph.lint()
     graph_module.recompile()
+    return modules_called(graph_module)
+
+
+def modules_called(graph_module: fx.GraphModule) -> tuple[str, ...]:
     return tuple(dict.fromkeys(str(n.target) for n in graph_module.graph.find_nodes(op="call_module")))
 
 
-def _is_leaf(module: nn.Module) -> bool:
+def is_leaf(module: nn.Module) -> bool:
     return not any(True for _ in module.children()) and any(True for _ in module.parameters(recurse=False))
 
 
@@ -133,5 +138,5 @@ def _replace(nodes: Sequence[fx.Node], entering: fx.Node, leaving: fx.Node, path
         call = graph.call_module(path, (entering,))
     call.meta = {k: v for k, v in leaving.meta.items() if k != "leaf"}
     leaving.replace_all_uses_with(call)
-    for node in reversed([n for n in graph.nodes if n in set(nodes)]):
+    for node in reversed(nodes):  # they stand in the graph's order
         graph.erase_node(node)

@@ -72,6 +72,7 @@ class LiveSite:
         done = parse(own.after) if own.after else name("w")
         if after is not None:
             done = tables.settle(read(after, {"w": done, **_INDICES, **terms}, what="after"))
+        refined = any((keep, score, segments, relative, tiles, leader, rows is not None, normaliser != "softmax"))
         sources = source_texts(tables, (Segment(k, v, rows=rows), *segments), relative, tiles, kv_heads, leader)
         spec = replace(
             own,
@@ -83,6 +84,7 @@ class LiveSite:
             sink=tables.text(sink, {n: _INDICES[n] for n in ("b", "h", "i")}, "sink") or own.sink,
             after="" if done.text == "w" else done.text,
             more=(*own.more, *more),
+            empty="" if refined else own.empty,  # what the old keys gave says nothing of other ones
             outputs=tuple(outputs),
             **{key: value for key, value in sources.items() if value},
         )

@@ -6,15 +6,18 @@ The registry reads everything else from the class: recipe keys, command-line opt
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
+from . import announced
 from .refusal import Refused, nearest
 from .site import Site
+from .vocabulary import WORDS
 
 PARTS = ("core", "gate", "cache", "region", "insert", "model")
 KINDS = ("exact", "approximate", "needs recovery")
@@ -79,6 +82,7 @@ class Mechanism:
     paper: ClassVar[str] = ""
     tries: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)  # knobs that small generic questions are asked with
     heads_alike: ClassVar[bool] = True  # permuting heads (with per-head tensors) permutes the answer
+    heads_apart: ClassVar[bool] = True  # a head's answer does not depend on what stands in the other heads
 
     def fits(self, site: Site) -> str | None:
         """Why this mechanism cannot stand at a site (features and ports are checked elsewhere), or None."""
@@ -123,8 +127,11 @@ class Mechanism:
 
     @classmethod
     def summary(cls) -> str:
-        """The first line of its module or class: what it is, its formula's name, its paper."""
-        text = inspect.getdoc(inspect.getmodule(cls)) or inspect.getdoc(cls) or cls.slug
+        """Its first line: of its file, where that holds this one mechanism, else of its class."""
+        module = inspect.getmodule(cls)
+        shared = module is None or sum(other.__module__ == module.__name__ for other in _REGISTRY.values()) != 1
+        outside = shared or cls.__module__ == "__main__"
+        text = (None if outside else inspect.getdoc(module)) or inspect.getdoc(cls) or cls.slug
         return text.split("\n", 1)[0].strip()
 
     def refuses(self, site: Site, dropped: frozenset[str] = frozenset()) -> str | None:
@@ -140,32 +147,66 @@ class Mechanism:
 
 
 _REGISTRY: dict[str, type[Mechanism]] = {}
+_LISTENERS: list[Callable[[str], None]] = []
 
 
 def register(slug: str) -> Callable[[type[Mechanism]], type[Mechanism]]:
     """Make a mechanism known under its paper's short name; a second definition in a notebook replaces the first."""
+    if not isinstance(slug, str) or not re.fullmatch("[a-z0-9][a-z0-9_-]*", slug) or slug in WORDS:
+        fits = "@register('short_name') above @dataclass(frozen=True): small letters, digits, _ and -"
+        raise Refused(f"name {slug!r}", where="register", fits=fits)
 
     def enter(cls: type[Mechanism]) -> type[Mechanism]:
+        if not issubclass(cls, Mechanism) or not is_dataclass(cls):
+            found = f"{cls.__name__} is no {'dataclass' if issubclass(cls, Mechanism) else 'Mechanism'}"
+            fits = "@register('name') above @dataclass(frozen=True) above class Name(Mechanism)"
+            raise Refused(found, where=slug, fits=fits)
         if cls.part not in PARTS or cls.kind not in KINDS:
             raise Refused(f"part {cls.part!r}, kind {cls.kind!r}", where=slug, fits=f"parts {PARTS}, kinds {KINDS}")
         cls.slug = slug
         _REGISTRY[slug] = cls
+        for tell in _LISTENERS:
+            tell(slug)
         return cls
 
     return enter
 
 
+def when_registered(tell: Callable[[str], None]) -> None:
+    """Call back with the name of every mechanism: those there are, those that packages announce, those to come."""
+    for slug in {**_REGISTRY, **announced.announced()}:
+        tell(slug)
+    _LISTENERS.append(tell)
+
+
 def mechanisms() -> dict[str, type[Mechanism]]:
-    """Every registered mechanism by slug, in order of name."""
+    """Every registered mechanism by slug, in order of name; those that packages announce are loaded."""
+    for slug in announced.untried():
+        _load(slug)
     return dict(sorted(_REGISTRY.items()))
 
 
 def mechanism(slug: str, /, **knobs: Any) -> Mechanism:
     """The mechanism of a name with its knobs; unknown names and knobs are refused with the nearest ones."""
+    if slug not in _REGISTRY and slug in announced.untried():
+        _load(slug)
     if slug not in _REGISTRY:
-        raise Refused(f"mechanism {slug!r}", fits=nearest(slug, _REGISTRY))
+        broken = announced.why_not(slug)
+        raise Refused(
+            f"mechanism {slug!r}", fits=f"its package fails: {broken}" if broken else nearest(slug, mechanisms())
+        )
     cls = _REGISTRY[slug]
     for knob in knobs:
         if knob not in cls.knobs():
             raise Refused(f"knob {knob!r}", where=slug, fits=nearest(knob, cls.knobs(), kind="its knobs"))
     return cls(**knobs)
+
+
+def _load(slug: str) -> None:
+    """Import what a package announces; a class that is not registered yet gets the announced name."""
+
+    def enter(found: Any) -> None:
+        if isinstance(found, type) and issubclass(found, Mechanism) and not found.slug:
+            register(slug)(found)
+
+    announced.load(slug, _REGISTRY, enter)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from .primitives.attend import Tables
 from .primitives.attend_spec import AttendSpec
 from .refusal import Refused, nearest
 from .site import Grid, Site
-from .symbols import TRUE, Expr, name, table
+from .symbols import TRUE, Expr, build, const, name, table
 from .tracing import Setting, forward
 
 GridLike = Grid | tuple[int, int] | tuple[int, int, int] | None
@@ -46,8 +46,9 @@ def stand(
     grid: GridLike = None,
     mask: Tensor | None = None,
     bias: Tensor | None = None,
+    dropout: float = 0.0,
 ) -> Place:
-    """The site that q, k, v, a mask and a bias describe."""
+    """The site that q, k, v, a mask, a bias and dropout of the weights describe."""
     tables = Tables()
     given = dict(ports) | {"q": q, "k": k, "v": v}
     i, j = name("i"), name("j")
@@ -63,7 +64,8 @@ def stand(
         _check_broadcast("bias", bias, q, k)
         given["bias"] = bias
         score = score + tables.settle(_broadcast(bias))
-    spec = AttendSpec(keep="" if keep.text == TRUE.text else keep.text, score=score.text)
+    after = dropped(tables, _broadcast, dropout, q, k)
+    spec = AttendSpec(keep="" if keep.text == TRUE.text else keep.text, score=score.text, after=after)
     pattern = f"{'causal' if causal else 'noncausal'}-{'self' if str(q.shape[2]) == str(k.shape[2]) else 'cross'}"
     site = Site(
         path=_PLACE,
@@ -96,6 +98,15 @@ def stand_alone(
         features=frozenset() if key_padding is None else frozenset({"padding"}),
     )
     return Place(site, AttendSpec(score=f"s * {site.scale!r}"), (), ports)
+
+
+def dropped(tables: Tables, at: Callable[[Tensor], Expr], p: float, q: Tensor, k: Tensor) -> str:
+    """What dropout does to the weights; drawn here, because primitives are pure, and looked up by `at`."""
+    if not p:
+        return ""
+    drawn = torch.rand(*q.shape[:3], k.shape[2], device=q.device, dtype=torch.float32)
+    kept = build("lt", tables.settle(at(drawn)), 1.0 - p)
+    return build("where", kept, build("truediv", name("w"), 1.0 - p) if p < 1.0 else const(0.0), 0.0).text
 
 
 def layer_site(width: int, heads: int, kv_heads: int, *, causal: bool, grid: Grid | None) -> Site:

@@ -48,7 +48,7 @@ class Store:
     def parameter(self, name: str, declared: Param, like: Tensor) -> nn.Parameter:
         if name not in self.parameters:
             self.parameters[name] = nn.Parameter(_filled(name, declared, like))
-        return self.parameters[name]
+        return _of_shape(self.parameters[name], name, declared)  # type: ignore[return-value]
 
     def get(self, name: str) -> Tensor:
         return self.parameters[name] if name in self.parameters else self.buffers[name]
@@ -56,7 +56,14 @@ class Store:
     def buffer(self, name: str, declared: Param, like: Tensor) -> Tensor:
         if name not in self.buffers:
             self.buffers[name] = _filled(name, declared, like)
-        return self.buffers[name]
+        return _of_shape(self.buffers[name], name, declared)
+
+
+def _of_shape(tensor: Tensor, name: str, declared: Param) -> Tensor:
+    """A tensor made for one signature may not fit the sizes of another: a grid's biases with a larger image."""
+    if tuple(tensor.shape) != tuple(declared.shape):
+        raise Refused(f"{name} is {(*tensor.shape,)}, these sizes need {(*declared.shape,)}")
+    return tensor
 
 
 @dataclass

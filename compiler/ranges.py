@@ -82,6 +82,16 @@ class Sizes:
                     found.setdefault(wanted, (f"{name} dim {dim}", int(size)))
         return tuple(found.values())
 
+    def apart(self, tensors: Sequence[Tensor]) -> tuple[tuple[str, int], ...]:
+        """The sizes of a call outside of the range: static ones that differ, else all dynamic ones."""
+        places = [
+            (f"{name} dim {dim}", wanted, int(size))
+            for name, shape, tensor in zip(self.inputs, self.shapes, tensors)
+            for dim, (wanted, size) in enumerate(zip(shape, tensor.shape))
+        ]
+        static = tuple((place, size) for place, wanted, size in places if isinstance(wanted, int) and wanted != size)
+        return static or tuple((place, size) for place, wanted, size in places if isinstance(wanted, str))
+
     @staticmethod
     def _symbol(symbol: Symbol, size: int, place: str, bound: dict[str, tuple[int, str]]) -> None:
         if symbol.name in bound and bound[symbol.name][0] != size:

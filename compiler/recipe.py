@@ -208,6 +208,9 @@ class Recipe:
         return self.text()
 
 
+FACTS = ("class", "heads", "layers", "type", "width")  # that a guard can ask for
+
+
 def guard(recipe: Recipe, facts: Mapping[str, Any]) -> None:
     """Refuses a model that the recipe was not made for, before any work; a list in the guard means any of it."""
     for name, wanted in recipe.model:

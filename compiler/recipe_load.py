@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from .knob_types import Misfit, freeze, knob_type
 from .path_glob import glob
 from .recipe import (
+    FACTS,
     KEEP,
     TARGETS,
     VERSIONS,
@@ -193,7 +194,11 @@ class _Loader:
             raise self.unknown(key, name, node if isinstance(value, str) else knobs)
         if knobs.value is None:  # `window:` with nothing behind it
             knobs = replace(knobs, value={})
-        return Choice(name, _knobs(knobs, name, facts.knobs))
+        choice = Choice(name, _knobs(knobs, name, facts.knobs))
+        make = facts.make
+        if make is not None:
+            _located(knobs, lambda: make(**choice.settings))
+        return choice
 
     def unknown(self, key: str, name: str, node: Node) -> Refused:
         place = node.key_place if isinstance(node.value, dict) else node.place
@@ -250,7 +255,9 @@ def _section(cls: type[Section], node: Node | None) -> Section | None:
 def _model(node: Node) -> tuple[tuple[str, Any], ...]:
     if not isinstance(node.value, dict):
         raise node.refuse(node.says(), "expected facts, like {type: llama, layers: 32}")
-    for item in node.value.values():
+    for name, item in node.value.items():
+        if name not in FACTS:
+            raise _at_key(item, f"fact {name!r}", nearest(name, FACTS, kind="facts of a model"))
         several = item.value if isinstance(item.value, tuple) else (item,)
         if not several or any(isinstance(one.value, tuple | dict) or one.value is None for one in several):
             raise item.refuse(item.says(), "expected a text, a number, or a list of those, any of which may hold")

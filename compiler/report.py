@@ -13,10 +13,10 @@ from typing import Any
 from .cost import Cost
 from .refusal import Refused, nearest
 from .site import Site
+from .timing import Timing
 from .verification import Deviation
 
 _COLUMNS = ("site", "status", "mechanism", "deviation", "note")
-TIE = 0.97  # of the original's speed: below it a rewrite counts as slower
 NO_DATA = "random inputs: correctness only, not quality"
 
 
@@ -58,24 +58,6 @@ class SiteList(Sequence[Row]):
         return "\n".join(f"{row.site} {row.status} {row.mechanism}".rstrip() for row in self._rows)
 
 
-@dataclass(frozen=True)
-class Timing:
-    """Medians of interleaved runs on this machine, in milliseconds."""
-
-    before: float
-    after: float
-    runs: int
-    sizes: str
-
-    @property
-    def ratio(self) -> float:
-        return self.before / self.after
-
-    @property
-    def slower(self) -> bool:
-        return self.ratio < TIE
-
-
 @dataclass
 class Report:
     model: str
@@ -84,6 +66,7 @@ class Report:
     passes: tuple[str, ...] = ()
     misses: tuple[str, ...] = ()
     output: Deviation | None = None
+    captured: Deviation | None = None  # of the graph before any rewrite, from the model itself
     data: str = NO_DATA
     timing: Timing | None = None
     predicted: tuple[Cost, Cost] = (Cost(), Cost())
@@ -102,18 +85,19 @@ class Report:
         if self.output is not None:
             parts.append(f"output {self.output} ({self.data})")
         if self.timing is not None:
-            slower = " SLOWER THAN THE ORIGINAL" if self.timing.slower else ""
-            parts.append(f"measured {self.timing.ratio:.2f} x as fast here{slower}")
+            parts.append(f"measured here: {self.timing.verdict()}")
         if any(row.status == "rewritten" and row.kind == "needs recovery" for row in self.rows):
             parts.append("UNTRAINED: needs recovery")
         return "; ".join(parts)
 
     def text(self) -> str:
         lines = [self.verdict(), "", f"model   {self.model}", f"recipe  {self.recipe}"]
+        if self.captured is not None:
+            lines.append(f"graph   {self.captured}, before any rewrite, against the model itself")
         if self.timing is not None:
             t = self.timing
             lines.append(
-                f"time    {t.before:.2f} ms -> {t.after:.2f} ms, median of {t.runs} interleaved runs, {t.sizes}"
+                f"time    {t.before:.2f} ms -> {t.after:.2f} ms, medians of {t.runs} interleaved runs, {t.sizes}"
             )
         lines.append(
             f"cost    {self.predicted[0]} -> {self.predicted[1]}, predicted for the whole model at these sizes"
@@ -137,7 +121,10 @@ class Report:
     def _slower(self) -> tuple[str, ...]:
         if self.timing is None or not self.timing.slower:
             return ()
-        return (f"slower than the original here: {self.timing.before:.2f} ms -> {self.timing.after:.2f} ms",)
+        t = self.timing
+        return (
+            f"slower than the original here: {t.before:.2f} ms -> {t.after:.2f} ms, {t.ratio:.2f} x ({t.spread()})",
+        )
 
     def to_dict(self) -> dict[str, Any]:
         plain: dict[str, Any] = json.loads(json.dumps(asdict(self), default=_plain), parse_constant=_as_text)
@@ -156,6 +143,8 @@ class Report:
             "recipe": self.recipe,
             "cost, predicted": f"{self.predicted[0]} → {self.predicted[1]}",
         }
+        if self.captured is not None:
+            facts["graph, before any rewrite, against the model"] = str(self.captured)
         if self.timing is not None:
             facts["time, measured here"] = (
                 f"{self.timing.before:.2f} ms → {self.timing.after:.2f} ms ({self.timing.sizes})"

@@ -70,6 +70,7 @@ def without(spec: AttendSpec, dropped: frozenset[str]) -> AttendSpec:
         score=f"s * {scale!r}" if plain else spec.score,
         sink="" if "sinks" in dropped else spec.sink,
         after="" if "dropout" in dropped else spec.after,
+        empty="",
     )
 
 

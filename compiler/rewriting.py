@@ -8,12 +8,14 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .capture import Captured, capture
 from .cost import Cost, graph_cost, site_costs
 from .draft import drafting
+from .fidelity import against_model, too_far
 from .held_out import Batch
+from .lowering import lower_calls
 from .mechanism import KINDS
 from .pipeline import Checked, Outcome, Step, checked_rewrite, lower, raise_program, rewrite
 from .program import Change, Program, Store
@@ -24,9 +26,19 @@ from .ringed import ringed, unringed
 from .signature import Call
 from .site import Site
 from .steps import fitting, steps_of
-from .verification import SiteResult
+from .verification import Deviation, SiteResult
+from .weights_asked import gives_weights, weights_asked
 
 log = logging.getLogger("reattend")
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What the first call decided for every later one."""
+
+    rolled_back: Mapping[str, str]  # path to reason
+    changed: Mapping[str, tuple[str, ...]]  # what stands at each site that computes something else than before
+    refused: frozenset[tuple[str, str]] = frozenset()  # (path, mechanism): a site that was left as it was stays so
 
 
 @dataclass
@@ -39,11 +51,13 @@ class Rewriting:
     store: Store = field(default_factory=Store)
     notes: list[str] = field(default_factory=list)
     first: Checked | None = None
+    settled: Settled | None = None
     captured: Captured | None = None
     misses: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
     declined: dict[str, str] = field(default_factory=dict)  # sites at which a split cannot stand
     report: Report | None = None
+    faithful: Deviation | None = None  # the raised graph against the model itself
 
     batches: tuple[Batch, ...] = ()  # held-out calls that quality is judged on
     described: str = ""  # how the report names them
@@ -63,22 +77,29 @@ class Rewriting:
     def program_for(self, model: nn.Module, call: Call) -> Captured:
         """The lowered graph of one call's signature."""
         with drafting():
-            return ringed(self._program_for(model, unringed(call)), call)
+            captured = ringed(self._program_for(model, unringed(call)), call)
+            lower_calls(captured.graph)
+            return captured
 
     def _program_for(self, model: nn.Module, call: Call) -> Captured:
         captured = capture(model, call.args, dict(call.kwargs))
         raised, misses = raise_program(captured, self.store, self.prefix)
         steps, warnings = self._steps(raised)
-        if steps and dict(call.values).get("output_attentions") is True:
-            fits = "ask the original model for them, or a recipe that keeps every site"
-            raise Refused(
-                "output_attentions=True, and rewritten sites have no weights to give", where=self.name, fits=fits
-            )
-        if self.first is None:
+        if steps and weights_asked(model, call):
+            self._gives_weights(steps, captured)
+        if self.settled is None:
             return self._decide(model, captured, raised, steps, misses, warnings, call)
-        outcome = rewrite(raised, steps, without=frozenset(self.first.rolled_back))
-        self._holds_as_before(outcome, captured)
+        still = [s for s in steps if (s.path, s.mechanism.slug) not in self.settled.refused]
+        outcome = rewrite(raised, still, without=frozenset(self.settled.rolled_back))
+        self._holds_as_before(outcome, captured, self.settled)
         return lower(outcome.program, captured)
+
+    def _gives_weights(self, steps: Sequence[Step], captured: Captured) -> None:
+        """A rewritten site has no weights; where all rewrites are exact, a site whose weights are returned was left."""
+        if all(s.mechanism.kind == "exact" for s in steps) and gives_weights(captured.output):
+            return
+        fits = "ask the original model for them, in its eager attention, or a recipe that keeps every site"
+        raise Refused("output_attentions=True, and rewritten sites have no weights to give", where=self.name, fits=fits)
 
     def _steps(self, raised: Program) -> tuple[list[Step], tuple[str, ...]]:
         """The steps of every recipe in turn; a later recipe's wish for a part of a site replaces an earlier one's."""
@@ -106,12 +127,15 @@ class Rewriting:
         if not raised.sites:
             nearest = "; ".join(misses) or "nothing in it multiplies a softmax of a product with values"
             raise Refused("no attention found", where=self.name, fits=nearest)
-        batches = [captured.inputs(Call.of(call.signature, *batch)) for batch in self.batches]
+        batches = [_batch(captured, call, batch, number) for number, batch in enumerate(self.batches)]
         self.first = checked_rewrite(raised, steps, batches or [captured.inputs(call)], self.recipe.verify)
         self.captured, self.misses = captured, misses
-        self.warnings = (*warnings, *_half_on_cpu(model))
+        self.faithful = against_model(model, captured, call)
+        lost = too_far(self.faithful, model) if self.faithful is not None else ""
+        self.warnings = (*warnings, *_half_on_cpu(model), *((lost,) if lost else ()))
         self.report = self._report(raised, steps)
         self._some_step_holds(steps)
+        self.settled = _settled(self.first)
         return lower(self.first.outcome.program, captured)
 
     def _some_step_holds(self, steps: Sequence[Step]) -> None:
@@ -128,13 +152,17 @@ class Rewriting:
             fits = f"fits here: {', '.join(fitting(site))} (reattend mechanisms --for MODEL@SITE)" if site else ""
             raise Refused(f"{refusal}{others}", fits=fits)
 
-    def _holds_as_before(self, outcome: Outcome, captured: Captured) -> None:
-        """A signature in which a rewritten site cannot be rewritten would be another model: refused."""
-        assert self.first is not None
-        done = {c.site.path for c in self.first.outcome.program.changes}
-        lost = done - {c.site.path for c in outcome.program.changes}
+    def _holds_as_before(self, outcome: Outcome, captured: Captured, settled: Settled) -> None:
+        """A signature in which a rewritten site cannot be rewritten would be another model: refused.
+
+        A site whose rewrite was exact computes the same without it.
+        """
+        done, now = settled.changed, _changed(outcome)
+        lost = {path for path, mechanisms in done.items() if now.get(path) != mechanisms}
         if lost:
-            why = next((str(r) for s, r in outcome.refused if s.path in lost), "the site is not there")
+            refused = (str(r) for s, r in outcome.refused if s.path in lost)
+            other = (f"{' + '.join(done[p])} there, {' + '.join(now[p])} here" for p in sorted(lost) if p in now)
+            why = next(refused, next(other, "the site is not there"))
             raise Refused(
                 f"the recipe does not hold at {', '.join(sorted(lost))} for the call {captured.key}: {why}",
                 where=self.name,
@@ -172,11 +200,40 @@ class Rewriting:
             passes=passes,
             misses=self.misses,
             output=self.first.deviation,
+            captured=self.faithful,
             data=self.described or NO_DATA,
             predicted=(graph_cost(raised.graph), graph_cost(program.graph)),
             warnings=(*self.warnings, *(f"whole-model pass refused: {refused['']}" for _ in [0] if "" in refused)),
             notes=(*self.notes, *raised.notes),
         )
+
+
+def _settled(first: Checked) -> Settled:
+    refused = {(s.path, s.mechanism.slug) for s, _ in first.outcome.refused if s.mechanism.kind != "exact"}
+    return Settled(dict(first.rolled_back), _changed(first.outcome), frozenset(refused))
+
+
+def _changed(outcome: Outcome) -> dict[str, tuple[str, ...]]:
+    """What stands now at each site that computes something else than before."""
+    found: dict[str, tuple[str, ...]] = {}
+    for change in (c for c in outcome.program.changes if c.mechanism.kind != "exact"):
+        found[change.site.path] = (*found.get(change.site.path, ()), repr(change.mechanism))
+    return found
+
+
+def _batch(captured: Captured, like: Call, batch: Batch, number: int) -> tuple[Tensor, ...]:
+    """A held-out call's tensors; it must be a call of the kind that was captured."""
+    fits = "calls like example_inputs: the same arguments, their sizes free"
+    try:
+        call = Call.of(like.signature, *batch)
+        if call.layouts != captured.layouts:
+            names = ", ".join(name for name, _ in call.layouts) or "nothing"
+            raise Refused(f"a call with {names}, not tensors as in the captured one", fits=fits)
+        tensors = captured.inputs(call)
+        captured.check(tensors)
+    except Refused as refused:
+        raise refused.at(f"data[{number}]") from None
+    return tensors
 
 
 def _called(mechanism: Any) -> str:

@@ -194,7 +194,7 @@ def _fits(ring: Ring, text: str) -> None:
         found = f"the call keeps {spec.keep or 'everything'}, the ring {ring.bound}"
         raise Refused(found, where=ring.path, fits="DynamicCache() for this call")
     placed = (spec.align == "start", spec.q_positions, spec.k_positions, any(spec.rows), spec.tiles, spec.leader)
-    if any(placed) or re.search(r"\b[NM]\b", text):
+    if any(placed) or re.search(r"\b[NM]\b", replace(spec, empty="").text):
         found = f"an attention that counts rows: {text}"
         raise Refused(found, where=ring.path, fits="positions that are counted from the end of the keys")
 
@@ -212,6 +212,7 @@ def _tell_positions(ring: Ring, attend: fx.Node, keys: fx.Node) -> None:
     spec = replace(
         AttendSpec.of(str(attend.args[3])),
         align="start",
+        empty="",  # it asks for keys that are gone
         q_positions=f"t{len(tables)}",
         k_positions=f"t{len(tables) + 1}",
     )

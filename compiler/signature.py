@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -85,7 +86,16 @@ class Call:
 
 def forward_signature(model: nn.Module) -> inspect.Signature:
     """The signature of a model's forward, without self."""
-    return inspect.signature(model.forward)
+    bound = model.forward
+    function = getattr(bound, "__func__", None)
+    return inspect.signature(bound) if function is None else _without_self(function)
+
+
+@functools.lru_cache(maxsize=256)
+def _without_self(function: Callable[..., Any]) -> inspect.Signature:
+    """Read once for each function: it is asked for at every call."""
+    whole = inspect.signature(function)
+    return whole.replace(parameters=list(whole.parameters.values())[1:])
 
 
 def rebuild(

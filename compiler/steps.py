@@ -24,6 +24,7 @@ def vocabulary() -> Vocabulary:
                 cls.part,
                 {n: Knob(kind, default) for n, (kind, default) in cls.knobs().items()},
                 doc=cls.summary(),
+                make=cls,
             )
             for slug, cls in mechanisms().items()
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
 from .refusal import Refused
@@ -53,6 +54,8 @@ def _parts_of(thing: Any) -> str:
 
 
 def _refuse_strangers(model: nn.Module) -> None:
+    if isinstance(model, torch.jit.ScriptModule):
+        raise Refused("a scripted or traced module", where="optimize", fits="the torch.nn.Module that it was made from")
     if type(model).__name__.startswith("Peft") and hasattr(model, "base_model"):
         fits = "optimize the base model first and add the adapter to the result, or merge_and_unload()"
         raise Refused(type(model).__name__, where="optimize", fits=fits)

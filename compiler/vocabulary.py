@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, field
 
 from .refusal import Refused
@@ -27,6 +27,7 @@ KEY_STAGE: Mapping[str, str] = {
     "quantize": "quantize",
     "target": "lower",
 }
+WORDS = ("keep", "split", "rest")  # of a recipe itself: no mechanism can have these names
 SITE_KEYS = ("attention", "heads", "insert", "kv")
 
 
@@ -51,6 +52,7 @@ class MechanismFacts:
     knobs: Mapping[str, Knob] = field(default_factory=dict)
     stage: str = ""
     doc: str = ""
+    make: Callable[..., object] | None = None  # refuses knobs that do not go together
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class Vocabulary:
 
     def __post_init__(self) -> None:
         for name, facts in self.mechanisms.items():
-            if name in ("keep", "split", "rest"):
+            if name in WORDS:
                 raise Refused(f"mechanism {name!r}", fits="keep, split and rest are words of the recipe itself")
             if facts.stage and facts.stage not in STAGES:
                 raise Refused(f"stage {facts.stage!r}", where=name, fits=", ".join(STAGES))

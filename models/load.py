@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
@@ -89,16 +91,17 @@ def _from_pretrained(name: str) -> Any:
         kind = next((a for a in (config.architectures or []) if hasattr(transformers, a)), None)
         found = getattr(transformers, kind) if kind else transformers.AutoModel
         return found.from_pretrained(name).eval()
-    except OSError as error:
-        raise Refused(f"model {name!r}", fits=str(error).split("\n", 1)[0]) from None
+    except Refused:
+        raise
+    except Exception as error:  # a folder that holds something else, a config of an unknown type, truncated weights
+        raise Refused(f"model {name!r}", fits=_said(error)) from None
 
 
 def _timm(name: str) -> Loaded:
     timm = needed("timm", "reattend[timm]")
     if name not in timm.list_models():
-        raise Refused(
-            f"timm model {name!r}", fits=nearest(name, timm.list_models()[:0] or timm.list_models(f"{name[:3]}*"))
-        )
+        near = timm.list_models(f"{name[:3]}*") or get_close_matches(name, timm.list_models(), 5, 0.3)
+        raise Refused(f"timm model {name!r}", fits=nearest(name, near, kind="timm has"))
     return Loaded(f"timm:{name}", timm.create_model(name, pretrained=False).eval())
 
 
@@ -108,17 +111,25 @@ def _python(name: str) -> Loaded:
         raise Refused(f"py:{name}", fits="py:module:factory, where factory() gives a torch.nn.Module")
     try:
         made = getattr(importlib.import_module(module), factory)()
-    except (ImportError, AttributeError) as error:
-        raise Refused(f"py:{name}", fits=str(error)) from None
-    if isinstance(made, tuple):
-        model, inputs = made
-        args, kwargs = (inputs, {}) if isinstance(inputs, tuple) else ((), inputs)
-        return Loaded(f"py:{name}", model.eval(), args, kwargs)
-    if not isinstance(made, nn.Module):
-        raise Refused(
-            f"{type(made).__name__} from py:{name}", fits="a torch.nn.Module, or a pair of it and example inputs"
-        )
-    return Loaded(f"py:{name}", made.eval())
+    except Exception as error:  # the user's own code runs here
+        raise Refused(_said(error), where=f"py:{name}", fits=f"{factory or 'factory'}() gives {_GIVEN}") from None
+    model, inputs = made if isinstance(made, tuple) and len(made) == 2 else (made, ())
+    if not isinstance(model, nn.Module) or not isinstance(inputs, tuple | Mapping):
+        kinds = ", ".join(type(part).__name__ for part in made) if isinstance(made, tuple) else type(made).__name__
+        raise Refused(f"{kinds} from py:{name}", fits=_GIVEN)
+    args, kwargs = (inputs, {}) if isinstance(inputs, tuple) else ((), inputs)
+    return Loaded(f"py:{name}", model.eval(), args, kwargs)
+
+
+_GIVEN = "a torch.nn.Module, or a pair of it and example inputs (a tuple or a dict)"
+
+
+def _said(error: Exception) -> str:
+    """The first line of an error of somebody else's, and the last line of a file that it came through."""
+    text = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    at = traceback.extract_tb(error.__traceback__)[-1]
+    kind = "" if isinstance(error, OSError | ImportError) and text else f"{type(error).__name__}: "
+    return f"{kind}{text} ({Path(at.filename).name}:{at.lineno})"
 
 
 def needed(package: str, extra: str) -> Any:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..compiler.capture import capture
 from ..compiler.raising import raise_sites
 from ..compiler.signature import Call, forward_signature
-from .zoo import Family
+from .zoo_family import Family
 
 
 @dataclass(frozen=True)

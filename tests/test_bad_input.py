@@ -85,13 +85,17 @@ def test_what_only_looks_like_attention_is_the_nearest_miss() -> None:
         ("hello", ("Stack", "'hello'", "forward(x")),
         ((X, X), ("too many positional arguments", "forward(x")),
         ({"y": X}, ("missing a required argument: 'x'", "forward(x")),
-        (None, ("Stack", "nothing in its signature", "example_inputs", "forward(x")),
     ],
-    ids=["width", "rank", "dtype", "text", "too many", "unknown name", "left out"],
+    ids=["width", "rank", "dtype", "text", "too many", "unknown name"],
 )
 def test_inputs_that_the_model_does_not_take(inputs: Any, says: tuple[str, ...]) -> None:
     in_order(refusal(lambda: optimized(stack(), inputs=inputs)), *says)
     in_order(refusal(lambda: reattend.sites(stack(), inputs)), *says)
+
+
+def test_sites_need_inputs_where_nothing_says_what_they_are() -> None:
+    found = refusal(lambda: reattend.sites(stack()))
+    in_order(found, "Stack", "nothing in its signature", "example_inputs", "forward(x")
 
 
 def test_a_model_that_writes_to_its_input_is_refused_and_the_input_is_as_before() -> None:
@@ -388,3 +392,31 @@ def test_the_original_and_grad_mode_are_as_before(recipe: Any, inputs: Tensor, t
     for name, module in model.named_modules():
         assert module.__dict__.keys() == kept[name].keys()
         assert all(module.__dict__[key] is value for key, value in kept[name].items())
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        ("calls.jsonl", ("data 'calls.jsonl'", "an iterable of calls")),
+        ([3], ("data[0]", "not tensors", "example_inputs")),
+        ([X, {"y": X}], ("data[1]", "missing a required argument: 'x'")),
+        ([X[..., :5]], ("data[0]", "dim 2 is 5")),
+    ],
+    ids=["text", "number", "name", "width"],
+)
+def test_data_that_are_no_calls_of_the_model(data: Any, says: tuple[str, ...]) -> None:
+    in_order(refusal(lambda: optimized(stack(1), everywhere(WINDOW), data=data)), *says)
+
+
+def test_a_number_that_no_tensor_holds_is_no_knob() -> None:
+    in_order(refusal(lambda: optimized(stack(1), everywhere({"window": {"window": 10**23}}))), "window", "whole number")
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.jit is deprecated
+def test_a_traced_module_is_refused_by_name() -> None:
+    traced = torch.jit.trace(stack(1).eval(), X)
+    in_order(refusal(lambda: optimized(traced)), "scripted or traced", "torch.nn.Module that it was made from")
+
+
+def test_attention_of_three_dimensions_is_refused() -> None:
+    in_order(refusal(lambda: reattend.attention(X, X, X, "softmax")), "q of shape (2, 9, 32)", "(batch, heads")

@@ -199,7 +199,7 @@ def test_the_smallest_failing_problem_is_printed(capsys: pytest.CaptureFixture[s
     report = check(Leak)
     failure = next(a.failure for a in report.failures if a.question.name == "causal")
     assert f"FAILS  causal         {failure}" in capsys.readouterr().out
-    assert failure.startswith("Leak() on causal-self B=2 H=6 N=7 M=7: row 0 changes with tokens from 1 on")
+    assert failure.startswith("Leak() on causal-self B=1 H=1 N=2 M=2 D=1: row 0 changes with k, v from token 1 on")
 
 
 def test_unregistered_and_unknown_ones_are_refused() -> None:

@@ -153,5 +153,6 @@ def test_a_finite_fill_stays_where_a_row_keeps_nothing() -> None:
     captured = capture(Written(strictly_before).eval(), inputs)
     wanted = captured.graph(*inputs)[0]
     (node,) = raise_sites(captured.graph).nodes
-    assert AttendSpec.of(node.args[3]).score == "where(~t0[i, j], s, -1000000000.0)"
+    spec = AttendSpec.of(node.args[3])
+    assert (spec.score, spec.keep, spec.empty) == ("s", "~t0[i, j]", "where(~t0[i, j], s, -1000000000.0)")
     assert torch.allclose(captured.graph(*inputs)[0], wanted, atol=1e-6)

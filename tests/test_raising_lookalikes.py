@@ -230,6 +230,69 @@ def relu_attention(m: Projections, x: Tensor) -> Tensor:
     return m.merged((q @ k.mT).relu() / N @ v)
 
 
+def sinkhorn(m: Projections, x: Tensor) -> Tensor:
+    q, k, v = m.qkv(x)
+    s = q @ k.mT
+    for _ in range(2):
+        s = s.log_softmax(-1).log_softmax(-2)
+    return m.merged(s.exp() @ v)
+
+
+def linear_by_features(m: Projections, x: Tensor) -> Tensor:
+    """softmax(q) over features, softmax(k) over tokens, everything einsum (efficient attention)."""
+    q, k, v = m.qkv(x)
+    context = torch.einsum("bhnd,bhne->bhde", k.softmax(dim=2), v)
+    return m.merged(torch.einsum("bhnd,bhde->bhne", q.softmax(dim=-1), context))
+
+
+def pooled_features(m: Projections, x: Tensor) -> Tensor:
+    w = torch.einsum("bnc,bnd->bcd", m.q(x), m.k(x)).softmax(-1)  # (B, C, C): which features go together
+    return m.o(x @ w.mT)
+
+
+def cross_covariance(m: Projections, x: Tensor) -> Tensor:
+    q, k, v = (F.normalize(t, dim=-2) for t in m.qkv(x))
+    return m.merged((((q.mT @ k) / 0.5).softmax(-1) @ v.mT).mT)
+
+
+def experts_weighted(m: Projections, x: Tensor) -> Tensor:
+    """Gates from a product with learned expert keys, then matmul with the experts' outputs."""
+    gates = (m.q(x) @ m.memory.t() / C**0.5).softmax(-1)
+    outputs = torch.stack([m.v(x * (e + 1)) for e in range(5)], -2)
+    return (gates.unsqueeze(-2) @ outputs).squeeze(-2)
+
+
+def sampled(m: Projections, x: Tensor) -> Tensor:
+    logits = m.q(x)[:, -1] @ m.slots / 0.8
+    top = logits.topk(3).values[..., -1:]
+    return logits.masked_fill(logits < top, -float("inf")).softmax(-1)
+
+
+def temperature_pair(m: Projections, x: Tensor) -> tuple[Tensor, Tensor]:
+    q, k = F.normalize(m.q(x), dim=-1), F.normalize(m.k(x), dim=-1)
+    s = q @ k.mT * 14.3
+    return s.log_softmax(-1), s.log_softmax(-2)
+
+
+def routed_slots(m: Projections, x: Tensor) -> Tensor:
+    """Soft mixture of experts: tokens are dispatched over tokens and combined over slots."""
+    s = x @ m.slots
+    slots = s.softmax(1).mT @ x
+    return s.softmax(-1) @ m.v(slots)
+
+
+def normalised_twice(m: Projections, x: Tensor) -> Tensor:
+    q, k, v = m.qkv(x)
+    w = (q @ k.mT).softmax(-1)
+    return m.merged((w / w.sum(-2, keepdim=True)) @ v)
+
+
+def hard(m: Projections, x: Tensor) -> Tensor:
+    q, k, v = m.qkv(x)
+    w = (q @ k.mT).softmax(-1)
+    return m.merged(F.one_hot(w.argmax(-1), w.shape[-1]).to(v.dtype) @ v)
+
+
 NO_PRODUCT = "no product of queries and keys"
 LOOK_ALIKES = [
     LookAlike("mixture of experts", router, (NO_PRODUCT,)),
@@ -263,6 +326,16 @@ LOOK_ALIKES = [
     LookAlike("running sum of scores", running_sum, ("stands %cumsum",)),
     LookAlike("exponentials by their norm", normed, ("they are not divided by their sum",)),
     LookAlike("difference of two softmaxes", differential, ("the weights meet %sub",)),
+    LookAlike("sinkhorn", sinkhorn, ("stands %log_softmax_2",)),
+    LookAlike("softmax of features and of tokens", linear_by_features, (NO_PRODUCT, NO_PRODUCT)),
+    LookAlike("features by features", pooled_features, ("attention over channels, not tokens",)),
+    LookAlike("cross-covariance", cross_covariance, ("attention over channels, not tokens",)),
+    LookAlike("experts by learned keys", experts_weighted, ("differ from query to query",)),
+    LookAlike("sampling", sampled, ("the scores are also used by %topk",)),
+    LookAlike("contrastive both ways", temperature_pair, ()),
+    LookAlike("soft mixture", routed_slots, ("also used by %softmax_1", "also used by %softmax")),
+    LookAlike("normalised twice", normalised_twice, ("the weights are also used by %sum_1",)),
+    LookAlike("hard attention", hard, ("the weights meet %argmax",)),
     LookAlike("no softmax", no_softmax, ()),
     LookAlike("relu attention", relu_attention, ()),
 ]  # fmt: skip

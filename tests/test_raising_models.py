@@ -8,7 +8,20 @@ import torch
 from reattend.models.zoo import zoo
 from reattend.models.zoo_raised import raised_row
 
-FAST = ("llama", "gpt_oss", "t5", "bert_padded", "mixtral", "swin", "clip", "timm_vit", "mha", "nanogpt", "einops")
+FAST = (
+    "llama",
+    "gpt_oss",
+    "t5",
+    "bert_padded",
+    "mixtral",
+    "swin",
+    "clip",
+    "timm_vit",
+    "mha",
+    "nanogpt",
+    "einops",
+    "diffllama",
+)
 ALL = [(name, spelling) for name, family in zoo().items() for spelling in family.spellings]
 
 
@@ -38,4 +51,4 @@ def test_a_family_is_the_same_every_time() -> None:
     pytest.importorskip("transformers")
     one, two = (zoo()["llama"].build("sdpa") for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters()))
-    assert len(zoo()) >= 59
+    assert len(zoo()) >= 116

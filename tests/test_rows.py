@@ -18,7 +18,7 @@ from reattend.compiler.primitives.group import group
 from reattend.compiler.primitives.merge import merge
 from reattend.compiler.primitives.reduce_kv import reduce_kv
 from reattend.compiler.primitives.route import route
-from reattend.compiler.primitives.scan import scan, scan_step
+from reattend.compiler.primitives.scan import scan, step
 from reattend.compiler.refusal import Refused
 from reattend.compiler.symbols import table
 
@@ -186,7 +186,7 @@ def test_steps_give_what_the_whole_gives(normaliser: str) -> None:
     state, got = None, []
     for t in range(6):
         now = slice(t, t + 1)
-        o, state = scan_step(q[:, :, now], k[:, :, now], v[:, :, now], state, decay=a[..., now], normaliser=normaliser)
+        o, state = step(q[:, :, now], k[:, :, now], v[:, :, now], state, decay=a[..., now], normaliser=normaliser)
         got.append(o)
     torch.testing.assert_close(torch.cat(got, 2), whole)
 
@@ -212,8 +212,6 @@ REFUSED: list[tuple[Callable[[], Any], str]] = [
     (lambda: gather(X, torch.zeros(2, 3, 4, 5, dtype=torch.long)), "an index of shape (2, 3, 4, 5)"),
     (lambda: scatter(X, torch.arange(5), X, reduce="max"), "reduce 'max'"),
     (lambda: scatter(X, torch.arange(4), X), "as many numbers as rows of x"),
-    (lambda: scan_step(X, X, X), "scan_step: 5 rows"),
-    (lambda: scan_step(Q, Q, Q, causal=False), "rows that come one after the other"),
 ]
 
 

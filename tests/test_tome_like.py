@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 import reattend
 from reattend import Refused, mechanism
-from reattend.passes.tokens.tome_like import Plan, match, merge, unmerge
+from reattend.passes.tokens.bipartite import Plan, match, match_at_random, match_every, merge, sources, unmerge
 
 
 def linear_map(plan: Plan) -> Tensor:
@@ -47,9 +47,45 @@ def test_a_merge_is_a_weighted_mean_by_the_matching_of_the_card(n: int, r: int, 
 
 def test_equal_tokens_come_back_when_they_are_unmerged() -> None:
     x = torch.randn(1, 4, 3).repeat_interleave(2, 1)
-    plan = match(x, 4, class_token=False, distill_token=False)
+    plan = match(x, 4)
     merged, _ = merge(plan, x, torch.ones(1, 8, 1))
     torch.testing.assert_close(unmerge(plan, merged), x)
+
+
+def test_every_kth_token_stays_and_a_short_tail_is_dropped() -> None:
+    x = torch.randn(2, 11, 4)
+    plan = match_every(x, 3)
+    assert plan.total == 3 and plan.rows[:, [2, 5, 8]].tolist() == [[0, 1, 2]] * 2
+    u = F.normalize(x, dim=-1)
+    for b in range(2):
+        for token in (0, 1, 3, 4, 6, 7):
+            assert plan.rows[b, token] == (u[b, token] @ u[b, [2, 5, 8]].T).argmax()
+    merged, size = merge(plan, x, torch.ones(2, 11, 1))
+    assert size.sum(1).eq(9).all()
+    assert unmerge(plan, merged)[:, 9:].eq(0).all()
+
+
+def test_random_sources_join_the_token_most_like_them() -> None:
+    x, uniform = torch.randn(2, 8, 4), torch.rand(2, 8)
+    plan = match_at_random(x, 3, uniform)
+    order = uniform.argsort(-1)
+    u = F.normalize(x, dim=-1)
+    for b in range(2):
+        kept = order[b, 3:]
+        assert plan.rows[b, kept].tolist() == [0, 1, 2, 3, 4]
+        for token in order[b, :3]:
+            assert plan.rows[b, token] == (u[b, token] @ u[b, kept].T).argmax()
+
+
+def test_sources_follow_tokens_through_merges() -> None:
+    x = torch.randn(2, 9, 4)
+    first = match(x, 3, class_token=True)
+    merged, size = merge(first, x, torch.ones(2, 9, 1))
+    second = match(merged, 2, class_token=True)
+    _, size = merge(second, merged, size)
+    members = sources(second, sources(first))
+    assert members.shape == (2, 4, 9) and members.sum(1).eq(1).all()
+    torch.testing.assert_close(members.sum(-1, keepdim=True), size)
 
 
 def test_class_and_distillation_tokens_stay_in_front() -> None:
@@ -117,6 +153,23 @@ def test_unmerge_gives_every_token_its_row_back() -> None:
     fast = reattend.optimize(model, recipe, x, measure=False)
     assert fast(x).shape == (2, 17, 32)
     torch.testing.assert_close(fast(x)[:, 0], by_hand(model, x, 3)[:, 0], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("algorithm", "left"), [("kth", 5), ("random", 14)])
+def test_the_other_algorithms_run_in_a_model(algorithm: str, left: int) -> None:
+    model, x = Encoder().eval(), torch.randn(2, 17 * 32)
+    knobs = {"r": [3], "algorithm": algorithm, "stride": 3, "class_token": False}
+    fast = reattend.optimize(model, {"version": 1, "passes": [{"tome_like": knobs}]}, x, measure=False)
+    assert fast(x).shape == (2, left, 32) and fast(x).isfinite().all()
+
+
+def test_what_no_algorithm_does_is_refused() -> None:
+    with pytest.raises(Refused, match="did you mean 'random'"):
+        mechanism("tome_like", algorithm="randm")
+    with pytest.raises(Refused, match="kth protects no token: class_token: false"):
+        mechanism("tome_like", algorithm="kth")
+    with pytest.raises(Refused, match="stride=1"):
+        mechanism("tome_like", algorithm="kth", class_token=False, stride=1)
 
 
 def test_a_causal_model_is_refused_by_name() -> None:

@@ -183,6 +183,11 @@ def invent(value: Tensor, sizes: Sizes, style: int) -> Tensor:
     return made.reshape(shape).to(value.dtype)
 
 
+def spec_exprs(spec: AttendSpec) -> tuple[Expr, ...]:
+    """What may look a mask up: predicate and score, also that of rows that keep nothing."""
+    return (spec.keep_expr, spec.score_expr, *((spec.empty_expr,) if spec.empty_expr is not None else ()))
+
+
 @dataclass(frozen=True)
 class Side:
     """A spec with the nodes that its tables stand for."""
@@ -191,8 +196,8 @@ class Side:
     tables: tuple[tuple[str, fx.Node], ...]
 
     @property
-    def exprs(self) -> tuple[Expr, Expr]:
-        return self.spec.keep_expr, self.spec.score_expr
+    def exprs(self) -> tuple[Expr, ...]:
+        return spec_exprs(self.spec)
 
     @property
     def used(self) -> set[str]:
@@ -249,19 +254,29 @@ def _differs(
     for start in range(0, n, rows):
         block = torch.arange(start, min(n, start + rows))
         products = torch.randn(batch, heads, len(block), m, generator=torch.Generator().manual_seed(start))
-        a = _logits(old.spec, before, products, block, grid, low)
-        b = _logits(new.spec, after, products, block, grid, low)
+        (a, fill_a), (b, fill_b) = (
+            _logits(spec, tables, products, block, grid, low)
+            for spec, tables in ((old.spec, before), (new.spec, after))
+        )
         if not torch.equal(a == -math.inf, b == -math.inf):
             return f"{int(((a == -math.inf) != (b == -math.inf)).sum())} positions differ"
         kept = a != -math.inf
         if not torch.allclose(a[kept], b[kept], rtol=2e-6, atol=2e-6):
             return f"scores differ by {float((a[kept] - b[kept]).abs().max()):.2g}"
+        if not torch.allclose(_weights(fill_a), _weights(fill_b), rtol=1e-5, atol=1e-6):
+            return "queries that keep no key differ"
     return ""
+
+
+def _weights(fill: Tensor) -> Tensor:
+    """What a softmax makes of rows, 0 where all is minus infinity."""
+    return torch.nan_to_num(fill.softmax(-1), nan=0.0)
 
 
 def _logits(
     spec: AttendSpec, tables: dict[str, Tensor], products: Tensor, rows: Tensor, grid: tuple[int, ...], low: float
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
+    """The logits, minus infinity where they have no weight; and the scores of the rows in which none has."""
     batch, heads, n, m = grid
     names = {
         "b": torch.arange(batch).view(-1, 1, 1, 1),
@@ -276,4 +291,8 @@ def _logits(
     keep = evaluate(spec.keep_expr, names, tables) if spec.keep else torch.tensor(True)
     keep = keep if keep.dtype == torch.bool else keep != 0
     score = torch.where(keep, score.to(torch.float32), -math.inf).expand(products.shape)
-    return torch.where(score > low, score, -math.inf)
+    logits = torch.where(score > low, score, -math.inf)
+    none = (logits == -math.inf).all(-1)
+    if spec.empty_expr is not None:
+        score = evaluate(spec.empty_expr, names, tables).to(torch.float32).expand(products.shape)
+    return logits, score[none]

@@ -6,6 +6,7 @@ input are taken apart: mask(data) = mask(all ones) & what the data allows.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -27,6 +28,7 @@ class Families:
     def __init__(self, graph_module: fx.GraphModule, q: fx.Node, k: fx.Node) -> None:
         self.graph_module, self.q, self.k = graph_module, q, k
         self.beyond = 0
+        self.fill = -math.inf  # of the additive mask looked at last
 
     def recognise(self, nodes: Sequence[fx.Node], reader: Reader) -> dict[fx.Node, Callable[[Index], Expr]]:
         """Formulas for those of the nodes that agree with one."""
@@ -34,7 +36,7 @@ class Families:
         for node in nodes:
             formula = None if reader.is_learned(node) else self._formula(node)
             if formula is not None:
-                found[node] = _placed(node, formula)
+                found[node] = _placed(node, formula, self.fill)
         return found
 
     def _formula(self, node: fx.Node) -> Expr | None:
@@ -47,11 +49,15 @@ class Families:
         if any(_is_random(n) for n in behind):
             return None
         numbers = [a for n in behind for a in n.args if isinstance(a, int) and 1 < a < WIDEST]
-        self.beyond = 2 * max(numbers, default=0) + 3
+        self.beyond, self.fill = 2 * max(numbers, default=0) + 3, -math.inf
+        fills: set[float] = set()
         try:
-            every = self._masks(node, behind, data)
+            every = self._masks(node, behind, data, fills)
         except Unknown:
             return None
+        if len(fills) > 1:
+            return None  # in a row that keeps nothing the highest counts
+        self.fill = next(iter(fills), -math.inf)
         structure = _structure([(plain, sizes) for plain, _, sizes in every if plain is not None])
         if structure is None:
             return None
@@ -59,20 +65,22 @@ class Families:
             return structure
         return next((c for c in _with_data(structure, data) if all(self._agrees(c, t, s) for _, t, s in every)), None)
 
-    def _masks(self, node: fx.Node, behind: list[fx.Node], data: list[fx.Node]) -> list[tuple[Any, Any, Sizes]]:
+    def _masks(
+        self, node: fx.Node, behind: list[fx.Node], data: list[fx.Node], fills: set[float]
+    ) -> list[tuple[Any, Any, Sizes]]:
         """At each size: the mask for data of ones, and pairs of (data, mask) in every style."""
         values = [n.meta.get("val") for n in behind] + [self.q.meta["val"], self.k.meta["val"]]
         found = []
         for sizes in choose_sizes(values, node.meta["val"].shape, self.beyond):
             ones = {n: torch.ones(sizes.shape(n.meta["val"]), dtype=n.meta["val"].dtype) for n in data}
             try:
-                plain = _as_mask(compute([node], sizes, dict(ones), self.graph_module, 0)[0])
+                plain = _as_mask(compute([node], sizes, dict(ones), self.graph_module, 0)[0], fills)
             except Unknown:
                 continue
             pairs = []
             for style in range(len(STYLES)) if data else ():
                 given = {n: invent(n.meta["val"], sizes, style) for n in data}
-                pairs.append((given, _as_mask(compute([node], sizes, dict(given), self.graph_module, style)[0])))
+                pairs.append((given, _as_mask(compute([node], sizes, dict(given), self.graph_module, style)[0], fills)))
             found.append((plain, pairs, sizes))
         if len(found) < (ENOUGH if len(sizes.values) else 1):
             raise Unknown("no sizes at which it can be computed")
@@ -85,13 +93,13 @@ class Families:
                    for given, mask in pairs)  # fmt: skip
 
 
-def _placed(node: fx.Node, formula: Expr) -> Callable[[Index], Expr]:
-    """The formula at an index of the node; of an additive mask, 0 or -inf."""
+def _placed(node: fx.Node, formula: Expr, fill: float) -> Callable[[Index], Expr]:
+    """The formula at an index of the node; of an additive mask, 0 or what it fills in."""
     additive = node.meta["val"].dtype.is_floating_point
 
     def at(index: Index) -> Expr:
         e = formula.replace({"i": index[-2], "j": index[-1], "b": index[0] if len(index) > 2 else const(0)})
-        return build("where", e, const(0.0), const(float("-inf"))) if additive else e
+        return build("where", e, const(0.0), const(fill)) if additive else e
 
     return at
 
@@ -114,12 +122,13 @@ def _flows(data: fx.Node, node: fx.Node) -> bool:
     return False
 
 
-def _as_mask(value: Tensor) -> Tensor | None:
-    """True where kept; None for a tensor that is neither boolean nor made of 0 and very low values."""
+def _as_mask(value: Tensor, fills: set[float]) -> Tensor | None:
+    """True where kept; None for a tensor that is neither boolean nor made of 0 and very low values, told in `fills`."""
     if value.dtype == torch.bool:
         return value
     if not value.dtype.is_floating_point or not bool(((value == 0) | (value < 2 * LOW)).all()):
         return None
+    fills |= set(value[value != 0].unique().tolist())
     return value == 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,15 +12,16 @@ from torch import fx
 
 from ..primitives.attend_spec import AttendSpec
 from ..symbol_text import parse
-from ..symbols import FALSE, TRUE, Expr, build
+from ..symbols import FALSE, TRUE, Expr, build, const
 from .aliases import nodes_written_in_place, structure_keys
 from .arithmetic import pushed, truth
+from .emptiness import has_finite_fill, never_empty
 from .erasing import erase_unused
-from .evaluation import Side, disagreement
+from .evaluation import Side, disagreement, spec_exprs
 from .families import Families
 from .frame import Frame
 from .index_space import I, simplify_indices
-from .reading import Reader, dtype, is_dense, leaf_name
+from .reading import Reader, backward_slice, dtype, is_dense, is_tensor, leaf_name
 from .splitting import split
 
 
@@ -129,9 +131,7 @@ class _Site:
         if wrong:
             return wrong
         proof = "evaluated" if tried else "symbolic"
-        verdict = MaskVerdict(
-            self.node.name, side.keep, _leftovers(side), proof, self._remarks(reader, new, candidates), sizes
-        )
+        verdict = MaskVerdict(self.node.name, side.keep, _leftovers(side), proof, self._remarks(reader, new), sizes)
         return Folded(side.text, tables, verdict)
 
     def _read(self, reader: Reader, candidates: Sequence[str]) -> tuple[AttendSpec, dict[str, fx.Node]]:
@@ -147,19 +147,36 @@ class _Site:
 
         values = {table: element(table) for table in candidates}
         space = self.frame.space
-        low, score = split(pushed(self.plain.score_expr.replace(values)))
-        keep = simplify_indices(truth(pushed(self.plain.keep_expr.replace(values))) & low, space)
+        whole = pushed(self.plain.score_expr.replace(values))
+        own = truth(pushed(self.plain.keep_expr.replace(values)))
+        low, score = split(whole)
+        keep = simplify_indices(own & low, space)
         spec = replace(self.plain, keep=_text(keep), score=simplify_indices(score, space).text)
-        spec = _aligned(spec, self.frame)
-        used = {e.args[0] for x in (spec.keep_expr, spec.score_expr) for e in x.walk() if e.op == "lookup"}
+        if self.plain.empty_expr is not None:
+            whole = pushed(self.plain.empty_expr.replace(values))
+        elif own.text != TRUE.text:
+            whole = build("where", own, whole, const(-math.inf))
+        some = never_empty(keep, space) and not self._may_lower(score, reader, nodes)
+        needed = has_finite_fill(whole) and keep.text != TRUE.text and not some
+        spec = _aligned(replace(spec, empty=simplify_indices(whole, space).text if needed else ""), self.frame)
+        used = {e.args[0] for x in spec_exprs(spec) for e in x.walk() if e.op == "lookup"}
         return spec, {leaf: n for leaf, n in reader.leaves.items() if leaf in used}
 
-    def _remarks(self, reader: Reader, new: AttendSpec, candidates: Sequence[str]) -> str:
+    def _may_lower(self, score: Expr, reader: Reader, nodes: dict[str, fx.Node]) -> bool:
+        """Whether a bias made of the call's data may take the weight of the keys that are kept."""
+        known = nodes | reader.leaves
+        biases = [known[e.args[0]] for e in score.walk() if e.op == "lookup" and e.args[0] in known]
+        return any(_is_data(n) and not reader.is_learned(n) and dtype(n).is_floating_point for n in biases)
+
+    def _remarks(self, reader: Reader, new: AttendSpec) -> str:
         remarks = [f"{n.name}: {r}" for n, r in reader.explained() if leaf_name(n) in _dense_leaves(new)]
-        floats = any(dtype(dict(self.old.tables)[c]).is_floating_point for c in candidates)
-        if floats and any(e.op == "lookup" for e in new.keep_expr.walk()):
-            remarks.append("a query that keeps no key gives 0, where a large negative bias averaged all values")
+        if new.empty:
+            remarks.append("a query may keep no key: there the model's own fill counts")
         return "; ".join(remarks)
+
+
+def _is_data(node: fx.Node) -> bool:
+    return any(n.op == "placeholder" and is_tensor(n) for n in backward_slice([node]))
 
 
 def _text(keep: Expr) -> str:
@@ -171,8 +188,13 @@ def _from_start(spec: AttendSpec, frame: Frame) -> AttendSpec:
     if spec.align == "start" or spec.sink or spec.after:
         return spec
     ahead = {"i": I + (frame.space.keys - frame.space.queries)}
-    keep, score = spec.keep_expr.replace(ahead), spec.score_expr.replace(ahead)
-    return replace(spec, keep=_text(keep), score=score.text, align="start")
+    return replace(_shifted(spec, ahead), align="start")
+
+
+def _shifted(spec: AttendSpec, index: dict[str, Expr]) -> AttendSpec:
+    empty = "" if spec.empty_expr is None else spec.empty_expr.replace(index).text
+    keep, score = spec.keep_expr.replace(index), spec.score_expr.replace(index)
+    return replace(spec, keep=_text(keep), score=score.text, empty=empty)
 
 
 def _aligned(spec: AttendSpec, frame: Frame) -> AttendSpec:
@@ -181,11 +203,10 @@ def _aligned(spec: AttendSpec, frame: Frame) -> AttendSpec:
     if spec.align != "start" or space.queries.text == space.keys.text or spec.sink or spec.after:
         return spec
     shift = build("sub", space.keys, space.queries)
-    back = {"i": I - shift}
-    keep, score = spec.keep_expr.replace(back), spec.score_expr.replace(back)
-    if len(keep.text) + len(score.text) >= len(spec.keep) + len(spec.score):
+    moved = _shifted(spec, {"i": I - shift})
+    if len(moved.keep) + len(moved.score) >= len(spec.keep) + len(spec.score):
         return spec
-    return replace(spec, keep=_text(keep), score=score.text, align="end")
+    return replace(moved, align="end")
 
 
 def _dense_leaves(spec: AttendSpec) -> list[str]:
@@ -218,7 +239,9 @@ def _numbered(spec: AttendSpec, nodes: dict[str, fx.Node]) -> tuple[AttendSpec, 
     def renamed(text: str) -> str:
         return _renamed(parse(text), named).text if text else text
 
-    fields: dict[str, Any] = {f: renamed(getattr(spec, f)) for f in ("keep", "score", "weight", "sink", "after")}
+    fields: dict[str, Any] = {
+        f: renamed(getattr(spec, f)) for f in ("keep", "score", "weight", "sink", "after", "empty")
+    }
     return replace(spec, **fields), tuple(tables)
 
 

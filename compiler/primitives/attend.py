@@ -3,7 +3,8 @@
     o_i = sum_j w_ij v_j,   w_i = normalise_j( score(scale * q_i . k_j, b, h, i, j) )  over the j with keep(b, h, i, j)
 
 The front runs `keep`, `score`, `weight` and `after` on symbols; the op sees q, the key/value segments, the tensors that
-the functions look up, and the text. Rows that keep nothing give 0 and a log-sum-exp of -inf.
+the functions look up, and the text. Rows that keep nothing give 0 and a log-sum-exp of -inf, unless the spec has a
+score for them (`empty`): a model that fills with a finite number gives such rows equal weights.
 """
 
 from __future__ import annotations
@@ -283,6 +284,9 @@ def _check_texts(spec: AttendSpec) -> None:
     if bool(spec.leader) != (spec.normaliser == "grouped"):
         found = f"normaliser {spec.normaliser!r} {'with' if spec.leader else 'without'} a leader"
         raise Refused(found, where="attend", fits="normaliser='grouped' with leader(i, j)")
+    if spec.empty and (spec.normaliser != "softmax" or spec.more or any(spec.rows)):
+        fits = "a softmax over one segment, all keys in order"
+        raise Refused("a score for queries that keep no key", where="attend", fits=fits)
     if not spec.outputs:
         raise Refused("no outputs", where="attend", fits="at least one")
     for output in spec.outputs:

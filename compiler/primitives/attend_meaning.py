@@ -10,7 +10,7 @@ from torch import Tensor
 from ..symbol_eval import evaluate
 from ..symbol_text import parse
 from .attend_logits import Columns, columns
-from .attend_spec import AttendSpec, count_of
+from .attend_spec import FAINT, AttendSpec, count_of
 from .attend_weights import weights_of
 from .operator import Groups
 
@@ -22,6 +22,9 @@ def attend_meaning(groups: Groups, text: str) -> list[Tensor]:
     parts = columns(q, kv, tables, spec)
     logits, kept = torch.cat([p.logits for p in parts], -1), torch.cat([p.kept for p in parts], -1)
 
+    if spec.empty:
+        logits, kept = _filled(logits, kept, parts[0], spec, tables)
+
     own = {n: parts[0].names[n] for n in ("b", "h", "i", "N")}
 
     def value(expression: str, s: Tensor) -> Tensor:
@@ -32,6 +35,15 @@ def attend_meaning(groups: Groups, text: str) -> list[Tensor]:
     if spec.after:
         weights = torch.cat(_afterwards(weights, parts, spec, tables), -1)
     return [_output(which, q, logits, kept, weights, lse, parts) for which in spec.outputs]
+
+
+def _filled(
+    logits: Tensor, kept: Tensor, own: Columns, spec: AttendSpec, tables: dict[str, Tensor]
+) -> tuple[Tensor, Tensor]:
+    """Rows that keep nothing see every key, by the score that the spec gives for them."""
+    none = ~(kept & (logits > FAINT)).any(-1, keepdim=True)
+    scores = evaluate(parse(spec.empty), own.names, tables, whole=own.whole)
+    return torch.where(none, torch.as_tensor(scores, dtype=logits.dtype, device=logits.device), logits), kept | none
 
 
 def _leaders(parts: list[Columns], spec: AttendSpec, tables: dict[str, Tensor]) -> Tensor | None:

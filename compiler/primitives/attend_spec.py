@@ -35,6 +35,7 @@ class AttendSpec(Spec):
     tiles: tuple[str, int, int] | tuple[()] = ()  # table (B|1, H|1, Tq, L) of key tiles, rows of q and of k per tile
     kv_heads: str = ""  # name of a table (H,): the key head of every query head
     leader: str = ""  # of key j, for "grouped": the position of the key that speaks for its group
+    empty: str = ""  # the score of all keys for a query that keeps none above FAINT; without it such a query gives 0
     outputs: tuple[str, ...] = ("o",)
 
     @cached_property
@@ -44,6 +45,10 @@ class AttendSpec(Spec):
     @cached_property
     def score_expr(self) -> Expr:
         return parse(self.score)
+
+    @cached_property
+    def empty_expr(self) -> Expr | None:
+        return parse(self.empty) if self.empty else None
 
     @property
     def segments(self) -> tuple[tuple[str, str, str], ...]:
@@ -84,4 +89,5 @@ def count_of(output: str) -> tuple[str, int]:
     return kind, int(number or 0)
 
 
+FAINT = -1e4  # a kept key scored lower may weigh less than one that a model's fill takes away
 CAUSAL = (name("j") <= name("i")).text

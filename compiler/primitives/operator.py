@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 Groups = Sequence[Sequence[Tensor]]  # the op's tensor arguments in order, a single tensor as a group of one
 Meaning = Callable[[Groups, str], list[Tensor]]
+InTorch = Callable[[fx.Node, dict[Any, fx.Node]], fx.Node | None]  # a call, and what was made so far in its graph
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,31 @@ class Kernel:
     name: str
     refuses: Callable[[Groups, str], str | None]
     run: Meaning
+    plain: bool = False  # made of torch operations without looking at sizes or values, so that it can be traced
     differentiable: bool = False  # made of differentiable torch operations, so that its own gradient can be taken
+
+
+@dataclass(frozen=True)
+class Ran:
+    """One call of a primitive: the kernel that was taken, "" for the eager meaning, and why others were not."""
+
+    primitive: str
+    kernel: str
+    refused: tuple[tuple[str, str], ...]
+
+
+_WATCHED: ContextVar[list[Ran] | None] = ContextVar("_WATCHED", default=None)
+
+
+@contextmanager
+def watched() -> Iterator[list[Ran]]:
+    """The calls of primitives inside, in order."""
+    ran: list[Ran] = []
+    token = _WATCHED.set(ran)
+    try:
+        yield ran
+    finally:
+        _WATCHED.reset(token)
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,8 +64,10 @@ class Primitive:
     meaning: Meaning
     shapes: Meaning  # the same outputs, empty
     kernels: dict[str, list[Kernel]] = field(default_factory=dict)
+    in_torch: list[InTorch] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        PRIMITIVES[self.name] = self
         arguments = ", ".join(f"Tensor[] {g[:-1]}" if g.endswith("*") else f"Tensor {g}" for g in self.groups)
         self._define(f"reattend::{self.name}", f"({arguments}, str spec) -> Tensor[]", self._run, self._empty)
         self._define(
@@ -74,13 +102,23 @@ class Primitive:
             refused.append((kernel.name, reason))
         return None, refused
 
+    def plainly(self, *arguments: Any) -> list[Tensor]:
+        """The same in plain torch, for graphs that leave: the kernel that fits if it is such, or the meaning."""
+        *tensors, spec = arguments
+        groups = self._grouped(tensors)
+        kernel, _ = self.choose(groups, spec)
+        return (kernel.run if kernel and kernel.plain else self.meaning)(groups, spec)
+
     def _grouped(self, arguments: Sequence[Any]) -> Groups:
         return [a if isinstance(a, list | tuple) else [a] for a in arguments]
 
     def _run(self, *arguments: Any) -> list[Tensor]:
         *tensors, spec = arguments
         groups = self._grouped(tensors)
-        kernel, _ = self.choose(groups, spec)
+        kernel, refused = self.choose(groups, spec)
+        watching = _WATCHED.get()
+        if watching is not None:
+            watching.append(Ran(self.name, kernel.name if kernel else "", tuple(refused)))
         taken = {t.untyped_storage()._cdata for group in groups for t in group}
         return [_own(r, taken) for r in (kernel.run if kernel else self.meaning)(groups, spec)]
 
@@ -134,6 +172,9 @@ class Primitive:
             return [torch.zeros_like(t) for t in learned]
         found = torch.autograd.grad([r for r, _ in pairs], learned, [g for _, g in pairs], allow_unused=True)
         return [_like(t, g) for t, g in zip(learned, found, strict=True)]
+
+
+PRIMITIVES: dict[str, Primitive] = {}  # by name, as the operators are called
 
 
 def _own(result: Tensor, taken: set[int]) -> Tensor:

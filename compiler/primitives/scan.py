@@ -88,21 +88,6 @@ def step(q: Tensor, k: Tensor, v: Tensor, state: Tensor | None, **how: Any) -> t
     return o, after
 
 
-def scan_step(
-    q: Tensor,  # (B, H, 1, D)
-    k: Tensor,  # (B, Hkv, 1, D)
-    v: Tensor,  # (B, Hkv, 1, Dv)
-    state: Tensor | None = None,
-    **how: Any,
-) -> tuple[Tensor, Tensor]:
-    """One token after a state: (output, new state). What `how` gives row by row (decay, valid) is this row's."""
-    if q.ndim == 4 and q.shape[2] != 1:
-        raise Refused(f"{q.shape[2]} rows", where="scan_step", fits="one row; scan(..., state=state) takes several")
-    if not how.get("causal", True):
-        raise Refused("causal=False", where="scan_step", fits="rows that come one after the other")
-    return step(q, k, v, state, **how)
-
-
 def _as_rows(decay: Tensor, q: Tensor, k: Tensor) -> Tensor:
     """A decay of any accepted form as (B|1, H|Hkv|1, N|1, D|1)."""
     match decay.ndim:

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from torch import fx
 
 from ..refusal import Refused
+from ..regions import attention_in_regions
 from .deferred import normalise_first
 from .found import place_of
 from .inplace import make_values
 from .layout import is_idle, op_name
+from .likeness import forget_likeness
 from .near import NearMiss, Unraised, module_path
 from .place import Place, write
 from .scores import carries_scores
@@ -36,15 +38,18 @@ class Raised:
 
 
 def raise_sites(graph_module: fx.GraphModule) -> Raised:
-    """Raise every site in place. Numbers are unchanged, but for rows that keep no key: they become 0."""
+    """Raise every site in place. Numbers are unchanged, but for rows filled with minus infinity: NaN becomes 0."""
     graph = graph_module.graph
     _erase_idle(graph)
     make_values(graph)
+    forget_likeness(graph)
     normalise_first(graph)
     made: list[fx.Node] = []
     misses: list[NearMiss] = []
+    hidden = dict(attention_in_regions(graph_module))
+    misses.extend(NearMiss(module_path(node), node.name, reason) for node, reason in hidden.items())
     for node in list(graph.nodes):
-        if node.op != "call_function" or node._erased:
+        if node.op != "call_function" or node._erased or node in hidden:
             continue
         try:
             place = _place(node)

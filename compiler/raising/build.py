@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from ..symbols import Expr, build, const, name
-from .axes import Axis, Group, Groups, all_leaves, extents, leaves, product, same
+from .axes import Axis, Group, Groups, all_leaves, extent, extents, leaves, product, same
 from .layout import SIZES, op_name, tensor_of
 from .near import Unraised
 
@@ -70,6 +70,10 @@ class Builder:
                 if factor is not None and getattr(factor, "is_Integer", False):
                     return self.call(operator.floordiv, self.call(aten.sym_size.int, tensor, dim), int(factor))
         raise Unraised(self.anchor, f"no tensor around it has the size {size}")
+
+    def shaped_size(self, size: Any) -> int | fx.Node:
+        """The size of one dimension as an argument."""
+        return self._size(extent(size))
 
     def shaped(self, node: fx.Node, groups: Groups) -> fx.Node:
         if extents(tensor_of(node)) == tuple(product(g) for g in groups):

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .axes import Group, Groups, all_leaves, leaves
+from .axes import Group, Groups, leaves
 from .layout import tensor_of
 
 
-def may_empty(mask: fx.Node, groups: Groups, rows: Group, columns: Group, *, keeps: bool) -> bool:
-    """One that tells only keys apart is padding: some key is real. One made of constants is looked at."""
-    if not set(leaves(rows)) & set(all_leaves(groups)):
-        return False
+def may_empty(mask: fx.Node, groups: Groups, columns: Group, *, keeps: bool) -> bool:
+    """One made of constants, of one size, is looked at; of any other only a call can tell."""
+    if any(not isinstance(size, int) for size in tensor_of(mask).shape):
+        return True
     try:
         value = _value(mask, {})
     except _Unknown:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..symbols import TRUE, Expr, build
+from ..symbols import Expr
 from .axes import Axis, Group, Groups, all_leaves, leaves
 from .empty_rows import may_empty
 from .layout import data_users
@@ -33,27 +33,26 @@ def place_of(softmax: Softmax) -> Place:
     _not_channels(q, i, d)
     known = {*leaves(i), *leaves(scores.columns), *leaves(scores.shape[softmax.dim])}
     outer = tuple(tuple(a for a in leaves(g) if a not in known) for g in scores.shape)
-    score, keep = _with_fills(scores, i)
     return Place(weighted.product.node, weighted.out, q, k, v, i, leaves(scores.columns), d, weighted.features, outer,
-                 score, keep, weighted.after, scores.sink, leaves=table)  # fmt: skip
+                 scores.value.expr, scores.value.keep, weighted.after, scores.sink, _when_empty(scores),
+                 leaves=table)  # fmt: skip
 
 
-def _with_fills(scores: Scores, i: Group) -> tuple[Expr, Expr]:
-    """A finite fill gives rows that keep nothing equal weights: where there can be such rows it stays in the score."""
-    score, keep = scores.value.expr, TRUE
-    parts = scores.value.keep.args if scores.value.keep.op == "and" else (scores.value.keep,)
-    for part in parts:
-        if part.text in scores.fills and _may_empty(part, scores, i):
-            score = build("where", part, score, scores.fills[part.text])
-        else:
-            keep = keep & part
-    return score, keep
+def _when_empty(scores: Scores) -> Expr | None:
+    """A finite fill gives rows that keep nothing equal weights: where there can be such rows it is said as it is."""
+    keep = scores.value.keep
+    parts = keep.args if keep.op == "and" else (keep,)
+    if not any(part.text in scores.finite for part in parts):
+        return None
+    if len(parts) == 1 and not _may_empty(keep, scores):
+        return None
+    return scores.value.settled
 
 
-def _may_empty(part: Expr, scores: Scores, i: Group) -> bool:
+def _may_empty(part: Expr, scores: Scores) -> bool:
     keeps = part.op != "not"
     masks = [scores.leaves[word] for word in sorted(part.names) if word in scores.leaves]
-    return any(may_empty(mask, groups, i, scores.columns, keeps=keeps) for mask, groups in masks)
+    return any(may_empty(mask, groups, scores.columns, keeps=keeps) for mask, groups in masks)
 
 
 def _side_of_keys(softmax: Softmax, scores: Scores) -> int:

@@ -46,6 +46,7 @@ class Place:
     keep: Expr = TRUE
     after: Expr | None = None
     sink: Expr | None = None
+    empty: Expr | None = None  # the score of rows that keep nothing
     heads: Group | None = None  # where the spelling itself says it
     leaves: dict[str, tuple[Any, Groups]] = field(default_factory=dict)
 
@@ -66,12 +67,13 @@ def write(place: Place) -> fx.Node:
         builder.arranged(v.node, v.groups, (batch, shared, leaves(place.j), leaves(place.e))),
     ]
     tables, words = _tables(place, builder, index, tensors)
-    score = place.score.replace({"s": name("s") * (q.factor * k.factor)}) if q.factor * k.factor != 1 else place.score
+    scaled = {"s": name("s") * (q.factor * k.factor)} if q.factor * k.factor != 1 else {}
     spec = AttendSpec(
-        score=_said(score, words),
+        score=_said(place.score.replace(scaled), words),
         keep="" if place.keep.text == TRUE.text else _said(place.keep, words),
         after="" if place.after is None else _said(place.after, words),
         sink="" if place.sink is None else _said(place.sink, words),
+        empty="" if place.empty is None else _said(place.empty.replace(scaled), words),
     )
     attend = builder.call(attend_op.op, tensors[0], tensors[1:], tables, spec.text)
     result = builder.call(operator.getitem, attend, 0)
@@ -135,7 +137,7 @@ def _tables(
     place: Place, builder: Builder, index: dict[str, Group], tensors: Sequence[fx.Node]
 ) -> tuple[list[fx.Node], dict[str, Expr]]:
     """The tensors that the texts look up, in order of first use, and the lookup for each name."""
-    texts = [e for e in (place.keep, place.score, place.sink, place.after) if e is not None]
+    texts = [e for e in (place.keep, place.score, place.sink, place.after, place.empty) if e is not None]
     used = [w for e in texts for w in sorted(e.names, key=_number) if w.startswith("@")]
     tables: list[fx.Node] = []
     words: dict[str, Expr] = {}

@@ -7,6 +7,7 @@ becomes a name `@k` here, a table later. Nothing is recognised by its values.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,15 +31,20 @@ BINARY |= {"maximum": "maximum", "minimum": "minimum", "max": "maximum", "min": 
 
 @dataclass(frozen=True)
 class Value:
-    """A score: its expression where it is kept, and where that is."""
+    """A score: its expression where it is kept, where that is, and what it is everywhere, fills included."""
 
     expr: Expr
     keep: Expr = TRUE
+    full: Expr | None = None
 
     @property
     def settled(self) -> Expr:
-        """The expression everywhere, minus infinity where it is not kept."""
-        return self.expr if self.keep.text == TRUE.text else build("where", self.keep, self.expr, const(-math.inf))
+        """The expression everywhere."""
+        return self.expr if self.keep.text == TRUE.text or self.full is None else self.full
+
+    def moved(self, step: Callable[[Expr], Expr]) -> Value:
+        """After a step that leaves fills too low to count."""
+        return Value(step(self.expr), self.keep, step(self.settled))
 
 
 @dataclass(frozen=True)
@@ -52,7 +58,7 @@ class Scores:
     shape: Groups  # the softmax's input
     leaves: dict[str, tuple[fx.Node, Groups]]  # what stays a tensor, by name
     chain: frozenset[fx.Node]  # nodes that exist only to carry the scores
-    fills: dict[str, float]  # what a mask by that text fills in, where it is finite
+    finite: frozenset[str]  # masks, by their text, that fill in a finite number
     sink: Expr | None = None
     sink_at: int = 0  # position of the sink's column, -1 for the last
 
@@ -90,11 +96,11 @@ def read_scores(softmax: Softmax) -> Scores:
     if value is None:
         raise Unraised(node, _what_instead(node))
     if softmax.factor != 1:
-        value = Value(build("mul", value.expr, softmax.factor), value.keep)
+        value = value.moved(lambda e: build("mul", e, softmax.factor))
     for mask, sense in softmax.kept:
         aligned = _aligned(mask, groups)
         found = reader.leaf(mask, aligned)
-        value = Value(value.expr, value.keep & (found if sense else ~found))
+        value = reader.masked(value, found if sense else ~found, const(-math.inf))
     return reader.scores(value, columns, shape, frozenset(inside), sink, sink_at)
 
 
@@ -176,7 +182,7 @@ class _Reader:
         self.leaves: dict[str, tuple[fx.Node, Groups]] = {}
         self.products: dict[str, tuple[Product, Groups]] = {}
         self.values: dict[fx.Node, Value | None] = {}
-        self.fills: dict[str, float] = {}
+        self.finite: set[str] = set()
 
     def scores(
         self, value: Value, columns: Group, shape: Groups, inside: frozenset[fx.Node], sink: Expr | None, at: int
@@ -184,11 +190,12 @@ class _Reader:
         """The main product is `s`; the terms of further ones stay tensors."""
         main = self._main()
         put = {n: self.leaf(p.node, out) for n, (p, out) in self.products.items() if n != main}
-        settled = Value(value.expr.replace({**put, main: name("s")}), value.keep.replace(put))
+        known = {**put, main: name("s")}
+        settled = Value(value.expr.replace(known), value.keep.replace(put), value.settled.replace(known))
         product, out = self.products[main]
         carrying = {n for n, v in self.values.items() if v is not None and main in v.settled.names}
         chain = frozenset({*carrying, *inside, product.node, *product.inside})
-        return Scores(settled, product, out, columns, shape, self.leaves, chain, self.fills, sink, at)
+        return Scores(settled, product, out, columns, shape, self.leaves, chain, frozenset(self.finite), sink, at)
 
     def _main(self) -> str:
         """The product of two activations that share most axes (batch and heads); of several, the first."""
@@ -280,16 +287,15 @@ class _Reader:
             b = Value(build("mul", b.settled, alpha)) if isinstance(b, Value) else build("mul", b, alpha)
         if isinstance(a, Value) and isinstance(b, Value):
             if kind in ("add", "sub"):
-                return Value(build(kind, a.expr, b.expr), a.keep & b.keep)
+                return Value(build(kind, a.expr, b.expr), a.keep & b.keep, build(kind, a.settled, b.settled))
             return Value(build(kind, a.settled, b.settled))
         value, other = (a, b) if isinstance(a, Value) else (b, a)
         assert isinstance(value, Value) and isinstance(other, Expr)
         if kind == "maximum" and _at_most(other, VANISHING):
-            return value
+            return Value(value.expr, value.keep, build(kind, value.settled, other))
         survives = kind == "add" or (kind == "sub" and value is a) or (kind in ("mul", "truediv") and _positive(other))
         if survives and not (kind == "truediv" and value is b):
-            first, second = (value.expr, other) if value is a else (other, value.expr)
-            return Value(build(kind, first, second), value.keep)
+            return value.moved(lambda e: build(kind, e, other) if value is a else build(kind, other, e))
         first, second = (value.settled, other) if value is a else (other, value.settled)
         return Value(build(kind, first, second))
 
@@ -305,6 +311,8 @@ class _Reader:
             return None
         if low is not None and low > VANISHING:
             inner = Value(build("maximum", inner.settled, low))
+        elif low is not None:
+            inner = Value(inner.expr, inner.keep, build("maximum", inner.settled, low))
         if high is not None and high < -VANISHING:
             inner = Value(build("minimum", inner.settled, high))
         return inner
@@ -316,16 +324,16 @@ class _Reader:
         chosen = self.leaf(condition, _aligned(condition, groups))
         a, b = self._branch(first, groups), self._branch(second, groups)
         if isinstance(b, Value) and _at_most(a, VANISHING):
-            return self._masked(b, ~chosen, a)
+            return self.masked(b, ~chosen, a)
         if isinstance(a, Value) and _at_most(b, VANISHING):
-            return self._masked(a, chosen, b)
+            return self.masked(a, chosen, b)
         settled = [x.settled if isinstance(x, Value) else x for x in (a, b)]
         return Value(build("where", chosen, *settled))
 
-    def _masked(self, value: Value, keep: Expr, fill: Any) -> Value:
+    def masked(self, value: Value, keep: Expr, fill: Any) -> Value:
         if math.isfinite(fill.args[0]):
-            self.fills[keep.text] = float(fill.args[0])
-        return Value(value.expr, value.keep & keep)
+            self.finite.add(keep.text)
+        return Value(value.expr, value.keep & keep, build("where", keep, value.settled, fill))
 
     def _branch(self, node: Any, groups: Groups) -> Expr | Value:
         filled = constant(node, buffers=True)

@@ -48,6 +48,7 @@ class MoH(Mechanism):
     kind = "needs recovery"
     paper = "arXiv 2410.11842"
     heads_alike = False
+    heads_apart = False  # heads compete for a place among the routed ones
     tries = (
         {},
         {"shared_heads": 0, "routed_heads": 2},

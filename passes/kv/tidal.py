@@ -89,4 +89,4 @@ def _restrict(attend: fx.Node, selected: fx.Node) -> None:
     spec = AttendSpec.of(str(attend.args[3]))
     index = "i" if spec.align == "start" and not spec.q_positions else "i - M + N"
     keep = spec.keep_expr & (parse(f"t{len(tables)}[b, h, {index}, j]") | (name("N") >= 2))
-    attend.args = (attend.args[0], attend.args[1], [*tables, selected], replace(spec, keep=keep.text).text)
+    attend.args = (attend.args[0], attend.args[1], [*tables, selected], replace(spec, keep=keep.text, empty="").text)

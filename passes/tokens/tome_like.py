@@ -5,14 +5,6 @@
     next layer: softmax(q k^T * scale + log size_j) v       (proportional attention)
 
 The metric is the mean of the keys over heads. Lengths depend on the layer alone, so the graph stays static.
-
->>> x = torch.tensor([[[1.0, 0.0], [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]]])
->>> plan = match(x, r=1, class_token=False, distill_token=False)
->>> merged, size = merge(plan, x, torch.ones(1, 4, 1))
->>> size.flatten().tolist()        # token 0 joined token 1
-[1.0, 2.0, 1.0]
->>> unmerge(plan, merged).tolist() == x.tolist()
-True
 """
 
 from __future__ import annotations
@@ -20,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, fx
@@ -28,16 +19,12 @@ from torch import Tensor, fx
 from ...compiler.mechanism import Limit, Mechanism, register
 from ...compiler.primitives.attend_spec import AttendSpec
 from ...compiler.program import Program
-from ...compiler.refusal import Refused
+from ...compiler.refusal import Refused, nearest
 from ...compiler.surgery import block_end, carry_lengths, insert, residual_add
 from ...compiler.symbol_text import parse
+from .bipartite import Plan, match, match_at_random, match_every, merge, unmerge
 
-
-class Plan(NamedTuple):
-    """rows (B, N): the row of the output that each token goes to; total: rows of the output."""
-
-    rows: Tensor
-    total: int
+ALGORITHMS = ("bipartite", "kth", "random")
 
 
 @register("tome_like")
@@ -49,6 +36,8 @@ class TomeLike(Mechanism):
     distill_token: bool = False  # row 1 is protected
     prop_attn: bool = True  # proportional attention, for models that were not trained with merging
     unmerge: bool = False  # give every original token its row back after the last site
+    algorithm: str = "bipartite"  # | kth: every stride-th token stays | random: r random tokens join others
+    stride: int = 2  # of kth
 
     part = "model"
     kind = "approximate"
@@ -61,6 +50,15 @@ class TomeLike(Mechanism):
         low = int(self.r * (1 - self.r_inflect))
         step = (2 * self.r - 2 * low) / (layers - 1) if layers > 1 else 0.0
         return tuple(int(low + step * layer) for layer in range(layers))
+
+    def __post_init__(self) -> None:
+        if self.algorithm not in ALGORITHMS:
+            raise Refused(f"algorithm {self.algorithm!r}", where="tome_like", fits=nearest(self.algorithm, ALGORITHMS))
+        if self.algorithm != "bipartite" and (self.class_token or self.distill_token):
+            fits = "class_token: false and distill_token: false, or algorithm: bipartite"
+            raise Refused(f"{self.algorithm} protects no token", where="tome_like", fits=fits)
+        if self.stride < 2:
+            raise Refused(f"stride={self.stride}", where="tome_like", fits="2 or more")
 
     def apply(self, program: Program, paths: Sequence[str]) -> None:
         protected = int(self.class_token) + int(self.distill_token)
@@ -78,7 +76,7 @@ class TomeLike(Mechanism):
             length = ports.nodes["k"].meta["val"].shape[2]
             if not isinstance(length, int):
                 raise Refused(f"{length} tokens", where=path, fits="a static number of tokens (an image encoder)")
-            r = min(wanted, (length - protected) // 2)
+            r = self._removed(wanted, length, protected)
             if r <= 0:
                 continue
             add = residual_add(program, path)
@@ -93,8 +91,20 @@ class TomeLike(Mechanism):
         if self.unmerge and stream is not None:
             _unmerge_at_end(program, stream, plans)
 
+    def _removed(self, wanted: int, length: int, protected: int) -> int:
+        if self.algorithm == "kth" and wanted > 0:
+            return length - length // self.stride
+        return min(wanted, (length - protected) // 2)
+
+    def _plan(self, metric: Tensor, r: int) -> Plan:
+        if self.algorithm == "kth":
+            return match_every(metric, self.stride)
+        if self.algorithm == "random":
+            return match_at_random(metric, r, torch.rand(metric.shape[:2], device=metric.device))
+        return match(metric, r, class_token=self.class_token, distill_token=self.distill_token)
+
     def _step(self, r: int, k: Tensor, x: Tensor, size: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        plan = match(k.mean(1), r, class_token=self.class_token, distill_token=self.distill_token)
+        plan = self._plan(k.mean(1), r)
         merged, grown = merge(plan, x, torch.ones_like(x[..., :1]) if size is None else size)
         return plan.rows, merged, grown
 
@@ -107,61 +117,13 @@ class TomeLike(Mechanism):
         yield Limit("the class token stays first", lambda: merge(plan, x, ones)[0][:, 0], lambda: x[:, 0])
 
 
-def match(metric: Tensor, r: int, *, class_token: bool, distill_token: bool) -> Plan:
-    """Bipartite soft matching: ties go to the lower index; the kept tokens of A come first, then all of B."""
-    unit = torch.nn.functional.normalize(metric.detach(), dim=-1)  # no gradient through the choice
-    a, b = unit[:, ::2], unit[:, 1::2]
-    scores = a @ b.mT  # (B, |A|, |B|)
-    if class_token:
-        scores = torch.cat([torch.full_like(scores[:, :1], -torch.inf), scores[:, 1:]], 1)
-    if distill_token:
-        scores = torch.cat([torch.full_like(scores[..., :1], -torch.inf), scores[..., 1:]], 2)
-    best, to = scores.max(-1)
-    order = best.argsort(dim=-1, descending=True, stable=True)
-    source, kept = order[:, :r], order[:, r:]
-    if class_token:
-        kept = kept.sort(-1).values
-    split = kept.shape[1]
-    rank = torch.arange(split, device=metric.device).expand_as(kept)
-    head = int(distill_token)  # with a distillation token: class, distillation, the other kept ones, the rest of B
-    rank = torch.where(rank < 1, rank, rank + head) if head else rank
-    of_b = torch.arange(b.shape[1], device=metric.device).expand(metric.shape[0], -1) + split
-    of_b = torch.where(of_b == split, torch.full_like(of_b, 1), of_b) if head else of_b
-    of_a = torch.zeros_like(order).scatter(1, kept, rank).scatter(1, source, of_b.gather(1, to.gather(1, source)))
-    rows = torch.zeros(metric.shape[:2], dtype=torch.long, device=metric.device)
-    rows = torch.cat([of_a, of_b], 1).gather(1, _interleaved(rows.shape[1], of_a.shape[1], rows))
-    return Plan(rows, metric.shape[1] - r)
-
-
-def _interleaved(total: int, evens: int, like: Tensor) -> Tensor:
-    """Positions in [A, B] of tokens 0, 1, 2, ...: A holds the even ones, B the odd ones."""
-    token = torch.arange(total, device=like.device)
-    return torch.where(token % 2 == 0, token // 2, evens + token // 2).expand_as(like)
-
-
-def merge(plan: Plan, x: Tensor, size: Tensor) -> tuple[Tensor, Tensor]:
-    """Size-weighted means of the tokens that share a row, and the sizes of the rows."""
-    grown = _sum(plan, size)
-    return _sum(plan, x * size) / grown, grown
-
-
-def _sum(plan: Plan, x: Tensor) -> Tensor:
-    out = x.new_zeros(x.shape[0], plan.total, x.shape[2])
-    return out.scatter_add(1, plan.rows.unsqueeze(-1).expand_as(x), x)
-
-
-def unmerge(plan: Plan, x: Tensor) -> Tensor:
-    """Every original token receives the value of the row it went to."""
-    return x.gather(1, plan.rows.unsqueeze(-1).expand(-1, -1, x.shape[2]))
-
-
 def _weigh_keys(program: Program, attend: fx.Node, size: fx.Node) -> None:
     """score + log(size of key j)."""
     (logs,) = insert(program, attend, lambda size: size.squeeze(-1).log(), {"size": size}, like=attend)
     tables = list(attend.args[2])  # type: ignore[arg-type]
     spec = AttendSpec.of(str(attend.args[3]))
     score = spec.score_expr + parse(f"t{len(tables)}[b, j]")
-    attend.args = (attend.args[0], attend.args[1], [*tables, logs], replace(spec, score=score.text).text)
+    attend.args = (attend.args[0], attend.args[1], [*tables, logs], replace(spec, score=score.text, empty="").text)
 
 
 def _comes_later(user: fx.Node, *, order: Mapping[fx.Node, int], than: fx.Node) -> bool:

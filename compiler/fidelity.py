@@ -1,0 +1,48 @@
+"""Whether the captured and raised graph, which every rewrite is measured against, gives what the model itself gives."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from .capture import Captured
+from .containers import take_apart
+from .signature import Call
+from .verification import EXACT_OWN, Deviation, compare
+
+
+def against_model(model: nn.Module, captured: Captured, call: Call) -> Deviation | None:
+    """How far apart they are on the call; None where that cannot be told: dropout, draws, caches, no real weights."""
+    held = [*model.parameters(), *model.buffers()]
+    if model.training or captured.grown or captured.writes or any(t.is_meta or hasattr(t, "fake_mode") for t in held):
+        return None
+    if any(map(_draws, captured.graph.graph.nodes)):
+        return None
+    with torch.no_grad():
+        answer = model(*call.args, **dict(call.kwargs))
+        found = captured.graph(*captured.inputs(call))[: captured.output.count]
+    wanted = [leaf.tensor for leaf in take_apart(answer, "")[0]]
+    if len(wanted) != len(found):
+        return None
+    pairs = [(a, b) for a, b in zip(found, wanted, strict=True) if isinstance(b, Tensor) and b.is_floating_point()]
+    return max((_compared(a, b) for a, b in pairs), key=lambda d: d.max_abs, default=None)
+
+
+def too_far(deviation: Deviation, model: nn.Module) -> str:
+    """What to warn of, or ""; float32 sums in another order differ in their last places."""
+    kind = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
+    limit = EXACT_OWN.get(kind, EXACT_OWN[torch.float32])
+    if deviation.relative <= limit or deviation.max_abs <= limit:
+        return ""
+    return f"the captured graph is not the model: its output is off by {deviation}, before any rewrite"
+
+
+def _compared(found: Any, wanted: Tensor) -> Deviation:
+    """Where the model gives no number (a row without a key, filled with minus infinity) there is nothing to compare."""
+    return compare(torch.where(wanted.isnan(), wanted, found), wanted)
+
+
+def _draws(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags
