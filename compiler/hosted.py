@@ -18,7 +18,7 @@ from .compiling import make_ready
 from .containers import lay_out_caches
 from .difference import said_frozen, said_limit
 from .hooks import hook_numbers, refuse_silent_hooks, silent_hooks
-from .leaves import modules_called, restore_leaves
+from .leaves import in_their_places, leaves_of, modules_called, restore_leaves
 from .ownership import own_all, twin
 from .plain_graph import CONSTANTS
 from .refusal import Refused, Uncapturable
@@ -42,6 +42,7 @@ class Hosting:
     frozen: bool = False
     config: Mapping[str, Any] = field(default_factory=dict)  # config values when it was hosted
     hooks: frozenset[int] = frozenset()  # those it had when it was hosted: traced with the model
+    leaves: Mapping[str, nn.Module] = field(default_factory=dict)  # its leaf modules at that time
     current: SignatureKey | None = None
     losses: dict[str, Tensor] = field(default_factory=dict)
     small: dict[Any, bool] = field(default_factory=dict)  # sizes of 0 and 1 at which a graph was asked about
@@ -54,7 +55,12 @@ def host(model: nn.Module, program_for: ProgramFor, *, limit: int = 8, about: An
     hosted.__class__ = hosted_class(type(hosted))  # type: ignore[arg-type]
     hosted.__dict__.pop("forward", None)
     hosted.__dict__[_STATE] = Hosting(
-        program_for, limit=limit, config=config_values(hosted), hooks=hook_numbers(hosted), about=about
+        program_for,
+        limit=limit,
+        config=config_values(hosted),
+        hooks=hook_numbers(hosted),
+        leaves=leaves_of(hosted),
+        about=about,
     )
     return hosted
 
@@ -272,9 +278,10 @@ def _captured(model: Any, state: Hosting, call: Call, key: SignatureKey) -> Capt
         if len(state.graphs) >= state.limit:
             found, fits = said_limit(key, tuple(state.graphs), state.limit)
             raise Refused(found, fits=fits)
-        view = original(model)
-        captured = state.program_for(view, call)
-        captured.called = restore_leaves(captured.graph, view)
+        with in_their_places(model, state.leaves):
+            view = original(model)
+            captured = state.program_for(view, call)
+            captured.called = restore_leaves(captured.graph, view)
         _mount(captured, model)
         state.graphs[key] = captured
     log.log(logging.INFO if len(state.graphs) == 1 else logging.WARNING, "captured new signature %s", key)
@@ -314,7 +321,7 @@ def _same_when_small(model: Any, state: Hosting, call: Call, key: SignatureKey, 
     asked = (key, captured.dims.small(tensors))
     if asked not in state.small:
         plain, sizes, opened = as_captured(captured, call, tensors)
-        with TURNS.alone():
+        with TURNS.alone(), in_their_places(model, state.leaves):
             state.small[asked] = operations_at(original(model), plain, Attempt(sizes, opened)) == captured.operations
     return state.small[asked]
 

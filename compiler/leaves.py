@@ -6,7 +6,7 @@ them as they were, they become one `call_module`. So an adapter, a quantized lay
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -78,6 +78,30 @@ def restore_leaves(graph_module: fx.GraphModule, model: nn.Module) -> tuple[str,
 
 def modules_called(graph_module: fx.GraphModule) -> tuple[str, ...]:
     return tuple(dict.fromkeys(str(n.target) for n in graph_module.graph.find_nodes(op="call_module")))
+
+
+def leaves_of(model: nn.Module) -> dict[str, nn.Module]:
+    """A model's leaf modules by path."""
+    return {path: module for path, module in model.named_modules() if path and is_leaf(module)}
+
+
+@contextmanager
+def in_their_places(model: nn.Module, leaves: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Inside, a leaf that was wrapped since (by an adapter) is a leaf again, so that a trace makes it a call.
+
+    Traced through, an adapter that is switched off or merged later would stay in the graph as it is now.
+    """
+    wrapped: dict[str, nn.Module] = {}
+    for path, leaf in leaves.items():
+        now = _submodule(model, path)
+        if now is not None and now is not leaf and not is_leaf(now):
+            wrapped[path] = now
+            model.set_submodule(path, leaf)
+    try:
+        yield
+    finally:
+        for path, module in wrapped.items():
+            model.set_submodule(path, module)
 
 
 def is_leaf(module: nn.Module) -> bool:

@@ -63,6 +63,6 @@ def test_two_ranks_have_the_gradients_of_one(recipe: str, tmp_path: Path) -> Non
     one = optimized(recipe)
     one(batch()).square().mean().backward()
     expected = gradients(one)
-    assert any("reattend" in name for name in expected)
+    assert {name for name, _ in one.new_parameters()} <= expected.keys()
     for rank in range(2):
         torch.testing.assert_close(torch.load(tmp_path / f"{rank}.pt"), expected, atol=1e-6, rtol=1e-4)

@@ -102,7 +102,7 @@ def test_hooks_inside_a_replaced_leaf_fire() -> None:
     x = ids(2, 5)
     fast(x)
     seen: list[str] = []
-    fast.lm_head = nn.Sequential(fast.lm_head, nn.Identity())
+    fast.lm_head = nn.Sequential(fast.lm_head, nn.Identity()).eval()
     fast.lm_head.register_forward_hook(lambda *_: seen.append("around"))
     fast.lm_head[0].register_forward_hook(lambda *_: seen.append("inside"))
     fast(x)

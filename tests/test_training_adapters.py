@@ -89,6 +89,24 @@ def test_lora_on_a_rewritten_model() -> None:
     assert seen["losses"][-1] < seen["losses"][0] and merged.sites[0].kind == "approximate"
 
 
+def test_an_adapter_stays_a_module_in_signatures_that_come_later() -> None:
+    """Traced through, it could not be switched off or merged any more."""
+    fast = optimized(llama(), WINDOW)
+    mask = torch.ones(2, 12, dtype=torch.long)
+    plain = fast(ids()).logits
+    tuned = adapted(fast).eval()
+    for name, parameter in tuned.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    with torch.no_grad():
+        changed = tuned(input_ids=ids(), attention_mask=mask).logits  # a new signature, captured with the adapter in
+        with tuned.disable_adapter():
+            torch.testing.assert_close(tuned(input_ids=ids(), attention_mask=mask).logits, plain)
+        merged = tuned.merge_and_unload()
+        torch.testing.assert_close(merged(input_ids=ids(), attention_mask=mask).logits, changed, atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(changed, plain, atol=1e-3)
+
+
 def test_the_other_order_is_refused_with_the_way_out() -> None:
     tuned = adapted(llama())
     with pytest.raises(reattend.Refused, match=r"PeftModel.*optimize the base model first.*merge_and_unload"):
