@@ -104,6 +104,7 @@ def optimize(
     recipe: RecipeName,
     report: Annotated[Path | None, typer.Option(help="write the report here (.html, .json or .txt)")] = None,
     graph: Annotated[Path | None, typer.Option(help="write the rewritten graph's code here")] = None,
+    save: Annotated[Path | None, typer.Option(help="write the rewritten model to this folder")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Rewrite a model by a recipe and say what changed."""
@@ -120,10 +121,25 @@ def optimize(
             fast.report.write(report)
         if graph is not None:
             graph.write_text(fast.graph.code, encoding="utf-8")
+        if save is not None:
+            api.save(fast, save)
         print(json.dumps(fast.report.to_dict()) if as_json else fast.report.text())
-        for path in (report, graph):
+        for path in (report, graph, save):
             if path is not None and not as_json:
                 print(f"\nwrote {path}")
+
+
+@app.command()
+def ships(model: ModelName, recipe: RecipeName, as_json: AsJson = False) -> None:
+    """How a rewritten model can leave the process: one line a route, with the reason for each no."""
+    with _answers(as_json=as_json):
+        from . import api
+        from .models.load import load_model
+
+        loaded = load_model(model)
+        work = lambda: api.optimize(loaded.model, recipe, loaded.example_inputs, name=loaded.name, measure=False)
+        found = _working(f"optimizing {model}", work, quiet=as_json).ships()
+        print(json.dumps(found.to_dict()) if as_json else found)
 
 
 @app.command()

@@ -35,6 +35,15 @@ def test_optimize_writes_report_and_graph(tmp_path: Path) -> None:
     assert json.loads(facts.read_text())["rows"][0]["status"] == "rewritten"
 
 
+def test_a_rewritten_model_is_written_and_says_how_it_ships(tmp_path: Path) -> None:
+    result = run("optimize", "encoder_layer", "exact", "--save", str(tmp_path / "saved"))
+    assert result.exit_code == 0 and f"wrote {tmp_path / 'saved'}" in result.output
+    assert (tmp_path / "saved" / "reattend.json").is_file()
+    routes = json.loads(run("ships", "encoder_layer", "exact", "--json").stdout)
+    assert routes["save_pretrained/load"] == "yes" and routes["hf"] != "yes"
+    assert "generate" in run("ships", "encoder_layer", "exact").output
+
+
 def test_a_model_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mine.py").write_text(
         "import torch\n"
