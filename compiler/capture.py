@@ -39,15 +39,21 @@ class Captured:
     writes: tuple[str, ...] = ()  # buffers that a run writes to
     notes: tuple[str, ...] = ()
     losses: tuple[str, ...] = ()  # what a rewritten graph gives behind its outputs: named losses,
-    buffers: tuple[str, ...] = ()  # then new values of these buffers, to be written in train()
+    buffers: tuple[str, ...] = ()  # then new values of these buffers, to be written in train(),
+    traces: tuple[str, ...] = ()  # then named values to look at
     called: tuple[str, ...] = ()  # the model's own modules that the graph calls
     operations: tuple[str, ...] = ()  # what the model computed, reshaping aside, before any rewrite
 
-    def extras(self, flat: Sequence[Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The named losses and new buffer values of a run."""
-        start = self.output.count + sum(layout.count for _, layout in self.grown)
-        middle = start + len(self.losses)
-        return dict(zip(self.losses, flat[start:middle])), dict(zip(self.buffers, flat[middle:]))
+    @property
+    def extra(self) -> int:
+        """How many outputs stand behind the model's own."""
+        return len(self.losses) + len(self.buffers) + len(self.traces)
+
+    def extras(self, flat: Sequence[Any]) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]]:
+        """The named losses, new buffer values and values to look at of a run."""
+        rest = iter(flat[self.output.count + sum(layout.count for _, layout in self.grown) :])
+        losses, buffers, traces = ({name: next(rest) for name in n} for n in (self.losses, self.buffers, self.traces))
+        return losses, buffers, traces
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"graph": state_of(self.graph)}

@@ -45,6 +45,7 @@ class Hosting:
     leaves: Mapping[str, nn.Module] = field(default_factory=dict)  # its leaf modules at that time
     current: SignatureKey | None = None
     losses: dict[str, Tensor] = field(default_factory=dict)
+    traces: dict[str, Tensor] = field(default_factory=dict)
     small: dict[Any, bool] = field(default_factory=dict)  # sizes of 0 and 1 at which a graph was asked about
     about: Any = None  # who rewrites: its report and sites are the hosted model's
 
@@ -168,6 +169,10 @@ class HostedModel:
     def losses(self) -> dict[str, Tensor]:
         """The auxiliary losses of the last call, by name."""
         return dict(hosting(self).losses)
+
+    def traces(self) -> dict[str, Tensor]:
+        """What mechanisms gave to look at in the last call, by name."""
+        return dict(hosting(self).traces)
 
     def new_parameters(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The parameters that the recipe added."""
@@ -341,11 +346,10 @@ def _captured_as_given(
 
 
 def _keep_extras(model: Any, state: Hosting, captured: Captured, flat: tuple[Any, ...]) -> None:
-    """Named losses of this call, and new values of buffers, which are written in train() only."""
-    start = captured.output.count + sum(layout.count for _, layout in captured.grown)
-    state.losses = dict(zip(captured.losses, flat[start:]))
+    """Named losses and traces of this call, and new values of buffers, which are written in train() only."""
+    state.losses, buffers, state.traces = captured.extras(flat)
     if model.training:
-        for name, value in zip(captured.buffers, flat[start + len(captured.losses) :]):
+        for name, value in buffers.items():
             path, _, last = name.rpartition(".")
             model.get_submodule(path)._buffers[last].copy_(value.detach())
 

@@ -90,8 +90,8 @@ def _still_valid(program: Program, part: str) -> None:
 
 
 def _give_extras(program: Program) -> None:
-    """Named losses and new buffer values are outputs behind the model's own."""
-    extra = [node for _, node in (*program.losses, *program.buffers)]
+    """Named losses, new buffer values and values to look at are outputs behind the model's own."""
+    extra = [node for _, node in (*program.losses, *program.buffers, *program.traces)]
     if extra:
         output: Any = next(iter(program.graph.graph.find_nodes(op="output")))
         output.args = ((*output.args[0], *extra),)
@@ -112,6 +112,7 @@ def lower(program: Program, captured: Captured) -> Captured:
         graph=program.graph,
         losses=tuple(name for name, _ in program.losses),
         buffers=tuple(name for name, _ in program.buffers),
+        traces=tuple(name for name, _ in program.traces),
     )
 
 

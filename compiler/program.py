@@ -77,6 +77,7 @@ class Program:
     changes: list[Change] = field(default_factory=list)
     losses: list[tuple[str, fx.Node]] = field(default_factory=list)
     buffers: list[tuple[str, fx.Node]] = field(default_factory=list)
+    traces: list[tuple[str, fx.Node]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     fragments: dict[Any, Any] = field(default_factory=dict)  # traced once per distinct site signature
 

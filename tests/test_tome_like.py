@@ -147,6 +147,17 @@ def test_in_a_model_it_is_what_the_card_says() -> None:
     torch.testing.assert_close(untouched(x), model(x), atol=1e-6, rtol=1e-6)
 
 
+def test_the_sources_of_every_row_are_traced() -> None:
+    model, x = Encoder().eval(), torch.randn(2, 17 * 32)
+    recipe = {"version": 1, "passes": [{"tome_like": {"r": 3, "trace_source": True}}]}
+    fast = reattend.optimize(model, recipe, x, measure=False)
+    torch.testing.assert_close(fast(x), by_hand(model, x, 3), atol=1e-5, rtol=1e-5)
+    first, last = fast.traces().values()
+    assert first.shape == (2, 14, 17) and last.shape == (2, 11, 17)
+    assert last.sum(1).eq(1).all() and ((last.sum(-1) > 1).sum() > 0)
+    assert last[:, 0, 0].eq(1).all()  # the class token is its own row
+
+
 def test_unmerge_gives_every_token_its_row_back() -> None:
     model, x = Encoder().eval(), torch.randn(2, 17 * 32)
     recipe = {"version": 1, "passes": [{"tome_like": {"r": 3, "unmerge": True}}]}

@@ -65,7 +65,7 @@ def captured_json(captured: Captured) -> dict[str, Any]:
     }
 
 
-_TEXTS = ("writes", "notes", "losses", "buffers", "operations")
+_TEXTS = ("writes", "notes", "losses", "buffers", "traces", "operations")
 
 
 def _layout_json(layout: Layout) -> dict[str, Any]:
@@ -120,8 +120,7 @@ def _counts(captured: Captured) -> None:
     taken = len(list(captured.graph.graph.find_nodes(op="placeholder")))
     results: Any = next(iter(captured.graph.graph.find_nodes(op="output"))).args
     given = len(results[0]) if results and isinstance(results[0], list | tuple) else -1
-    extra = len(captured.losses) + len(captured.buffers)
-    wanted = captured.output.count + sum(layout.count for _, layout in captured.grown) + extra
+    wanted = captured.output.count + sum(layout.count for _, layout in captured.grown) + captured.extra
     if not inputs == taken == len(captured.dims.shapes) == len(captured.dims.inputs) or given != wanted:
         found = f"{taken} inputs and {given} outputs where the call has {inputs} and {wanted}"
         raise Refused(found, where="graphs", fits="a complete file")

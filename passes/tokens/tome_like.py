@@ -22,7 +22,7 @@ from ...compiler.program import Program
 from ...compiler.refusal import Refused, nearest
 from ...compiler.surgery import block_end, carry_lengths, insert, residual_add
 from ...compiler.symbol_text import parse
-from .bipartite import Plan, match, match_at_random, match_every, merge, unmerge
+from .bipartite import Plan, match, match_at_random, match_every, merge, sources, unmerge
 
 ALGORITHMS = ("bipartite", "kth", "random")
 
@@ -36,6 +36,7 @@ class TomeLike(Mechanism):
     distill_token: bool = False  # row 1 is protected
     prop_attn: bool = True  # proportional attention, for models that were not trained with merging
     unmerge: bool = False  # give every original token its row back after the last site
+    trace_source: bool = False  # fast.traces() has which original tokens are in each row, after every merge
     algorithm: str = "bipartite"  # | kth: every stride-th token stays | random: r random tokens join others
     stride: int = 2  # of kth
 
@@ -65,6 +66,7 @@ class TomeLike(Mechanism):
         size: fx.Node | None = None
         stream: fx.Node | None = None
         plans: list[tuple[fx.Node, int]] = []
+        source: fx.Node | None = None
         for path, wanted in zip(paths, self.schedule(len(paths))):
             site, ports = program.site(path), program.ports[path]
             if site.causal or not site.self_attention:
@@ -82,6 +84,8 @@ class TomeLike(Mechanism):
             add = residual_add(program, path)
             inputs = {"k": ports.nodes["k"], "x": add} | ({"size": size} if size is not None else {})
             rows, merged, size = insert(program, add.next, lambda r=r, **t: self._step(r, **t), inputs, like=add)
+            if self.trace_source:
+                source = _traced(program, path, rows, length - r, source, behind=merged)
             order = {node: position for position, node in enumerate(program.graph.graph.nodes)}
             later = partial(_comes_later, order=order, than=merged)
             add.replace_all_uses_with(merged, delete_user_cb=later)
@@ -115,6 +119,20 @@ class TomeLike(Mechanism):
         yield Limit("sizes sum to the number of tokens", lambda: merge(plan, x, ones)[1].sum(1), lambda: ones.sum(1))
         yield Limit("a constant stays", lambda: merge(plan, ones, ones)[0], lambda: torch.ones(2, 6, 1))
         yield Limit("the class token stays first", lambda: merge(plan, x, ones)[0][:, 0], lambda: x[:, 0])
+
+
+def _traced(
+    program: Program, path: str, rows: fx.Node, total: int, before: fx.Node | None, *, behind: fx.Node
+) -> fx.Node:
+    """Which tokens of the beginning are in each row now, as a named trace."""
+    inputs = {"rows": rows} | ({"before": before} if before is not None else {})
+
+    def members(rows: Tensor, before: Tensor | None = None) -> Tensor:
+        return sources(Plan(rows, total), before)
+
+    (source,) = insert(program, behind.next, members, inputs, like=behind)
+    program.traces.append((f"{path}.source", source))
+    return source
 
 
 def _weigh_keys(program: Program, attend: fx.Node, size: fx.Node) -> None:
