@@ -25,9 +25,9 @@ from torch import Tensor
 '''
 
 _OUTSIDE = """
-from reattend import Limit, Mechanism, Refused, Site, attend, attention, register
-from reattend.compiler.live import KEPT
-from reattend.compiler.problem import problem
+from {face} import Limit, Mechanism, Refused, Site, attend, attention, register
+from {face}.compiler.live import KEPT
+from {face}.compiler.problem import problem
 """
 
 _INSIDE = """
@@ -114,7 +114,7 @@ def new_mechanism(name: str, *, family: str = "", folder: Path | None = None) ->
 
 def _text(name: str, *, inside: bool) -> str:
     title = "".join(part.capitalize() for part in name.split("_"))
-    return (_HEAD + (_INSIDE if inside else _OUTSIDE) + _BODY).format(title=title, slug=name)
+    return (_HEAD + (_INSIDE if inside else _OUTSIDE) + _BODY).format(title=title, slug=name, face="reattend")
 
 
 def _written(path: Path, text: str) -> Path:

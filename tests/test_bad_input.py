@@ -350,6 +350,7 @@ def test_an_optimized_model_stacks_and_keeps_its_own() -> None:
     assert torch.equal(first(X), before)
 
 
+@pytest.mark.slow
 def test_weights_of_attention_are_refused_where_it_was_rewritten_and_given_where_not() -> None:
     from reattend.models.zoo import zoo
 

@@ -102,6 +102,7 @@ def test_generate_without_a_cache_too() -> None:
     assert torch.equal(fast.generate(x, **options), model.generate(x, **options))
 
 
+@pytest.mark.slow
 def test_an_encoder_decoder_generates_the_same_tokens() -> None:
     config = hf.T5Config(
         d_model=32,

@@ -176,6 +176,7 @@ def test_a_mechanism_defined_later_has_a_name_too_and_can_be_defined_anew() -> N
         assert torch.allclose(built(ids()).logits, llama()(ids()).logits, atol=1e-5) is expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["reattend", "transformers.modeling_utils"])
 def test_importing_reattend_does_not_import_transformers_and_any_order_registers(first: str) -> None:
     script = f"""

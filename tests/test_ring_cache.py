@@ -79,6 +79,7 @@ def test_left_padding_is_looked_up_where_a_key_stands(fast: Any) -> None:
     assert held_bytes(cache) == 2 * 2 * 7 * ROW
 
 
+@pytest.mark.slow
 def test_positions_are_logical_where_the_model_counts_them_itself(fast: Any) -> None:
     """Chunks after many wraps, without position_ids: RoPE goes on from the number of keys that ever came."""
     ids = torch.randint(1, 97, (2, 40), generator=torch.Generator().manual_seed(1))
@@ -89,6 +90,7 @@ def test_positions_are_logical_where_the_model_counts_them_itself(fast: Any) -> 
     assert cache.get_seq_length() == 40 and [layer.held for layer in cache.layers] == [7, 7]
 
 
+@pytest.mark.slow
 def test_layers_without_a_bound_keep_everything() -> None:
     fast = windowed({"layer": "1"})
     cache = ring_cache(fast)

@@ -108,6 +108,7 @@ def test_a_config_of_another_class_makes_nothing(tmp_path: Path) -> None:
         config.write_text(config.read_text().replace(f'"{name}"', '"LlamaForCausalLM"'))
 
 
+@pytest.mark.slow
 def test_an_exact_rewrite_is_a_stock_checkpoint(tmp_path: Path) -> None:
     fast = optimized("exact")
     fast.export("hf", tmp_path / "stock")
@@ -137,6 +138,7 @@ def test_what_computes_something_else_is_no_stock_checkpoint(tmp_path: Path) -> 
         fast.export("troch", tmp_path)
 
 
+@pytest.mark.slow
 def test_an_exported_program_runs_without_reattend(tmp_path: Path) -> None:
     fast = optimized(MIXED)
     fast.export("torch", tmp_path / "model.pt2")

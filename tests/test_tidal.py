@@ -28,6 +28,7 @@ def generated(model: Any) -> torch.Tensor:
     return model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, pad_token_id=0)
 
 
+@pytest.mark.slow
 def test_with_enough_keys_it_is_full_attention() -> None:
     model, kwargs = llama()
     assert torch.equal(generated(selected(model, kwargs, top_k=64)), generated(model))

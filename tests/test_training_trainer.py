@@ -75,6 +75,7 @@ def test_the_losses_are_the_originals_step_for_step(tmp_path: Path) -> None:
     assert ours.evaluate(texts()[:4])["eval_loss"] == pytest.approx(theirs.evaluate(texts()[:4])["eval_loss"], abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", ["exact", "linear"])
 def test_a_checkpoint_is_resumed(tmp_path: Path, recipe: str) -> None:
     saving = {"save_strategy": "steps", "save_steps": 2}
