@@ -10,13 +10,16 @@ from torch import Tensor
 
 from .containers import PLAIN
 
+BESIDE_A_TRACE = torch.__version__ >= (2, 13)  # 2.11 cannot hand a module to what runs beside its trace
+
 
 def make_ready(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     """Prepare a hosted model for the call being traced; a no-op outside torch.compile.
 
     A call with other arguments than tensors and constants is captured at a graph break instead.
     """
-    if torch.compiler.is_dynamo_compiling() and all(isinstance(v, (Tensor, *PLAIN)) for v in (*args, *kwargs.values())):
+    known = BESIDE_A_TRACE and torch.compiler.is_dynamo_compiling()
+    if known and all(isinstance(v, (Tensor, *PLAIN)) for v in (*args, *kwargs.values())):
         _prepared(model, len(args), tuple(kwargs), *args, *kwargs.values())
 
 

@@ -16,6 +16,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import reattend
 from reattend.compiler.capture import Captured, capture
+from reattend.compiler.compiling import BESIDE_A_TRACE
 from reattend.compiler.hosted import host
 from reattend.compiler.signature import Call
 
@@ -46,6 +47,7 @@ class Net(nn.Module):
         return x if y is None else x + y
 
 
+@pytest.mark.skipif(not BESIDE_A_TRACE, reason="from torch 2.13 on; before, a call without a graph breaks the trace")
 def test_a_call_without_a_graph_gets_one_during_the_trace() -> None:
     model = Net()
     fast = host(model, identity)
@@ -61,6 +63,7 @@ def test_a_call_without_a_graph_gets_one_during_the_trace() -> None:
 
 def test_new_tensors_of_one_shape_compile_nothing_new() -> None:
     fast = host(Net(), identity)
+    fast.prepare(torch.randn(3, 4), torch.randn(3, 4))
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(fast, backend=counter, fullgraph=True)
     for _ in range(4):
@@ -75,6 +78,7 @@ def test_inside_a_larger_function() -> None:
     model = Net()
     fast = host(model, identity)
     x = torch.randn(3, 4)
+    fast.prepare(x)
     step = torch.compile(lambda x: fast(x).square().mean(), backend="aot_eager", fullgraph=True)
     loss = step(x)
     loss.backward()
@@ -88,6 +92,7 @@ def test_checkpointed_layers_compile_whole() -> None:
     fast = host(model, identity)
     fast.gradient_checkpointing = True  # type: ignore[assignment]
     x = torch.randn(3, 4)
+    fast.prepare(x)
     torch.compile(fast, backend="aot_eager", fullgraph=True)(x).square().mean().backward()
     model(x).square().mean().backward()
     for p, q in zip(fast.parameters(), model.parameters()):
@@ -98,8 +103,9 @@ def test_a_replaced_leaf_is_compiled_next_time() -> None:
     fast = host(Net().eval(), identity)
     compiled = torch.compile(fast, backend="aot_eager", fullgraph=True)
     x = torch.randn(3, 4)
+    fast.prepare(x)
     before = compiled(x)
-    fast.layers[1][0] = nn.Sequential(fast.layers[1][0], nn.Identity())
+    fast.layers[1][0] = nn.Sequential(fast.layers[1][0], nn.Identity()).eval()
     fast.layers[1][0][0].weight.data *= 2
     torch.testing.assert_close(compiled(x), fast(x))
     assert not torch.allclose(compiled(x), before)
