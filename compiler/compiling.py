@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .containers import PLAIN
 
-BESIDE_A_TRACE = torch.__version__ >= (2, 13)  # 2.11 cannot hand a module to what runs beside its trace
+BESIDE_A_TRACE = torch.__version__ >= "2.13"  # 2.11 cannot hand a module to what runs beside its trace
 
 
 def make_ready(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
