@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -14,12 +15,18 @@ _DRAFTING: ContextVar[bool] = ContextVar("drafting", default=False)
 
 @contextmanager
 def drafting() -> Iterator[None]:
-    """Inside, `recompile` only marks a Draft; generating code is half of what rewriting a large graph would cost."""
-    token = _DRAFTING.set(True)
+    """Inside, `recompile` only marks a Draft; generating code is half of what rewriting a large graph would cost.
+
+    Garbage is collected afterwards: a graph is many objects that all stay, and each collection would walk them again.
+    """
+    token, collecting = _DRAFTING.set(True), gc.isenabled()
+    gc.disable()
     try:
         yield
     finally:
         _DRAFTING.reset(token)
+        if collecting:
+            gc.enable()
 
 
 class Draft(fx.GraphModule):
