@@ -1,0 +1,1 @@
+"""How the shipped models were trained: on data that every machine has, by scripts that resume."""

@@ -1,0 +1,227 @@
+"""Train the shipped byte model: `python -m reattend.models.training.language --out out/byte_lm` (resumes by itself)."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..load import needed
+from .muon import Muon
+from .recall import TASKS, one_passkey
+from .text import SEPARATOR, Text, standard_library
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Steps up to the share `until` of all see rows of `context` bytes, `tasks` of them recall tasks."""
+
+    until: float
+    context: int
+    tasks: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that decides the weights, apart from the text."""
+
+    steps: int = 1600
+    tokens: int = 6144  # a step
+    lr: float = 3e-3
+    warmup: int = 60
+    decay: float = 0.35  # of the steps, at the end, down to a fiftieth
+    seed: int = 0
+    phases: tuple[Phase, ...] = (
+        Phase(0.12, 256, 0.60),
+        Phase(0.55, 256, 0.35),
+        Phase(0.82, 1024, 0.35),
+        Phase(1.00, 2048, 0.35),
+    )
+
+    def phase(self, step: int) -> Phase:
+        return next(phase for phase in self.phases if step < phase.until * self.steps or phase is self.phases[-1])
+
+    def rate(self, step: int) -> float:
+        left = (self.steps - step) / (self.decay * self.steps)
+        return min(1.0, (step + 1) / self.warmup, max(0.02, left))
+
+
+def byte_llama() -> Any:
+    """A random Llama over bytes: 6 layers, 8 heads on 4 key heads of size 32, 4.4 M parameters."""
+    transformers = needed("transformers", "reattend[hf]")
+    return transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            vocab_size=256,
+            hidden_size=256,
+            intermediate_size=704,
+            num_hidden_layers=6,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            max_position_embeddings=2048,
+            rms_norm_eps=1e-5,
+            bos_token_id=SEPARATOR,
+            eos_token_id=SEPARATOR,
+            pad_token_id=SEPARATOR,
+            tie_word_embeddings=False,
+        )
+    )
+
+
+def batch(plan: Plan, text: Text, step: int) -> tuple[Tensor, Tensor]:
+    """Rows and weights of one step; they depend on the step and the seed alone, so that a resumed run is the same."""
+    rng = np.random.default_rng((plan.seed, step))
+    phase = plan.phase(step)
+    rows, weights = [], []
+    names = list(TASKS)
+    for _ in range(plan.tokens // phase.context):
+        if rng.random() < phase.tasks:
+            sample = TASKS[names[int(rng.integers(len(names)))]](rng, text, phase.context)
+            rows.append(sample.bytes)
+            weights.append(sample.weight)
+        else:
+            rows.append(text.window(rng, phase.context))
+            weights.append(np.ones(phase.context, np.float32))
+    return torch.from_numpy(np.stack(rows).astype(np.int64)), torch.from_numpy(np.stack(weights))
+
+
+def loss_of(model: nn.Module, rows: Tensor, weights: Tensor) -> Tensor:
+    logits = model(input_ids=rows, use_cache=False).logits[:, :-1]
+    each = F.cross_entropy(logits.flatten(0, 1).float(), rows[:, 1:].flatten(), reduction="none")
+    weight = weights[:, 1:].flatten()
+    return (each * weight).sum() / weight.sum()
+
+
+@torch.no_grad()
+def judged(model: nn.Module, held_out: Text, context: int) -> dict[str, float]:
+    """Bits per byte on held-out text, and the share of passkeys answered whole, near and far."""
+    model.eval()
+    text = torch.from_numpy(held_out.windows(context, 16 * 2048 // context).astype(np.int64))
+    found = {"bpb": _mean(loss_of(model, row[None], torch.ones_like(row[None]).float()) for row in text) / np.log(2)}
+    for distance in (context // 4, context - 64):
+        rng = np.random.default_rng(1)
+        samples = [one_passkey(rng, held_out, context, distance) for _ in range(16)]
+        rows = torch.from_numpy(np.stack([sample.bytes for sample in samples]).astype(np.int64))
+        start = samples[0].answers[0].start
+        guess = model(input_ids=rows, use_cache=False).logits[:, start - 1 : start + 4].argmax(-1)
+        found[f"passkey_{distance}"] = (guess == rows[:, start : start + 5]).all(-1).float().mean().item()
+    model.train()
+    return found
+
+
+def _mean(values: Iterator[Tensor]) -> float:
+    return float(torch.stack(list(values)).mean())
+
+
+class Run:
+    """A training run in a folder: checkpoint.pt after every hundred steps, log.jsonl, and at the end the model."""
+
+    def __init__(self, plan: Plan, out: Path) -> None:
+        torch.manual_seed(plan.seed)
+        self.plan, self.out, self.step = plan, out, 0
+        self.train_text, self.held_out = standard_library()
+        self.model = byte_llama()
+        matrices = [p for n, p in self.model.named_parameters() if p.ndim == 2 and "layers" in n]
+        others = [p for n, p in self.model.named_parameters() if not (p.ndim == 2 and "layers" in n)]
+        self.optimizers: list[torch.optim.Optimizer] = [
+            Muon(matrices, lr=plan.lr),
+            torch.optim.AdamW(others, lr=plan.lr, betas=(0.9, 0.95), weight_decay=0.0),
+        ]
+        self.compiled: Any = torch.compile(self.model, dynamic=False)
+        self._resume()
+
+    @property
+    def checkpoint(self) -> Path:
+        return self.out / "checkpoint.pt"
+
+    def _resume(self) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
+        if not self.checkpoint.exists():
+            return
+        kept = torch.load(self.checkpoint, weights_only=True)
+        if kept["text"] != self.train_text.sha256:
+            raise SystemExit(f"{self.checkpoint} was trained on other text: another Python; choose another --out")
+        self.step = kept["step"]
+        self.model.load_state_dict(kept["model"])
+        for optimizer, state in zip(self.optimizers, kept["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
+
+    def _keep(self) -> None:
+        kept = {
+            "step": self.step,
+            "text": self.train_text.sha256,
+            "model": self.model.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+        }
+        torch.save(kept, self.checkpoint.with_suffix(".part"))
+        self.checkpoint.with_suffix(".part").replace(self.checkpoint)
+
+    def train(self) -> None:
+        began = time.monotonic()
+        while self.step < self.plan.steps:
+            loss = self._one_step()
+            if self.step % 20 == 0:
+                self._say(loss=loss, seconds=round(time.monotonic() - began, 1))
+            if self.step % 100 == 0:
+                self._keep()
+            if self.step % 200 == 0:
+                self._say(**judged(self.model, self.held_out, self.plan.phase(self.step).context))
+        self._keep()
+
+    def _one_step(self) -> float:
+        rows, weights = batch(self.plan, self.train_text, self.step)
+        # compiled, the causal mask becomes a tensor: on long rows that costs more than compiling gains
+        model = self.compiled if rows.shape[1] <= 256 else self.model
+        loss = loss_of(model, rows, weights)
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = self.plan.lr * self.plan.rate(self.step)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        return loss.item()
+
+    def _say(self, **values: float) -> None:
+        line = json.dumps({"step": self.step, **{name: round(value, 4) for name, value in values.items()}})
+        print(line, flush=True)
+        with (self.out / "log.jsonl").open("a") as log:
+            log.write(line + "\n")
+
+    def finish(self) -> None:
+        """The model as half-precision safetensors, and how it came about."""
+        self.model.half().save_pretrained(self.out / "model")
+        about = {
+            "plan": asdict(self.plan),
+            "text_sha256": self.train_text.sha256,
+            "text_bytes": len(self.train_text.bytes),
+            "held_out_sha256": self.held_out.sha256,
+            "held_out_bytes": len(self.held_out.bytes),
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+        }
+        (self.out / "model" / "training.json").write_text(json.dumps(about, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, default=Path("out/byte_lm"))
+    parser.add_argument("--steps", type=int, default=Plan.steps)
+    given = parser.parse_args()
+    run = Run(Plan(steps=given.steps), given.out)
+    run.train()
+    run.finish()
+
+
+if __name__ == "__main__":
+    main()
