@@ -1,4 +1,4 @@
-"""A tiny llama with a window, saved in a folder: run under another torch to renew what tests/test_saved_elsewhere.py loads.
+"""A tiny llama with a window, saved in a folder; to be run under another torch, for tests/test_saved_elsewhere.py.
 
 python tests/saved_llama.py tests/saved/torch_2_11
 """
