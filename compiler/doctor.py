@@ -12,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from types import MappingProxyType
@@ -94,15 +95,21 @@ def _triton() -> Check:
 
 
 def _compiler() -> Check:
-    """The compilers that are asked are those that torch and a shell would find: $CXX, $CC, then the usual names."""
     purpose = "builds the CPU kernels; without it torch operations run in their place"
-    asked = [os.environ.get("CXX"), os.environ.get("CC"), "c++", "g++", "clang++", "cc", "gcc", "clang"]
-    for command in filter(None, asked):
+    found = cpp_compiler()
+    if found is None:
+        return Check("C compiler", "absent", "none on PATH", purpose, _compiler_remedy())
+    return Check("C compiler", "ok", f"{found[1]} at {found[0]}", purpose)
+
+
+def cpp_compiler() -> tuple[str, str] | None:
+    """Path and first line of the C++ compiler that torch and a shell would find: $CXX, then the usual names."""
+    for command in filter(None, (os.environ.get("CXX"), "c++", "g++", "clang++")):
         path = shutil.which(shlex.split(command)[0])
         line = _first_line(path) if path else None
-        if line:
-            return Check("C compiler", "ok", f"{line} at {path}", purpose)
-    return Check("C compiler", "absent", "none on PATH", purpose, _compiler_remedy())
+        if path and line:
+            return path, line
+    return None
 
 
 def _compiler_remedy() -> str:
@@ -126,7 +133,7 @@ def _first_line(path: str) -> str | None:
 def _vectors() -> Check:
     """Vector and matrix units, by the operating system's own list; AMX is what makes bfloat16 fast on a CPU."""
     purpose = "decides which CPU kernels are fast: AVX-512 for float32, AMX for bfloat16 and int8"
-    flags = _cpu_flags()
+    flags = cpu_flags()
     if not flags:
         return Check("vector units", "absent", f"not listed on {sys.platform} {platform.machine()}", purpose)
     known = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "amx_int8", "asimd", "sve")
@@ -138,7 +145,9 @@ def _vectors() -> Check:
     )
 
 
-def _cpu_flags(source: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
+@lru_cache(maxsize=8)
+def cpu_flags(source: Path = Path("/proc/cpuinfo")) -> frozenset[str]:
+    """What the processor can do, in the words of its operating system."""
     try:
         lines = source.read_text().splitlines()
     except OSError:

@@ -64,9 +64,9 @@ def test_cpu_flags_of_both_families(tmp_path: Path) -> None:
     intel, arm = tmp_path / "intel", tmp_path / "arm"
     intel.write_text("processor\t: 0\nflags\t\t: fpu avx2 amx_bf16\nprocessor\t: 1\nflags\t\t: fpu\n")
     arm.write_text("processor\t: 0\nFeatures\t: fp asimd sve\n")
-    assert examined._cpu_flags(intel) == {"fpu", "avx2", "amx_bf16"}
-    assert examined._cpu_flags(arm) == {"fp", "asimd", "sve"}
-    assert examined._cpu_flags(tmp_path / "none") == frozenset()
+    assert examined.cpu_flags(intel) == {"fpu", "avx2", "amx_bf16"}
+    assert examined.cpu_flags(arm) == {"fp", "asimd", "sve"}
+    assert examined.cpu_flags(tmp_path / "none") == frozenset()
 
 
 def test_a_compiler_that_does_not_run_is_not_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

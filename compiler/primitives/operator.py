@@ -91,11 +91,15 @@ class Primitive:
         result: list[Tensor] = self.op(*arguments)
         return result
 
-    def choose(self, groups: Groups, spec: str) -> tuple[Kernel | None, list[tuple[str, str]]]:
+    def choose(
+        self, groups: Groups, spec: str, *, only: Callable[[Kernel], bool] | None = None
+    ) -> tuple[Kernel | None, list[tuple[str, str]]]:
         """The kernel that will run (None: the eager meaning) and why those before it do not fit."""
         refused: list[tuple[str, str]] = []
         device = next(t.device.type for group in groups for t in group)
         for kernel in self.kernels.get(device, []):
+            if only is not None and not only(kernel):
+                continue
             reason = kernel.refuses(groups, spec)
             if reason is None:
                 return kernel, refused
@@ -106,8 +110,8 @@ class Primitive:
         """The same in plain torch, for graphs that leave: the kernel that fits if it is such, or the meaning."""
         *tensors, spec = arguments
         groups = self._grouped(tensors)
-        kernel, _ = self.choose(groups, spec)
-        return (kernel.run if kernel and kernel.plain else self.meaning)(groups, spec)
+        kernel, _ = self.choose(groups, spec, only=lambda kernel: kernel.plain)
+        return (kernel.run if kernel else self.meaning)(groups, spec)
 
     def _grouped(self, arguments: Sequence[Any]) -> Groups:
         return [a if isinstance(a, list | tuple) else [a] for a in arguments]
@@ -163,9 +167,9 @@ class Primitive:
         for count in counts:
             groups.append(rest[:count])
             rest = rest[count:]
-        kernel, _ = self.choose(groups, spec)
+        kernel, _ = self.choose(groups, spec, only=lambda kernel: kernel.differentiable)
         with _autograd_inside_an_op():
-            results = (kernel.run if kernel and kernel.differentiable else self.meaning)(groups, spec)
+            results = (kernel.run if kernel else self.meaning)(groups, spec)
         pairs = [(results[k], g) for k, g in zip(outputs, grads, strict=True) if results[k].requires_grad]
         learned = [leaves[k] for k in wanted]
         if not pairs:

@@ -1,0 +1,214 @@
+// `attend` on a processor: tiles of keys against blocks of query rows, scores in float32, weights kept for one tile only.
+//
+//   B, H, N, D     batch, query heads, query rows, their size           Hk, M, Dv   key heads, keys, size of a value
+//   BM, BN         rows of a block of queries, keys of a tile           b, h, i, j  logical indices, as the spec has them
+//   m, l           of a row: the highest score so far, the sum of its weights (scores are in powers of 2)
+//
+// In front of this text stand BM, BN, SEGMENTS, NORMALISER, EPS, SINK, BACK, AHEAD, SINKS; for every segment S
+//   Spec<S>::score(s, b, h, i, j), ::keep(b, h, i, j), ::seen(b, h, i0, i1, j0, j1): 0 none, 1 some, 2 all are kept;
+// and weight(s, b, h, i), sink(b, h, i). All take the tables t that the expressions look up.
+
+struct Rows { float* data; int64_t b, h, n, d; };  // strides in elements
+struct Source {
+    Rows k, v;
+    int64_t Hk, keys;                       // key heads; how many places keys stand at
+    const int32_t *at; int64_t at_b, at_h;  // the row of k, v at each place (B|1, Hk|1, keys), -1 for none; or null: in order
+    const int32_t *place; int64_t place_b, place_h;  // the position j of each row, or null: 0, 1, ...
+};
+struct Call {
+    Rows q, o;
+    int64_t B, H, N, D, Dv, shift, threads;
+    const int32_t *q_place; int64_t q_place_b, q_place_h;
+    const int32_t *list; int64_t list_b, list_h, list_q, listed;  // key tiles of each query tile, or null
+    float* lse;
+    const Table* t;
+    Source source[SEGMENTS];
+};
+
+constexpr float LN2 = 0.69314718055994531f;
+constexpr int32_t NOWHERE = INT32_MIN;  // the position of a place at which no key stands
+// Keys of one head as tiles D x BN, values as rows of float32; positions beside them.
+struct Packed { float *k, *v; int32_t* j; int64_t tiles, ldv; };
+
+static bool values_as_they_are(const Call& c, const Source& s) {
+    return s.v.d == 1 && c.Dv % VL == 0 && !s.at;
+}
+
+static void pack(const Call& c, const Source& s, int64_t b, int64_t h, int64_t tile, const Packed& to) {
+    const int64_t wide = rounded(c.Dv, VL), first = tile * BN, last = first + BN < s.keys ? first + BN : s.keys;
+    float* k = to.k + tile * c.D * BN;
+    if (last - first < BN) memset(k, 0, sizeof(float) * c.D * BN);
+    for (int64_t n = first; n < last; n++) {
+        const int64_t row = s.at ? s.at[b * s.at_b + h * s.at_h + n] : n, from = row < 0 ? 0 : row;
+        to.j[n] = row < 0 ? NOWHERE : s.place ? s.place[b * s.place_b + h * s.place_h + row] : (int32_t)row;
+        const float* key = s.k.data + b * s.k.b + h * s.k.h + from * s.k.n;
+        for (int64_t d = 0; d < c.D; d++) k[d * BN + n - first] = key[d * s.k.d];
+        if (!to.v) continue;
+        const float* value = s.v.data + b * s.v.b + h * s.v.h + from * s.v.n;
+        for (int64_t d = 0; d < wide; d++) to.v[n * wide + d] = d < c.Dv ? value[d * s.v.d] : 0.f;
+    }
+}
+
+struct Block {  // one block of query rows, and what it has gathered so far
+    int64_t b, h, first, count;
+    int32_t i[BM];
+    float m[BM], l[BM];
+    float *q, *s, *o;
+    int64_t ldo;
+};
+
+// Scores of a block against one tile become weights; m, l and o follow.
+template <int S, bool WHOLE> INLINE void weigh(const Call& c, Block& x, const int32_t* place, int64_t width, int32_t j0) {
+    const int64_t lanes = rounded(width, VL);
+    const int b = (int)x.b, h = (int)x.h;
+    for (int64_t r = 0; r < x.count; r++) {
+        float* s = x.s + r * BN;
+        const int i = x.i[r];
+        vf top = all(-INF), sum{};
+        for (int64_t n = 0; n < lanes; n += VL) {
+            const vi j = place ? *(const vi*)(place + n) : count() + (j0 + (int32_t)n);
+            vf y = Spec<S>::score(load(s + n), b, h, i, j, c.t);
+            if (NORMALISER != SOFTMAX) y = weight(y, b, h, i, c.t);
+            if (!WHOLE) {
+                vi kept = Spec<S>::keep(b, h, i, j, c.t) & (count() + (int32_t)n < (int32_t)width);
+                if (place) kept &= j != NOWHERE;
+                y = select(kept, y, all(NORMALISER == SOFTMAX ? -INF : 0.f));
+            }
+            store(s + n, y);
+            if (NORMALISER == SOFTMAX) top = most(top, y); else sum += y;
+        }
+        if (NORMALISER == SOFTMAX) {
+            const float m = larger(x.m[r], highest(top)), from = m == -INF ? 0.f : m;
+            for (int64_t n = 0; n < lanes; n += VL) {
+                const vf w = exp2_(load(s + n) - from);
+                store(s + n, w);
+                sum += w;
+            }
+            if (m != x.m[r]) {  // what was gathered so far was weighed against a lower score
+                const float less = x.m[r] == -INF ? 0.f : exp2f(x.m[r] - m);
+                x.l[r] *= less;
+                for (int64_t d = 0; d < x.ldo; d += VL) store(x.o + r * x.ldo + d, load(x.o + r * x.ldo + d) * less);
+                x.m[r] = m;
+            }
+        }
+        x.l[r] += total(sum);
+    }
+}
+
+template <int S> static void tile(const Call& c, Block& x, const Packed& keys, int64_t number, int32_t i0, int32_t i1) {
+    const Source& s = c.source[S];
+    const int64_t first = number * BN, width = s.keys - first < BN ? s.keys - first : BN;
+    const bool placed = s.at || s.place || c.q_place;
+    const int seen = placed ? 1 : Spec<S>::seen((int)x.b, (int)x.h, i0, i1, (int32_t)first, (int32_t)(first + width - 1));
+    if (seen == 0) return;
+    product<false>(x.count, rounded(width, VL), c.D, x.q, c.D, keys.k + number * c.D * BN, BN, x.s, BN);
+    const int32_t* place = s.at || s.place ? keys.j + first : nullptr;
+    if (seen == 2 && width % VL == 0) weigh<S, true>(c, x, place, width, (int32_t)first);
+    else weigh<S, false>(c, x, place, width, (int32_t)first);
+    const int64_t key_head = x.h / (c.H / s.Hk);
+    const float* v = keys.v ? keys.v + first * keys.ldv
+                            : s.v.data + x.b * s.v.b + key_head * s.v.h + first * s.v.n;
+    product<true>(x.count, x.ldo, width, x.s, BN, v, keys.v ? keys.ldv : s.v.n, x.o, x.ldo);
+}
+
+// The tiles that the rows i0 ... i1 can reach: the sinks', then those of the band.
+template <int S> static void tiles(const Call& c, Block& x, const Packed& keys, int32_t i0, int32_t i1) {
+    if (S == 0 && c.list) {
+        const int32_t* listed = c.list + x.b * c.list_b + x.h * c.list_h + x.first / BM * c.list_q;
+        for (int64_t n = 0; n < c.listed; n++) {
+            bool again = false;
+            for (int64_t before = 0; before < n; before++) again |= listed[before] == listed[n];
+            if (!again && listed[n] >= 0 && listed[n] < keys.tiles) tile<S>(c, x, keys, listed[n], i0, i1);
+        }
+        return;
+    }
+    int64_t low = 0, high = keys.tiles, sinks = 0;
+    const bool placed = c.source[S].at || c.source[S].place || c.q_place;
+    if (S == 0 && !placed) {
+        if (AHEAD != INT64_MAX) high = i1 + AHEAD < 0 ? 0 : smaller<int64_t>(high, (i1 + AHEAD) / BN + 1);
+        if (BACK != INT64_MAX) low = i0 - BACK > 0 ? (i0 - BACK) / BN : 0;
+        sinks = smaller<int64_t>(low, rounded(SINKS, BN) / BN);
+    }
+    for (int64_t n = 0; n < smaller(sinks, high); n++) tile<S>(c, x, keys, n, i0, i1);
+    for (int64_t n = low; n < high; n++) tile<S>(c, x, keys, n, i0, i1);
+}
+
+template <int S> static void segments(const Call& c, Block& x, const Packed* keys, int32_t i0, int32_t i1) {
+    const int64_t Hk = c.source[S].Hk;
+    tiles<S>(c, x, keys[S * c.B * c.H + x.b * Hk + x.h / (c.H / Hk)], i0, i1);
+    if constexpr (S + 1 < SEGMENTS) segments<S + 1>(c, x, keys, i0, i1);
+}
+
+static void begin(const Call& c, Block& x, int32_t& i0, int32_t& i1) {
+    i0 = INT32_MAX, i1 = INT32_MIN;
+    for (int64_t r = 0; r < x.count; r++) {
+        const int64_t n = x.first + r;
+        x.i[r] = c.q_place ? c.q_place[x.b * c.q_place_b + x.h * c.q_place_h + n] : (int32_t)(n + c.shift);
+        i0 = smaller(i0, x.i[r]), i1 = larger(i1, x.i[r]);
+        x.m[r] = -INF, x.l[r] = 0;
+        if (SINK) {  // one key more, whose value is 0
+            const vf s = sink((int)x.b, (int)x.h, x.i[r], c.t);
+            if (NORMALISER == SOFTMAX) x.m[r] = s[0], x.l[r] = s[0] == -INF ? 0.f : 1.f;
+            else x.l[r] = weight(s, (int)x.b, (int)x.h, x.i[r], c.t)[0];
+        }
+        const float* query = c.q.data + x.b * c.q.b + x.h * c.q.h + n * c.q.n;
+        for (int64_t d = 0; d < c.D; d++) x.q[r * c.D + d] = query[d * c.q.d];
+    }
+    memset(x.o, 0, sizeof(float) * x.count * x.ldo);
+}
+
+static void finish(const Call& c, const Block& x) {
+    for (int64_t r = 0; r < x.count; r++) {
+        const int64_t n = x.first + r;
+        float divisor = NORMALISER == NONE ? 1.f : NORMALISER == SUM ? x.l[r] + EPS : x.l[r];
+        if (divisor == 0.f) divisor = 1.f;
+        if (c.lse) {
+            const float log = x.l[r] == 0.f ? -INF : logf(x.l[r]);
+            c.lse[(x.b * c.H + x.h) * c.N + n] = NORMALISER == SOFTMAX && x.m[r] != -INF ? x.m[r] * LN2 + log : log;
+        }
+        float* o = c.o.data + x.b * c.o.b + x.h * c.o.h + n * c.o.n;
+        for (int64_t d = 0; d < c.Dv; d++) o[d] = x.o[r * x.ldo + d] / divisor;
+    }
+}
+
+// All keys of a segment, tile by tile; they are read by every block of queries.
+static void prepare(const Call& c, const Source& s, Packed* keys, float* at, int64_t tiles) {
+    const int64_t heads = c.B * s.Hk, ldv = rounded(c.Dv, VL), k = tiles * BN * c.D, j = tiles * BN;
+    const int64_t v = values_as_they_are(c, s) ? 0 : tiles * BN * ldv;
+    for (int64_t n = 0; n < heads; n++, at += k + v + j)
+        keys[n] = {at, v ? at + k : nullptr, (int32_t*)(at + k + v), tiles, ldv};
+#pragma omp parallel for schedule(static) num_threads(c.threads)
+    for (int64_t n = 0; n < heads * tiles; n++)
+        pack(c, s, n / tiles / s.Hk, n / tiles % s.Hk, n % tiles, keys[n / tiles]);
+}
+
+static int64_t room(const Call& c, const Source& s) {
+    return c.B * s.Hk * rounded(s.keys, BN) * (c.D + 1 + (values_as_they_are(c, s) ? 0 : rounded(c.Dv, VL)));
+}
+
+extern "C" void run(const Call* call) {
+    const Call& c = *call;
+    int64_t floats = 0, used = 0;
+    for (int S = 0; S < SEGMENTS; S++) floats += room(c, c.source[S]);
+    Workspace memory(floats), table(SEGMENTS * c.B * c.H * sizeof(Packed) / sizeof(float));
+    Packed* keys = (Packed*)table.data;
+    for (int S = 0; S < SEGMENTS; used += room(c, c.source[S]), S++)
+        prepare(c, c.source[S], keys + S * c.B * c.H, memory.data + used, rounded(c.source[S].keys, BN) / BN);
+    const int64_t blocks = (c.N + BM - 1) / BM, tasks = c.B * c.H * blocks, ldo = rounded(c.Dv, VL);
+#pragma omp parallel num_threads(c.threads)
+    {
+        Workspace own(BM * (c.D + BN + ldo));
+        Block x;
+        x.q = own.data, x.s = x.q + BM * c.D, x.o = x.s + BM * BN, x.ldo = ldo;
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t task = 0; task < tasks; task++) {
+            const int64_t which = blocks - 1 - task % blocks;  // under a causal mask the last rows cost most: they begin
+            x.b = task / blocks / c.H, x.h = task / blocks % c.H, x.first = which * BM;
+            x.count = smaller<int64_t>(BM, c.N - x.first);
+            int32_t i0, i1;
+            begin(c, x, i0, i1);
+            segments<0>(c, x, keys, i0, i1);
+            finish(c, x);
+        }
+    }
+}

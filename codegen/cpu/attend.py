@@ -1,0 +1,211 @@
+"""`attend` by generated C++: the spec's expressions printed into one loop skeleton, built once, called by pointer."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...compiler.doctor import cpu_flags
+from ...compiler.primitives.attend import attend_op
+from ...compiler.primitives.attend_spec import AttendSpec
+from ...compiler.primitives.operator import Groups, Kernel
+from ...compiler.primitives.rows import repeat_heads
+from ...compiler.reach import reach
+from ...compiler.refusal import Refused
+from ...compiler.symbol_text import parse
+from ...compiler.symbols import TRUE, Expr, as_expr, build
+from .memory import Rows, as_float, index_of, pointer, step, table_kinds, whole_numbers
+from .printer import cpp, seen
+from .skeleton import skeleton
+from .toolchain import toolchain
+
+_LOG2E = 1 / math.log(2)
+_ROWS = 48  # query rows of a block: a multiple of every MR
+_MOST_D = 512  # beyond it a block of rows no longer fits the first cache
+_LEAST = 1 << 18  # scores of a call; fewer are not worth a library of their own
+
+
+class Source(ctypes.Structure):
+    _fields_ = [("k", Rows), ("v", Rows), ("Hk", ctypes.c_int64), ("keys", ctypes.c_int64),
+                ("at", ctypes.c_void_p), ("at_b", ctypes.c_int64),
+                ("at_h", ctypes.c_int64), ("place", ctypes.c_void_p), ("place_b", ctypes.c_int64),
+                ("place_h", ctypes.c_int64)]  # fmt: skip
+
+
+@lru_cache(maxsize=8)
+def _call_type(segments: int) -> Any:
+    """The skeleton's `Call`, for a number of segments."""
+    fields: list[tuple[str, Any]] = [("q", Rows), ("o", Rows)]
+    fields += [(size, ctypes.c_int64) for size in ("B", "H", "N", "D", "Dv", "shift", "threads")]
+    fields += [("q_place", ctypes.c_void_p), ("q_place_b", ctypes.c_int64), ("q_place_h", ctypes.c_int64)]
+    fields += [("list", ctypes.c_void_p)]
+    fields += [(size, ctypes.c_int64) for size in ("list_b", "list_h", "list_q", "listed")]
+    fields += [("lse", ctypes.c_void_p), ("t", ctypes.c_void_p), ("source", Source * segments)]
+    return type("Call", (ctypes.Structure,), {"_fields_": fields})
+
+
+@lru_cache(maxsize=1024)
+def why_not(text: str) -> str | None:
+    """Why the skeleton cannot say a spec, whatever the tensors; None where it can."""
+    spec = AttendSpec.of(text)
+    if spec.normaliser not in ("softmax", "sum", "none"):
+        return f"normaliser {spec.normaliser}"
+    for what, given in (("weights changed after normalising", spec.after), ("relative terms", spec.relative),
+                        ("a score for empty rows", spec.empty)):  # fmt: skip
+        if given:
+            return what
+    if any(output not in ("o", "lse") for output in spec.outputs):
+        return f"outputs {', '.join(spec.outputs)}"
+    try:
+        source(text, "f" * 64)
+    except Refused as refused:
+        return str(refused)
+    return None
+
+
+@lru_cache(maxsize=1024)
+def source(text: str, tables: str, queries: int = _ROWS, keys: int = 0) -> str:
+    """The whole C++ text of a spec; `tables` says of each table whether it holds floats ("f") or whole ones ("i")."""
+    spec, bound = AttendSpec.of(text), reach(text)
+    keys = keys or (64 if bound.back is not None else 128)
+    normaliser = ("softmax", "sum", "none").index(spec.normaliser)
+    most = "INT64_MAX"
+    head = [
+        "enum { SOFTMAX, SUM, NONE };",
+        f"constexpr int BM = {queries}, BN = {keys}, SEGMENTS = {len(spec.segments)}, NORMALISER = {normaliser};",
+        f"constexpr bool SINK = {'true' if spec.sink else 'false'};",
+        f"constexpr float EPS = {spec.eps!r}f;",
+        f"constexpr int64_t BACK = {most if bound.back is None else bound.back}, "
+        f"AHEAD = {most if bound.ahead is None else bound.ahead}, SINKS = {bound.sinks};",
+        "template <int S> struct Spec;",
+        *(_segment(n, keep, score, spec, tables) for n, (keep, score, _) in enumerate(spec.segments)),
+        _function("vf weight(vf s, int b, int h, int i, const Table* t)", parse(spec.weight or "exp(s)"), "vf", tables),
+        _function("vf sink(int b, int h, int i, const Table* t)", _sink(spec), "vf", tables),
+    ]
+    return skeleton("attend.cpp", head)
+
+
+def _segment(number: int, keep: str, score: str, spec: AttendSpec, tables: str) -> str:
+    value = parse(score)
+    if spec.normaliser == "softmax":
+        value = build("mul", value, as_expr(_LOG2E))
+    predicate = parse(keep) if keep else TRUE
+    every, none = seen(predicate)
+    arguments = "int b, int h, int i, vi j, const Table* t"
+    return "\n".join(
+        [
+            f"template <> struct Spec<{number}> {{",
+            "    " + _function(f"vf score(vf s, {arguments})", value, "vf", tables),
+            "    " + _function(f"vi keep({arguments})", predicate, "vb", tables),
+            f"    INLINE int seen(int b, int h, int i0, int i1, int j0, int j1) "
+            f"{{ return ({none}) ? 0 : ({every}) ? 2 : 1; }}",
+            "};",
+        ]
+    )
+
+
+def _sink(spec: AttendSpec) -> Expr:
+    value = parse(spec.sink) if spec.sink else as_expr(0.0)
+    return build("mul", value, as_expr(_LOG2E)) if spec.normaliser == "softmax" else value
+
+
+def _function(signature: str, e: Expr, kind: str, tables: str) -> str:
+    return f"INLINE {signature} {{ return {cpp(e, kind, tables)}; }}"
+
+
+@lru_cache(maxsize=1024)
+def _built(text: str, tables: str, queries: int, keys: int) -> Any:
+    tools = toolchain()
+    assert tools is not None
+    return tools.build(source(text, tables, queries, keys)).run
+
+
+def _refuse(groups: Groups, text: str) -> str | None:
+    (q,), kv, _ = groups
+    if q.shape[0] * q.shape[1] * q.shape[2] * sum(k.shape[2] for k in kv[::2]) < _LEAST:
+        return "few scores"
+    return refuses(groups, text)
+
+
+def refuses(groups: Groups, text: str) -> str | None:
+    """Why these tensors cannot be handed to the skeleton, whatever it would gain."""
+    (q,), kv, tables = groups
+    if toolchain() is None:
+        return "no C++ compiler"
+    reason = why_not(text)
+    if reason:
+        return reason
+    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"{q.dtype}"
+    if q.dtype != torch.float32 and "amx_bf16" in cpu_flags():
+        return "half precision, where the processor has matrix units"
+    largest = max(q.shape[-1], kv[1].shape[-1])
+    if largest > _MOST_D:
+        return f"a head of {largest}, at most {_MOST_D}"
+    if any(table.numel() == 0 or table.ndim > 4 for table in tables):
+        return "a table without elements, or of more than four axes"
+    spec = AttendSpec.of(text)
+    if any(tables[int(rows[1:])].ndim > 3 for rows in spec.rows if rows):
+        return "rows of keys of each query's own"
+    if spec.tiles and tables[int(spec.tiles[0][1:])].shape[2] * spec.tiles[1] < q.shape[2]:
+        return "tiles for fewer queries than there are"
+    return None
+
+
+def run(groups: Groups, text: str) -> list[Tensor]:
+    """The outputs that a spec asks for: o, lse."""
+    (q,), kv, given = groups
+    spec = AttendSpec.of(text)
+    named = {f"t{n}": t for n, t in enumerate(given)}
+    B, H, N, D = q.shape
+    kept: list[Tensor] = []  # what the call points into stays alive until it returns
+    o = torch.empty(B, H, N, kv[1].shape[-1])
+    lse = torch.empty(B, H, N) if "lse" in spec.outputs else None
+    kinds, tables = table_kinds(given, kept)
+    sources = [_source(k, v, spec, n, named, q, kept) for n, (k, v) in enumerate(zip(kv[::2], kv[1::2], strict=True))]
+    call = _call_type(len(sources))()
+    call.q, call.o, call.lse = Rows.of(as_float(q, kept)), Rows.of(o), pointer(lse)
+    call.B, call.H, call.N, call.D, call.Dv = B, H, N, D, o.shape[-1]
+    call.threads, call.shift = torch.get_num_threads(), sources[0].keys - N if spec.align == "end" else 0
+    call.source, call.t = (Source * len(sources))(*sources), ctypes.cast(tables, ctypes.c_void_p)
+    call.q_place, call.q_place_b, call.q_place_h = index_of(named.get(spec.q_positions), kept)
+    queries, keys = _ROWS, 0
+    if spec.tiles:
+        _, queries, keys = spec.tiles
+        lists = whole_numbers(named[spec.tiles[0]], kept)
+        call.list, call.listed = pointer(lists), lists.shape[-1]
+        call.list_b, call.list_h, call.list_q = (step(lists, axis) for axis in range(3))
+    if o.numel() or lse is not None:
+        _built(text, kinds, queries, keys)(ctypes.byref(call))
+    found = {"o": o.to(q.dtype), "lse": lse}
+    return [found[which] for which in spec.outputs]  # type: ignore[misc]
+
+
+def _source(
+    k: Tensor, v: Tensor, spec: AttendSpec, number: int, named: dict[str, Tensor], q: Tensor, kept: list[Tensor]
+) -> Source:
+    rows, places = named.get(spec.rows_of(number)), named.get(spec.segments[number][2])
+    k, v = (_heads(t, q, named.get(spec.kv_heads), rows, places) for t in (k, v))
+    k, v = (as_float(t.expand(q.shape[0], *t.shape[1:]), kept) for t in (k, v))
+    found = Source(k=Rows.of(k), v=Rows.of(v), Hk=k.shape[1], keys=k.shape[2])
+    if rows is not None:
+        found.keys = rows.shape[-1]
+        found.at, found.at_b, found.at_h = index_of(torch.where(rows < k.shape[2], rows, -1), kept)
+    found.place, found.place_b, found.place_h = index_of(places, kept)
+    return found
+
+
+def _heads(t: Tensor, q: Tensor, table: Tensor | None, *indices: Tensor | None) -> Tensor:
+    """Key heads as they are; one for every query head where a table says which, or an index has one of its own."""
+    if table is not None:
+        return t.index_select(1, table.long())
+    own = any(i is not None and i.ndim == 3 and i.shape[1] not in (1, t.shape[1]) for i in indices)
+    return repeat_heads(t, q) if own else t
+
+
+attend_op.kernels.setdefault("cpu", []).insert(0, Kernel("generated C++", _refuse, run))

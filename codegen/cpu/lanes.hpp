@@ -1,0 +1,139 @@
+// Vectors of the machine's width, the functions that scores may call on them, and one block of a matrix product.
+//
+//   VL   floats in a vector          vf, vi   vectors of float, of int32
+//   MR   rows of a block of a product          NR   vectors in a row of it
+
+// Only C's small headers: those of the C++ library take longer to read than a kernel takes to build.
+
+#include <math.h>
+#include <omp.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+
+#ifdef __AVX512F__
+constexpr int VL = 16, MR = 8, NR = 3;
+#elif defined(__AVX2__)
+constexpr int VL = 8, MR = 6, NR = 2;
+#else
+constexpr int VL = 4, MR = 4, NR = 2;
+#endif
+
+typedef float vf __attribute__((vector_size(VL * 4), aligned(4), may_alias));
+typedef int32_t vi __attribute__((vector_size(VL * 4), aligned(4), may_alias));
+constexpr float INF = __builtin_inff();
+
+#define INLINE static inline __attribute__((always_inline))
+
+INLINE vf all(float x) { return x - vf{}; }
+INLINE vi all(int32_t x) { return x - vi{}; }
+INLINE vf load(const float* p) { return *(const vf*)p; }
+INLINE void store(float* p, vf x) { *(vf*)p = x; }
+INLINE vi count() { vi x; for (int l = 0; l < VL; l++) x[l] = l; return x; }
+INLINE vf floats(vi x) { return __builtin_convertvector(x, vf); }
+INLINE vi ints(vf x) { return __builtin_convertvector(x, vi); }
+INLINE vf select(vi m, vf a, vf b) { return (vf)((m & (vi)a) | (~m & (vi)b)); }
+INLINE vi select(vi m, vi a, vi b) { return (m & a) | (~m & b); }
+INLINE vf least(vf a, vf b) { return a < b ? a : b; }
+INLINE vf most(vf a, vf b) { return a > b ? a : b; }
+INLINE vi least(vi a, vi b) { return select(a < b, a, b); }
+INLINE vi most(vi a, vi b) { return select(a > b, a, b); }
+INLINE vf absolute(vf x) { return (vf)((vi)x & 0x7fffffff); }
+INLINE vi absolute(vi x) { return select(x < 0, -x, x); }
+INLINE float highest(vf x) { float m = x[0]; for (int l = 1; l < VL; l++) m = x[l] > m ? x[l] : m; return m; }
+INLINE float total(vf x) { float s = 0; for (int l = 0; l < VL; l++) s += x[l]; return s; }
+
+// 2 ** x for every float, 1e-7 apart at most: below -126 it is 0, from 128 on infinite.
+INLINE vf exp2_(vf x) {
+    const vf bounded = most(least(x, all(127.5f)), all(-126.f));
+    const vf whole = (bounded + 12582912.f) - 12582912.f;  // the nearest integer, by where a float's last bit stands
+    const vf f = bounded - whole;                         // in [-1/2, 1/2]
+    vf p = all(1.5337577e-4f);
+    p = p * f + 1.3399860e-3f;
+    p = p * f + 9.6185198e-3f;
+    p = p * f + 5.5503290e-2f;
+    p = p * f + 2.4022646e-1f;
+    p = p * f + 6.9314718e-1f;
+    p = p * f + 1.f;
+    const vi e = ints(whole);
+    const vf scaled = (vf)((vi)p + (e << 23));
+    return select(x < -126.f, all(0.f), select(x >= 128.f, all(INF), scaled));
+}
+INLINE vf exp_(vf x) { return exp2_(x * 1.44269504088896341f); }
+INLINE vf sigmoid_(vf x) { return 1.f / (1.f + exp_(-x)); }
+INLINE vf relu_(vf x) { return most(x, all(0.f)); }
+// A quotient of polynomials, 3e-7 apart at most relative to the value; from 9 on it is 1.
+INLINE vf tanh_(vf x) {
+    const vf y = most(least(x, all(9.f)), all(-9.f)), z = y * y;
+    const vf p = (((1.33546400e-8f * z + 2.06091208e-5f) * z + 3.49559309e-3f) * z + 1.33810312e-1f) * z + 1.f;
+    const vf q = (((7.77656510e-7f * z + 3.28564085e-4f) * z + 2.58770026e-2f) * z + 4.67143476e-1f) * z + 1.f;
+    return y * p / q;
+}
+#define LANEWISE(name, call) INLINE vf name(vf x) { vf y; for (int l = 0; l < VL; l++) y[l] = call(x[l]); return y; }
+LANEWISE(log_, logf)
+LANEWISE(log1p_, log1pf)
+LANEWISE(sin_, sinf)
+LANEWISE(cos_, cosf)
+LANEWISE(sqrt_, sqrtf)
+LANEWISE(floor_, floorf)
+INLINE vf softplus_(vf x) { return relu_(x) + log1p_(exp_(-absolute(x))); }
+INLINE vf elu_(vf x) { return select(x > 0.f, x, exp_(x) - 1.f); }
+INLINE vf pow_(vf x, vf y) { vf z; for (int l = 0; l < VL; l++) z[l] = powf(x[l], y[l]); return z; }
+// Python's // and %, which round down.
+INLINE int32_t floordiv(int32_t a, int32_t b) { const int32_t q = a / b; return q - (a % b != 0 && (a < 0) != (b < 0)); }
+INLINE int32_t mod(int32_t a, int32_t b) { return a - floordiv(a, b) * b; }
+INLINE vi floordiv(vi a, vi b) { const vi q = a / b; return q + ((q * b != a) & ((a < 0) ^ (b < 0))); }
+INLINE vi mod(vi a, vi b) { return a - floordiv(a, b) * b; }
+INLINE vf floordiv(vf a, vf b) { return floor_(a / b); }
+INLINE vf mod(vf a, vf b) { return a - floordiv(a, b) * b; }
+
+// A tensor that an expression looks up (float or int32): element strides, indices clamped to the sizes.
+struct Table { const void* data; int64_t size[4], stride[4]; };
+INLINE int64_t clamped(int64_t x, int64_t size) { return x < 0 ? 0 : x < size ? x : size - 1; }
+INLINE vi clamped(vi x, int64_t size) { return least(most(x, all(0)), all((int32_t)(size - 1))); }
+INLINE vf gathered(const float* from, vi at) { vf x; for (int l = 0; l < VL; l++) x[l] = from[at[l]]; return x; }
+INLINE vi gathered(const int32_t* from, vi at) { vi x; for (int l = 0; l < VL; l++) x[l] = from[at[l]]; return x; }
+
+// C (R x NR VL) {=, +=} A (R x K) B (K x NR VL): the accumulators stay in registers.
+template <int R, int C, bool ADD>
+INLINE void block(int64_t K, const float* A, int64_t lda, const float* B, int64_t ldb, float* out, int64_t ldc) {
+    vf sum[R][C];
+    for (int r = 0; r < R; r++)
+        for (int c = 0; c < C; c++) sum[r][c] = ADD ? load(out + r * ldc + c * VL) : vf{};
+    for (int64_t k = 0; k < K; k++) {
+        vf row[C];
+        for (int c = 0; c < C; c++) row[c] = load(B + k * ldb + c * VL);
+        for (int r = 0; r < R; r++) {
+            const float a = A[r * lda + k];
+            for (int c = 0; c < C; c++) sum[r][c] += a * row[c];
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int c = 0; c < C; c++) store(out + r * ldc + c * VL, sum[r][c]);
+}
+
+template <int C, bool ADD>
+INLINE void rows(int64_t M, int64_t K, const float* A, int64_t lda, const float* B, int64_t ldb, float* out, int64_t ldc) {
+    int64_t r = 0;
+    for (; r + MR <= M; r += MR) block<MR, C, ADD>(K, A + r * lda, lda, B, ldb, out + r * ldc, ldc);
+    if (r + 4 <= M) block<4, C, ADD>(K, A + r * lda, lda, B, ldb, out + r * ldc, ldc), r += 4;
+    for (; r < M; r++) block<1, C, ADD>(K, A + r * lda, lda, B, ldb, out + r * ldc, ldc);
+}
+
+// The same for any number of rows, and N a multiple of VL.
+template <bool ADD>
+static void product(int64_t M, int64_t N, int64_t K, const float* A, int64_t lda, const float* B, int64_t ldb, float* out, int64_t ldc) {
+    int64_t n = 0;
+    for (; n + NR * VL <= N; n += NR * VL) rows<NR, ADD>(M, K, A, lda, B + n, ldb, out + n, ldc);
+    for (; n < N; n += VL) rows<1, ADD>(M, K, A, lda, B + n, ldb, out + n, ldc);
+}
+
+// Memory of one thread, kept between tasks.
+struct Workspace {
+    float* data;
+    explicit Workspace(int64_t floats) : data((float*)aligned_alloc(64, (floats * 4 + 63) / 64 * 64)) {}
+    ~Workspace() { free(data); }
+};
+template <class T> INLINE T smaller(T a, T b) { return a < b ? a : b; }
+template <class T> INLINE T larger(T a, T b) { return a > b ? a : b; }
+INLINE int64_t rounded(int64_t x, int64_t to) { return (x + to - 1) / to * to; }

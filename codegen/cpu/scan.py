@@ -1,0 +1,125 @@
+"""A causal `scan` by generated C++: features printed into one loop skeleton whose state stays in the first cache."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...compiler.primitives.operator import Groups, Kernel
+from ...compiler.primitives.scan import scan_op
+from ...compiler.primitives.scan_meaning import in_order
+from ...compiler.primitives.scan_spec import ScanSpec
+from ...compiler.refusal import Refused
+from ...compiler.symbol_text import parse
+from ...compiler.symbols import name
+from .memory import Rows, as_float, pointer, step, whole_numbers
+from .printer import cpp
+from .skeleton import skeleton
+from .toolchain import toolchain
+
+_CHUNK = 16
+_MOST = 256  # the largest D and Dv of a state
+_LEAST = 1 << 20  # products with the state of a call; fewer are not worth a library of their own
+_whole, _address = ctypes.c_int64, ctypes.c_void_p
+
+
+class Call(ctypes.Structure):
+    _fields_ = [*[(rows, Rows) for rows in ("q", "k", "v", "o", "decay", "start")],
+                *[(size, _whole) for size in ("B", "H", "group", "N", "D", "Dv", "threads")],
+                ("document", _address), ("document_b", _whole), ("valid", _address), ("valid_b", _whole),
+                ("state", _address), ("norm", _address)]  # fmt: skip
+
+
+@lru_cache(maxsize=1024)
+def source(text: str, channels: bool) -> str:
+    """The whole C++ text of a spec."""
+    spec = ScanSpec.of(text)
+    flags = {"DECAYS": bool(spec.decay), "CHANNELS": channels, "LOGS": spec.log_decay, "SUM": spec.normaliser == "sum",
+             "BEFORE": spec.read == "before"}  # fmt: skip
+    head = [
+        f"constexpr int T = {_CHUNK}, MOST = {_MOST};",
+        f"constexpr float EPS = {spec.eps!r}f;",
+        *(f"constexpr bool {flag} = {'true' if value else 'false'};" for flag, value in flags.items()),
+        *(
+            f"INLINE vf feature_{side}(vf x) {{ return {cpp(parse(feature) if feature else name('x'), 'vf')}; }}"
+            for side, feature in (("q", spec.feature_q), ("k", spec.feature_k))
+        ),
+    ]
+    return skeleton("scan.cpp", head)
+
+
+@lru_cache(maxsize=1024)
+def _built(text: str, channels: bool) -> Any:
+    tools = toolchain()
+    assert tools is not None
+    return tools.build(source(text, channels)).run
+
+
+def _refuse(groups: Groups, text: str) -> str | None:
+    (q,), (_, v), _ = groups
+    if q.numel() * v.shape[-1] < _LEAST:
+        return "few rows"
+    return refuses(groups, text)
+
+
+def refuses(groups: Groups, text: str) -> str | None:
+    """Why these tensors cannot be handed to the skeleton, whatever it would gain."""
+    (q,), (_, v), _ = groups
+    spec = ScanSpec.of(text)
+    if toolchain() is None:
+        return "no C++ compiler"
+    if not spec.causal:
+        return "rows that read what comes after them"
+    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"{q.dtype}"
+    if max(q.shape[-1], v.shape[-1]) > _MOST:
+        return f"a state of {q.shape[-1]} x {v.shape[-1]}, at most {_MOST} x {_MOST}"
+    try:
+        source(text, False)
+    except Refused as refused:
+        return str(refused)
+    return None
+
+
+def run(groups: Groups, text: str) -> list[Tensor]:
+    """The outputs that a spec asks for: o, state, norm."""
+    (q,), (k, v), given = groups
+    spec = ScanSpec.of(text)
+    named = {f"t{n}": t for n, t in enumerate(given)}
+    B, H, N, D = q.shape
+    Dv, extra = v.shape[-1], spec.normaliser == "sum"
+    kept: list[Tensor] = []  # what the call points into stays alive until it returns
+    made = {"o": torch.empty(B, H, N, Dv), "state": torch.empty(B, H, D, Dv + extra), "norm": torch.empty(B, H, N)}
+    call = Call(B=B, H=H, group=H // k.shape[1], N=N, D=D, Dv=Dv, threads=torch.get_num_threads())
+    call.q, call.o = Rows.of(as_float(q, kept)), Rows.of(made["o"])
+    call.k, call.v = (Rows.of(as_float(t, kept).expand(B, *t.shape[1:])) for t in (k, v))
+    decay = named.get(spec.decay)
+    if decay is not None:
+        call.decay = _spread(decay, (B, H, N, decay.shape[-1]), q, kept)
+    if spec.state:
+        call.start = _spread(named[spec.state], (B, H, D, Dv + extra), q, kept)
+    if spec.documents:
+        ids = whole_numbers(in_order(named[spec.documents])[:, 0], kept)
+        call.document, call.document_b = pointer(ids), step(ids, 0)
+    if spec.valid:
+        valid = whole_numbers(named[spec.valid].reshape(-1, N) != 0, kept)
+        call.valid, call.valid_b = pointer(valid), step(valid, 0)
+    call.state, call.norm = (pointer(made[which]) if which in spec.outputs else None for which in ("state", "norm"))
+    if made["state"].numel() and B:
+        _built(text, decay is not None and decay.shape[-1] > 1)(ctypes.byref(call))
+    made["o"] = made["o"].to(q.dtype)
+    return [made[which] for which in spec.outputs]
+
+
+def _spread(t: Tensor, sizes: tuple[int, ...], q: Tensor, kept: list[Tensor]) -> Rows:
+    """Strides of a tensor as if it had those sizes; heads of keys are repeated for the query heads that share them."""
+    if t.shape[1] not in (1, q.shape[1]):
+        t = t.repeat_interleave(q.shape[1] // t.shape[1], 1)
+    return Rows.of(as_float(t, kept).expand(sizes))
+
+
+scan_op.kernels.setdefault("cpu", []).insert(0, Kernel("generated C++", _refuse, run))

@@ -1,0 +1,236 @@
+"""Generated C++ means what the primitives mean: every feature of a spec against float64, odd sizes, poisoned memory."""
+
+from __future__ import annotations
+
+import math
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from reattend.codegen.cpu import attend as attending
+from reattend.codegen.cpu import scan as scanning
+from reattend.codegen.cpu import toolchain as tools
+from reattend.compiler.primitives import attend as attend_front
+from reattend.compiler.primitives import scan as scan_front
+from reattend.compiler.primitives.attend import Segment, Tiles, attend
+from reattend.compiler.primitives.attend_meaning import attend_meaning
+from reattend.compiler.primitives.scan import scan
+from reattend.compiler.primitives.scan_meaning import scan_meaning
+from reattend.compiler.refusal import Refused
+from reattend.compiler.symbols import as_expr, build, table
+
+pytestmark = pytest.mark.skipif(tools.toolchain() is None, reason="no C++ compiler on this machine")
+
+B, H, N, M, D, Dv = 2, 4, 97, 130, 24, 40
+DRAWN = torch.Generator().manual_seed(0)
+
+
+def minimum(a: Any, b: Any) -> Any:
+    return build("minimum", as_expr(a), as_expr(b))
+
+
+def drawn(*sizes: int) -> Tensor:
+    return torch.randn(sizes, generator=DRAWN)
+
+
+def whole(low: int, high: int, *sizes: int) -> Tensor:
+    return torch.randint(low, high, sizes, generator=DRAWN)
+
+
+DOC, BIAS, SLOPE, LIMIT = whole(0, 3, B, M), drawn(H, M + N), drawn(H) / 9, whole(0, M, B, 1, N, 1)
+ATTENDS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "causal": {"causal": True},
+    "causal at the end": {"causal": True, "align": "end"},
+    "window": {"causal": True, "keep": lambda i, j: (i - j < 20) | (j < 4)},
+    "both sides": {"keep": lambda i, j: abs(i - j) <= 9},
+    "softcap": {"score": lambda s: torch.tanh(s / 3) * 3, "causal": True},
+    "alibi": {"score": lambda s, h, i, j: s - abs(j - i) * torch.exp2(-h - 1.0)},
+    "slopes": {"score": lambda s, h, i, j: s + table(SLOPE)[h] * (j - i), "causal": True},
+    "relative bias": {"score": lambda s, h, i, j: s + table(BIAS)[h, i - j + M]},
+    "documents": {"keep": lambda b, i, j: table(DOC)[b, i] == table(DOC)[b, j]},
+    "a limit of each row": {"keep": lambda b, i, j: j <= table(LIMIT)[b, 0, i, 0]},
+    "mod and div": {"keep": lambda i, j: ((i - j) % 3 == 0) & (j // 4 <= i // 4)},
+    "where": {"score": lambda s, i, j: torch.where(j > i, s * 0.5, s + minimum(i - j, 5))},
+    "functions": {"score": lambda s, i: torch.sigmoid(s) + F.softplus(s) + torch.sin(s) * torch.log(i + 1.0)},
+    "sigmoid": {"weight": lambda s: torch.sigmoid(s), "normaliser": "none"},
+    "relu squared": {"weight": lambda s: torch.relu(s) ** 2, "normaliser": "sum", "eps": 1e-3, "causal": True},
+    "sink": {"sink": lambda h: h * 0.5, "causal": True},
+    "rows without a key": {"keep": lambda i, j: (j >= i - 3) & (j < i), "outputs": ("o", "lse")},
+    "lse of a sum": {"weight": torch.exp, "normaliser": "sum", "sink": lambda h: h, "outputs": ("lse", "o")},
+    "gathered rows": {"rows": whole(-1, M, B, 2, 50), "k_positions": whole(0, M, B, 2, M), "causal": True},
+    "gathered by head": {"rows": whole(-1, M, 1, H, 50), "causal": True},
+    "moved queries": {"q_positions": whole(0, M, B, N), "causal": True},
+    "moved keys": {"k_positions": whole(0, M, M), "causal": True},
+    "two segments": {
+        "segments": [Segment(drawn(B, 4, 33, D), drawn(B, 4, 33, Dv), keep=lambda i, j: j < i % 7)],
+        "causal": True,
+    },
+    "tiles": {"tiles": Tiles(whole(-1, 6, B, 1, 13, 3), 8, 24), "causal": True},
+    "a table of heads": {"kv_heads": torch.tensor([0, 0, 1, 0])},
+}  # fmt: skip
+SCANS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "features": {"feature": (lambda x: F.elu(x) + 1, torch.relu), "normaliser": "sum", "eps": 1e-4},
+    "decay of a head": {"decay": torch.tensor([0.9, 0.5, 1.0, 0.0])},
+    "decay of a row": {"log_decay": -drawn(B, H, N).abs()},
+    "decay of a channel": {"decay": torch.sigmoid(drawn(B, H, N, D)), "feature": torch.exp, "normaliser": "sum"},
+    "read before": {"decay": torch.sigmoid(drawn(B, H, N)), "read": "before", "outputs": ("o", "state")},
+    "channels read before": {"decay": torch.sigmoid(drawn(H, D)), "read": "before", "outputs": ("o", "state", "norm")},
+    "documents": {"reset": whole(0, 2, B, N).cumsum(-1) // 9, "decay": torch.sigmoid(drawn(H, D))[:, 0]},
+    "rows that do not count": {
+        "valid": whole(0, 2, N) > 0,
+        "feature": torch.exp,
+        "normaliser": "sum",
+        "outputs": ("o", "state", "norm"),
+    },
+    "a state": {
+        "state": drawn(B, H, D, Dv + 1).exp(),
+        "feature": torch.exp,
+        "normaliser": "sum",
+        "outputs": ("o", "state"),
+    },
+}
+
+
+def said(monkeypatch: pytest.MonkeyPatch, front: Any, op: str, call: Callable[[], Any]) -> tuple[Any, str]:
+    """The tensors and the text that a front hands to its op."""
+    given: list[Any] = []
+    monkeypatch.setattr(front, op, lambda *arguments: given.extend(arguments) or [None] * 4)
+    call()
+    *tensors, text = given
+    return [t if isinstance(t, list) else [t] for t in tensors], text
+
+
+def wide(groups: Any) -> Any:
+    return [[t.double() if t.is_floating_point() else t for t in group] for group in groups]
+
+
+def same(found: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
+    for a, b in zip(found, expected, strict=True):
+        assert a.shape == b.shape and torch.equal(a == -math.inf, b == -math.inf)
+        size = b[b.isfinite()].abs().max().clamp(min=1)
+        torch.testing.assert_close(a.double() / size, b / size, atol=tolerance, rtol=0)
+
+
+@pytest.mark.parametrize("name", ATTENDS)
+def test_attend(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = drawn(B, H, N, D), drawn(B, M, 2, D).transpose(1, 2), drawn(B, 2, M, Dv)
+    groups, text = said(monkeypatch, attend_front, "attend_op", lambda: attend(q, k, v, **ATTENDS[name]))
+    assert attending.refuses(groups, text) is None
+    same(attending.run(groups, text), attend_meaning(wide(groups), text), 2e-6)
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 8, 8), (1, 300, 64, 64), (49, 7, 7, 5), (129, 128, 33, 16), (0, 5, 8, 8)])
+def test_attend_sizes(sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    n, m, d, dv = sizes
+    q, k, v = drawn(1, 6, n, d), drawn(1, 3, m, d), drawn(1, 3, dv, m).mT
+    groups, text = said(monkeypatch, attend_front, "attend_op", lambda: attend(q, k, v, causal=True, align="end"))
+    found = attending.run(groups, text)
+    assert found[0].shape == (1, 6, n, dv)
+    if n:
+        same(found, attend_meaning(wide(groups), text), 2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_in_and_out(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = (drawn(1, 2, 65, 32).to(dtype) for _ in range(3))
+    groups, text = said(monkeypatch, attend_front, "attend_op", lambda: attend(q, k, v, causal=True))
+    (o,) = attending.run(groups, text)
+    assert o.dtype == dtype
+    same([o], attend_meaning(wide(groups), text), 8e-3)  # one rounding to bfloat16
+
+
+@pytest.mark.parametrize("name", SCANS)
+def test_scan(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = drawn(B, H, N, D), drawn(B, N, 2, D).transpose(1, 2), drawn(B, 2, N, Dv)
+    groups, text = said(monkeypatch, scan_front, "scan_op", lambda: scan(q, k, v, **SCANS[name]))
+    assert scanning.refuses(groups, text) is None
+    same(scanning.run(groups, text), scan_meaning(wide(groups), text), 1e-5)
+
+
+def test_large_calls_take_it_and_can_be_trained_through() -> None:
+    q, k, v = (drawn(1, 2, 400, 32).requires_grad_() for _ in range(3))
+    from reattend.compiler.primitives.operator import watched
+
+    with watched() as ran:
+        o = attend(q, k, v, causal=True, keep=lambda i, j: i - j < 50)
+    assert [call.kernel for call in ran] == ["generated C++"]
+    found = torch.autograd.grad(o.sum(), (q, k, v))
+    plain = [t.detach().double().requires_grad_() for t in (q, k, v)]
+    expected = torch.autograd.grad(attend(*plain, causal=True, keep=lambda i, j: i - j < 50).sum(), plain)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a.double(), b, atol=1e-5, rtol=0)
+
+
+def test_what_cannot_be_said_is_refused_with_the_reason() -> None:
+    assert attending.why_not('{"normaliser": "stick", "score": "s"}') == "normaliser stick"
+    assert attending.why_not('{"outputs": ["weights"], "score": "s"}') == "outputs weights"
+
+
+def test_many_threads_call_one_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = drawn(1, 2, 64, 16), drawn(1, 2, 64, 16), drawn(1, 2, 64, 16)
+    groups, text = said(monkeypatch, attend_front, "attend_op", lambda: attend(q, k, v, causal=True))
+    expected, wrong = attending.run(groups, text)[0], []
+
+    def call() -> None:
+        wrong.extend(1 for _ in range(20) if not torch.equal(attending.run(groups, text)[0], expected))
+
+    threads = [threading.Thread(target=call) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+ANSWER = 'extern "C" int answer() { return 42; }'
+
+
+def test_a_torn_library_is_built_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REATTEND_CACHE", str(tmp_path))
+    found = tools.toolchain()
+    assert found is not None and found.build(ANSWER).answer() == 42
+    (built,) = (tmp_path / "cpu").glob("*.so")
+    for damage in (b"", built.read_bytes()[:5000], b"x" * 5000):
+        built.unlink()  # its pages are in use here
+        built.write_bytes(damage)
+        assert found.build(ANSWER).answer() == 42
+    assert [p.name for p in (tmp_path / "cpu").iterdir()] == [built.name]  # nothing is left lying about
+
+
+def test_processes_build_at_once(tmp_path: Path) -> None:
+    code = f"from reattend.codegen.cpu.toolchain import toolchain; print(toolchain().build({ANSWER!r}).answer())"
+    environment = {"REATTEND_CACHE": str(tmp_path), "PATH": "/usr/bin:/bin", "PYTHONPATH": ":".join(sys.path)}
+    running = [
+        subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(3)
+    ]
+    assert [process.communicate()[0] for process in running] == ["42\n"] * 3
+
+
+def test_a_text_that_does_not_build_is_kept_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("REATTEND_CACHE", str(tmp_path))
+    found = tools.toolchain()
+    assert found is not None
+    with pytest.raises(Refused, match=r"failed: .*error.*please report"):
+        found.build("int broken(")
+    assert [p.suffix for p in (tmp_path / "cpu").iterdir()] == [".cpp"]
+
+
+def test_without_a_compiler_torch_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attending, "toolchain", lambda: None)
+    q = drawn(1, 2, 400, 32)
+    from reattend.compiler.primitives.operator import watched
+
+    with watched() as ran:
+        attend(q, q, q, causal=True, keep=lambda i, j: i - j < 50)
+    assert ran[0].kernel == "sdpa in blocks of rows" and ("generated C++", "no C++ compiler") in ran[0].refused
