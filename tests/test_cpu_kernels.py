@@ -129,6 +129,19 @@ def test_attend(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     same(attending.run(groups, text), attend_meaning(wide(groups), text), 2e-6)
 
 
+UNITS = ("causal", "window", "softcap", "relu squared", "rows without a key", "gathered rows", "two segments")
+
+
+@pytest.mark.parametrize("name", UNITS)
+def test_the_layout_of_matrix_units(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their instructions are loops here; products of bfloat16 numbers are exact in float32, weights are rounded."""
+    q, k, v = (t.bfloat16() for t in (drawn(B, H, N, D), drawn(B, M, 2, D).transpose(1, 2), drawn(B, 2, M, Dv)))
+    groups, text = said(monkeypatch, attend_front, "attend_op", lambda: attend(q, k, v, **ATTENDS[name]))
+    kv = [t.bfloat16() for t in groups[1]]
+    found = attending.run([[q], kv, groups[2]], text, halves="emulated")
+    same(found, attend_meaning(wide([[q], kv, groups[2]]), text), 8e-3)
+
+
 @pytest.mark.parametrize("sizes", [(1, 1, 8, 8), (1, 300, 64, 64), (49, 7, 7, 5), (129, 128, 33, 16), (0, 5, 8, 8)])
 def test_attend_sizes(sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     n, m, d, dv = sizes

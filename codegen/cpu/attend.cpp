@@ -1,4 +1,4 @@
-// `attend` on a processor: tiles of keys against blocks of query rows, scores in float32, weights kept for one tile only.
+// `attend` on a processor: tiles of keys against blocks of query rows, scores in float32, weights of one tile at a time.
 //
 //   B, H, N, D     batch, query heads, query rows, their size           Hk, M, Dv   key heads, keys, size of a value
 //   BM, BN         rows of a block of queries, keys of a tile           b, h, i, j  logical indices, as the spec has them
@@ -6,9 +6,19 @@
 //
 // In front of this text stand BM, BN, SEGMENTS, NORMALISER, EPS, SINK, BACK, AHEAD, SINKS; for every segment S
 //   Spec<S>::score(s, b, h, i, j), ::keep(b, h, i, j), ::seen(b, h, i0, i1, j0, j1): 0 none, 1 some, 2 all are kept;
-// and weight(s, b, h, i), sink(b, h, i). All take the tables t that the expressions look up.
+// and weight(s, b, h, i), sink(b, h, i). All take the tables t that the expressions look up. HALVES: q, k, v are bfloat16
+// and the products are those of units.hpp; else everything is float32.
 
-struct Rows { float* data; int64_t b, h, n, d; };  // strides in elements
+#ifdef HALVES
+typedef half cell;
+constexpr int64_t DEEP = 32, WIDE = 16, TALL = 16;  // what sizes of a product are multiples of: K, N, M
+#else
+typedef float cell;
+constexpr int64_t DEEP = 1, WIDE = VL, TALL = 1;
+#endif
+
+template <class T> struct Of { T* data; int64_t b, h, n, d; };  // strides in elements
+typedef Of<cell> Rows;
 struct Source {
     Rows k, v;
     int64_t Hk, keys;                       // key heads; how many places keys stand at
@@ -16,7 +26,8 @@ struct Source {
     const int32_t *place; int64_t place_b, place_h;  // the position j of each row, or null: 0, 1, ...
 };
 struct Call {
-    Rows q, o;
+    Rows q;
+    Of<float> o;
     int64_t B, H, N, D, Dv, shift, threads;
     const int32_t *q_place; int64_t q_place_b, q_place_h;
     const int32_t *list; int64_t list_b, list_h, list_q, listed;  // key tiles of each query tile, or null
@@ -27,25 +38,33 @@ struct Call {
 
 constexpr float LN2 = 0.69314718055994531f;
 constexpr int32_t NOWHERE = INT32_MIN;  // the position of a place at which no key stands
-// Keys of one head as tiles D x BN, values as rows of float32; positions beside them.
-struct Packed { float *k, *v; int32_t* j; int64_t tiles, ldv; };
+// Keys of one head as tiles D x BN, values as tiles BN x Dv (or as they lie in memory); positions beside them.
+struct Packed { cell *k, *v; int32_t* j; int64_t tiles; };
 
-static bool values_as_they_are(const Call& c, const Source& s) {
-    return s.v.d == 1 && c.Dv % VL == 0 && !s.at;
-}
+#ifdef HALVES  // pairs of rows, both numbers of a column side by side
+INLINE int64_t at(int64_t row, int64_t column, int64_t columns) { return row / 2 * columns * 2 + column * 2 + row % 2; }
+INLINE int64_t across(int64_t columns) { return columns * 2; }
+static bool values_as_they_are(const Call&, const Source&) { return false; }
+#else
+INLINE int64_t at(int64_t row, int64_t column, int64_t columns) { return row * columns + column; }
+INLINE int64_t across(int64_t columns) { return columns; }
+static bool values_as_they_are(const Call& c, const Source& s) { return s.v.d == 1 && c.Dv % VL == 0 && !s.at; }
+#endif
 
 static void pack(const Call& c, const Source& s, int64_t b, int64_t h, int64_t tile, const Packed& to) {
-    const int64_t wide = rounded(c.Dv, VL), first = tile * BN, last = first + BN < s.keys ? first + BN : s.keys;
-    float* k = to.k + tile * c.D * BN;
-    if (last - first < BN) memset(k, 0, sizeof(float) * c.D * BN);
-    for (int64_t n = first; n < last; n++) {
-        const int64_t row = s.at ? s.at[b * s.at_b + h * s.at_h + n] : n, from = row < 0 ? 0 : row;
-        to.j[n] = row < 0 ? NOWHERE : s.place ? s.place[b * s.place_b + h * s.place_h + row] : (int32_t)row;
-        const float* key = s.k.data + b * s.k.b + h * s.k.h + from * s.k.n;
-        for (int64_t d = 0; d < c.D; d++) k[d * BN + n - first] = key[d * s.k.d];
+    const int64_t deep = rounded(c.D, DEEP), wide = rounded(c.Dv, WIDE), first = tile * BN;
+    const int64_t count = smaller<int64_t>(BN, s.keys - first);
+    cell *k = to.k + tile * deep * BN, *v = to.v + tile * BN * wide;
+    if (count < BN || deep != c.D) memset(k, 0, sizeof(cell) * deep * BN);
+    if (to.v && (count < BN || wide != c.Dv)) memset(v, 0, sizeof(cell) * BN * wide);
+    for (int64_t n = 0; n < count; n++) {
+        const int64_t row = s.at ? s.at[b * s.at_b + h * s.at_h + first + n] : first + n, from = row < 0 ? 0 : row;
+        to.j[first + n] = row < 0 ? NOWHERE : s.place ? s.place[b * s.place_b + h * s.place_h + row] : (int32_t)row;
+        const cell* key = s.k.data + b * s.k.b + h * s.k.h + from * s.k.n;
+        for (int64_t d = 0; d < c.D; d++) k[at(d, n, BN)] = key[d * s.k.d];
         if (!to.v) continue;
-        const float* value = s.v.data + b * s.v.b + h * s.v.h + from * s.v.n;
-        for (int64_t d = 0; d < wide; d++) to.v[n * wide + d] = d < c.Dv ? value[d * s.v.d] : 0.f;
+        const cell* value = s.v.data + b * s.v.b + h * s.v.h + from * s.v.n;
+        for (int64_t d = 0; d < c.Dv; d++) v[at(n, d, wide)] = value[d * s.v.d];
     }
 }
 
@@ -53,9 +72,16 @@ struct Block {  // one block of query rows, and what it has gathered so far
     int64_t b, h, first, count;
     int32_t i[BM];
     float m[BM], l[BM];
-    float *q, *s, *o;
+    cell *q, *p;  // the rows, their weights
+    float *s, *o;
     int64_t ldo;
 };
+
+#ifdef HALVES
+INLINE void put(cell* p, vf w) { *(vh*)p = halves(w); }
+#else
+INLINE void put(cell* p, vf w) { store(p, w); }
+#endif
 
 // Scores of a block against one tile become weights; m, l and o follow.
 template <int S, bool WHOLE> INLINE void weigh(const Call& c, Block& x, const int32_t* place, int64_t width, int32_t j0) {
@@ -63,6 +89,7 @@ template <int S, bool WHOLE> INLINE void weigh(const Call& c, Block& x, const in
     const int b = (int)x.b, h = (int)x.h;
     for (int64_t r = 0; r < x.count; r++) {
         float* s = x.s + r * BN;
+        cell* p = x.p + r * BN;
         const int i = x.i[r];
         vf top = all(-INF), sum{};
         for (int64_t n = 0; n < lanes; n += VL) {
@@ -74,14 +101,14 @@ template <int S, bool WHOLE> INLINE void weigh(const Call& c, Block& x, const in
                 if (place) kept &= j != NOWHERE;
                 y = select(kept, y, all(NORMALISER == SOFTMAX ? -INF : 0.f));
             }
-            store(s + n, y);
-            if (NORMALISER == SOFTMAX) top = most(top, y); else sum += y;
+            if (NORMALISER == SOFTMAX) store(s + n, y), top = most(top, y);
+            else put(p + n, y), sum += y;
         }
         if (NORMALISER == SOFTMAX) {
             const float m = larger(x.m[r], highest(top)), from = m == -INF ? 0.f : m;
             for (int64_t n = 0; n < lanes; n += VL) {
                 const vf w = exp2_(load(s + n) - from);
-                store(s + n, w);
+                put(p + n, w);
                 sum += w;
             }
             if (m != x.m[r]) {  // what was gathered so far was weighed against a lower score
@@ -91,6 +118,7 @@ template <int S, bool WHOLE> INLINE void weigh(const Call& c, Block& x, const in
                 x.m[r] = m;
             }
         }
+        for (int64_t n = lanes; n < rounded(width, DEEP); n += VL) put(p + n, vf{});
         x.l[r] += total(sum);
     }
 }
@@ -101,14 +129,13 @@ template <int S> static void tile(const Call& c, Block& x, const Packed& keys, i
     const bool placed = s.at || s.place || c.q_place;
     const int seen = placed ? 1 : Spec<S>::seen((int)x.b, (int)x.h, i0, i1, (int32_t)first, (int32_t)(first + width - 1));
     if (seen == 0) return;
-    product<false>(x.count, rounded(width, VL), c.D, x.q, c.D, keys.k + number * c.D * BN, BN, x.s, BN);
+    const int64_t deep = rounded(c.D, DEEP), rows = rounded(x.count, TALL);
+    product<false>(rows, rounded(width, WIDE), deep, x.q, deep, keys.k + number * deep * BN, across(BN), x.s, BN);
     const int32_t* place = s.at || s.place ? keys.j + first : nullptr;
     if (seen == 2 && width % VL == 0) weigh<S, true>(c, x, place, width, (int32_t)first);
     else weigh<S, false>(c, x, place, width, (int32_t)first);
-    const int64_t key_head = x.h / (c.H / s.Hk);
-    const float* v = keys.v ? keys.v + first * keys.ldv
-                            : s.v.data + x.b * s.v.b + key_head * s.v.h + first * s.v.n;
-    product<true>(x.count, x.ldo, width, x.s, BN, v, keys.v ? keys.ldv : s.v.n, x.o, x.ldo);
+    const cell* v = keys.v ? keys.v + first * x.ldo : s.v.data + x.b * s.v.b + x.h / (c.H / s.Hk) * s.v.h + first * s.v.n;
+    product<true>(rows, x.ldo, rounded(width, DEEP), x.p, BN, v, keys.v ? across(x.ldo) : s.v.n, x.o, x.ldo);
 }
 
 // The tiles that the rows i0 ... i1 can reach: the sinks', then those of the band.
@@ -151,8 +178,9 @@ static void begin(const Call& c, Block& x, int32_t& i0, int32_t& i1) {
             if (NORMALISER == SOFTMAX) x.m[r] = s[0], x.l[r] = s[0] == -INF ? 0.f : 1.f;
             else x.l[r] = weight(s, (int)x.b, (int)x.h, x.i[r], c.t)[0];
         }
-        const float* query = c.q.data + x.b * c.q.b + x.h * c.q.h + n * c.q.n;
-        for (int64_t d = 0; d < c.D; d++) x.q[r * c.D + d] = query[d * c.q.d];
+        const int64_t deep = rounded(c.D, DEEP);
+        const cell* query = c.q.data + x.b * c.q.b + x.h * c.q.h + n * c.q.n;
+        for (int64_t d = 0; d < deep; d++) x.q[r * deep + d] = d < c.D ? query[d * c.q.d] : cell(0);
     }
     memset(x.o, 0, sizeof(float) * x.count * x.ldo);
 }
@@ -171,35 +199,54 @@ static void finish(const Call& c, const Block& x) {
     }
 }
 
-// All keys of a segment, tile by tile; they are read by every block of queries.
-static void prepare(const Call& c, const Source& s, Packed* keys, float* at, int64_t tiles) {
-    const int64_t heads = c.B * s.Hk, ldv = rounded(c.Dv, VL), k = tiles * BN * c.D, j = tiles * BN;
-    const int64_t v = values_as_they_are(c, s) ? 0 : tiles * BN * ldv;
-    for (int64_t n = 0; n < heads; n++, at += k + v + j)
-        keys[n] = {at, v ? at + k : nullptr, (int32_t*)(at + k + v), tiles, ldv};
+// All keys of a segment, tile by tile; they are read by every block of queries. Cells of k, of v, places: of one head.
+struct Room { int64_t k, v, j; };
+static Room room(const Call& c, const Source& s) {
+    const int64_t keys = rounded(s.keys, BN);
+    return {keys * rounded(c.D, DEEP), values_as_they_are(c, s) ? 0 : keys * rounded(c.Dv, WIDE), keys};
+}
+static int64_t bytes(const Call& c, const Source& s) {
+    const Room r = room(c, s);
+    return rounded(c.B * s.Hk * ((r.k + r.v) * sizeof(cell) + r.j * 4), 64);
+}
+
+static void prepare(const Call& c, const Source& s, Packed* keys, char* at) {
+    const Room r = room(c, s);
+    const int64_t heads = c.B * s.Hk, tiles = r.j / BN;
+    for (int64_t n = 0; n < heads; n++) {
+        cell* k = (cell*)at;
+        keys[n] = {k, r.v ? k + r.k : nullptr, (int32_t*)(k + r.k + r.v), tiles};
+        at += (r.k + r.v) * sizeof(cell) + r.j * 4;
+    }
 #pragma omp parallel for schedule(static) num_threads(c.threads)
     for (int64_t n = 0; n < heads * tiles; n++)
         pack(c, s, n / tiles / s.Hk, n / tiles % s.Hk, n % tiles, keys[n / tiles]);
 }
 
-static int64_t room(const Call& c, const Source& s) {
-    return c.B * s.Hk * rounded(s.keys, BN) * (c.D + 1 + (values_as_they_are(c, s) ? 0 : rounded(c.Dv, VL)));
-}
-
-extern "C" void run(const Call* call) {
+// 0: done; 1: the processor's matrix units were not given to this process.
+extern "C" int run(const Call* call) {
     const Call& c = *call;
-    int64_t floats = 0, used = 0;
-    for (int S = 0; S < SEGMENTS; S++) floats += room(c, c.source[S]);
-    Workspace memory(floats), table(SEGMENTS * c.B * c.H * sizeof(Packed) / sizeof(float));
+#ifdef HALVES
+    static const bool allowed = units_allowed();
+    if (!allowed) return 1;
+#endif
+    int64_t needed = 0;
+    for (int S = 0; S < SEGMENTS; S++) needed += bytes(c, c.source[S]);
+    Workspace memory(needed / 4), table(SEGMENTS * c.B * c.H * sizeof(Packed) / 4);
     Packed* keys = (Packed*)table.data;
-    for (int S = 0; S < SEGMENTS; used += room(c, c.source[S]), S++)
-        prepare(c, c.source[S], keys + S * c.B * c.H, memory.data + used, rounded(c.source[S].keys, BN) / BN);
-    const int64_t blocks = (c.N + BM - 1) / BM, tasks = c.B * c.H * blocks, ldo = rounded(c.Dv, VL);
+    char* at = (char*)memory.data;
+    for (int S = 0; S < SEGMENTS; at += bytes(c, c.source[S]), S++) prepare(c, c.source[S], keys + S * c.B * c.H, at);
+    const int64_t blocks = (c.N + BM - 1) / BM, tasks = c.B * c.H * blocks, ldo = rounded(c.Dv, WIDE);
+    const int64_t rows = rounded(BM, TALL), deep = rounded(c.D, DEEP);
 #pragma omp parallel num_threads(c.threads)
     {
-        Workspace own(BM * (c.D + BN + ldo));
+        Workspace own(rows * (deep + BN + BN + ldo));
         Block x;
-        x.q = own.data, x.s = x.q + BM * c.D, x.o = x.s + BM * BN, x.ldo = ldo;
+        x.o = own.data, x.s = x.o + rows * ldo, x.ldo = ldo;
+        x.q = (cell*)(x.s + rows * BN), x.p = sizeof(cell) == 4 ? (cell*)x.s : x.q + rows * deep;
+#ifdef HALVES
+        units_begin();
+#endif
 #pragma omp for schedule(dynamic, 1)
         for (int64_t task = 0; task < tasks; task++) {
             const int64_t which = blocks - 1 - task % blocks;  // under a causal mask the last rows cost most: they begin
@@ -210,5 +257,9 @@ extern "C" void run(const Call* call) {
             segments<0>(c, x, keys, i0, i1);
             finish(c, x);
         }
+#ifdef HALVES
+        units_end();
+#endif
     }
+    return 0;
 }

@@ -15,11 +15,11 @@ from ...compiler.primitives.attend import attend_op
 from ...compiler.primitives.attend_spec import AttendSpec
 from ...compiler.primitives.operator import Groups, Kernel
 from ...compiler.primitives.rows import repeat_heads
-from ...compiler.reach import reach
+from ...compiler.reach import Reach, reach
 from ...compiler.refusal import Refused
 from ...compiler.symbol_text import parse
 from ...compiler.symbols import TRUE, Expr, as_expr, build
-from .memory import Rows, as_float, index_of, pointer, step, table_kinds, whole_numbers
+from .memory import Rows, as_dtype, index_of, kinds_of, pointer, step, tables_of, whole_numbers
 from .printer import cpp, seen
 from .skeleton import skeleton
 from .toolchain import toolchain
@@ -69,10 +69,10 @@ def why_not(text: str) -> str | None:
 
 
 @lru_cache(maxsize=1024)
-def source(text: str, tables: str, queries: int = _ROWS, keys: int = 0) -> str:
+def source(text: str, tables: str, halves: str = "") -> str:
     """The whole C++ text of a spec; `tables` says of each table whether it holds floats ("f") or whole ones ("i")."""
     spec, bound = AttendSpec.of(text), reach(text)
-    keys = keys or (64 if bound.back is not None else 128)
+    _, queries, keys = spec.tiles or ("", *_block(bound, halves))
     normaliser = ("softmax", "sum", "none").index(spec.normaliser)
     most = "INT64_MAX"
     head = [
@@ -87,7 +87,12 @@ def source(text: str, tables: str, queries: int = _ROWS, keys: int = 0) -> str:
         _function("vf weight(vf s, int b, int h, int i, const Table* t)", parse(spec.weight or "exp(s)"), "vf", tables),
         _function("vf sink(int b, int h, int i, const Table* t)", _sink(spec), "vf", tables),
     ]
-    return skeleton("attend.cpp", head)
+    return skeleton("attend.cpp", head, halves=halves)
+
+
+def _block(bound: Reach, halves: str) -> tuple[int, int]:
+    """Rows of queries and of keys that are worked on at a time: measured; a band wastes less with few keys."""
+    return (64 if halves else _ROWS), (64 if halves else 32) if bound.back is not None else 128
 
 
 def _segment(number: int, keep: str, score: str, spec: AttendSpec, tables: str) -> str:
@@ -119,10 +124,15 @@ def _function(signature: str, e: Expr, kind: str, tables: str) -> str:
 
 
 @lru_cache(maxsize=1024)
-def _built(text: str, tables: str, queries: int, keys: int) -> Any:
+def _built(text: str, tables: str, halves: str) -> tuple[Any, str | None]:
+    """The library's function, or why the compiler would not build it."""
     tools = toolchain()
-    assert tools is not None
-    return tools.build(source(text, tables, queries, keys)).run
+    if tools is None:
+        return None, "no C++ compiler"
+    try:
+        return tools.build(source(text, tables, halves)).run, None
+    except Refused as refused:
+        return None, str(refused)
 
 
 def _refuse(groups: Groups, text: str) -> str | None:
@@ -135,15 +145,13 @@ def _refuse(groups: Groups, text: str) -> str | None:
 def refuses(groups: Groups, text: str) -> str | None:
     """Why these tensors cannot be handed to the skeleton, whatever it would gain."""
     (q,), kv, tables = groups
-    if toolchain() is None:
-        return "no C++ compiler"
-    reason = why_not(text)
+    reason = "no C++ compiler" if toolchain() is None else why_not(text)
     if reason:
         return reason
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"{q.dtype}"
-    if q.dtype != torch.float32 and "amx_bf16" in cpu_flags():
-        return "half precision, where the processor has matrix units"
+    if (spec_tiles := AttendSpec.of(text).tiles) and matrix_units(q) and spec_tiles[2] % 32:
+        return f"tiles of {spec_tiles[2]} keys: the matrix units take multiples of 32"
     largest = max(q.shape[-1], kv[1].shape[-1])
     if largest > _MOST_D:
         return f"a head of {largest}, at most {_MOST_D}"
@@ -154,44 +162,57 @@ def refuses(groups: Groups, text: str) -> str | None:
         return "rows of keys of each query's own"
     if spec.tiles and tables[int(spec.tiles[0][1:])].shape[2] * spec.tiles[1] < q.shape[2]:
         return "tiles for fewer queries than there are"
-    return None
+    return _built(text, kinds_of(tables), "")[1]
 
 
-def run(groups: Groups, text: str) -> list[Tensor]:
+def run(groups: Groups, text: str, halves: str | None = None) -> list[Tensor]:
     """The outputs that a spec asks for: o, lse."""
     (q,), kv, given = groups
+    halves = matrix_units(q) if halves is None else halves
+    dtype = torch.bfloat16 if halves else torch.float32
     spec = AttendSpec.of(text)
     named = {f"t{n}": t for n, t in enumerate(given)}
-    B, H, N, D = q.shape
     kept: list[Tensor] = []  # what the call points into stays alive until it returns
-    o = torch.empty(B, H, N, kv[1].shape[-1])
-    lse = torch.empty(B, H, N) if "lse" in spec.outputs else None
-    kinds, tables = table_kinds(given, kept)
-    sources = [_source(k, v, spec, n, named, q, kept) for n, (k, v) in enumerate(zip(kv[::2], kv[1::2], strict=True))]
+    o = torch.empty(*q.shape[:3], kv[1].shape[-1])
+    lse = torch.empty(q.shape[:3]) if "lse" in spec.outputs else None
+    kinds, tables = kinds_of(given), tables_of(given, kept)
+    pairs = enumerate(zip(kv[::2], kv[1::2], strict=True))
+    sources = [_source(k, v, spec, n, named, q, dtype, kept) for n, (k, v) in pairs]
     call = _call_type(len(sources))()
-    call.q, call.o, call.lse = Rows.of(as_float(q, kept)), Rows.of(o), pointer(lse)
-    call.B, call.H, call.N, call.D, call.Dv = B, H, N, D, o.shape[-1]
-    call.threads, call.shift = torch.get_num_threads(), sources[0].keys - N if spec.align == "end" else 0
+    call.q, call.o, call.lse = Rows.of(as_dtype(q, dtype, kept)), Rows.of(o), pointer(lse)
+    call.B, call.H, call.N, call.D, call.Dv = *q.shape, o.shape[-1]
+    call.threads, call.shift = torch.get_num_threads(), sources[0].keys - q.shape[2] if spec.align == "end" else 0
     call.source, call.t = (Source * len(sources))(*sources), ctypes.cast(tables, ctypes.c_void_p)
     call.q_place, call.q_place_b, call.q_place_h = index_of(named.get(spec.q_positions), kept)
-    queries, keys = _ROWS, 0
     if spec.tiles:
-        _, queries, keys = spec.tiles
         lists = whole_numbers(named[spec.tiles[0]], kept)
         call.list, call.listed = pointer(lists), lists.shape[-1]
         call.list_b, call.list_h, call.list_q = (step(lists, axis) for axis in range(3))
-    if o.numel() or lse is not None:
-        _built(text, kinds, queries, keys)(ctypes.byref(call))
+    function, _ = _built(text, kinds, halves)
+    if function is None or ((o.numel() or lse is not None) and function(ctypes.byref(call))):
+        return run(groups, text, halves="")  # no matrix units for this process, or none that the compiler knows
     found = {"o": o.to(q.dtype), "lse": lse}
     return [found[which] for which in spec.outputs]  # type: ignore[misc]
 
 
+def matrix_units(q: Tensor) -> str:
+    """ "units" where products of these numbers run on the processor's matrix units, else "": by vectors of float32."""
+    return "units" if q.dtype == torch.bfloat16 and "amx_bf16" in cpu_flags() else ""
+
+
 def _source(
-    k: Tensor, v: Tensor, spec: AttendSpec, number: int, named: dict[str, Tensor], q: Tensor, kept: list[Tensor]
+    k: Tensor,
+    v: Tensor,
+    spec: AttendSpec,
+    number: int,
+    named: dict[str, Tensor],
+    q: Tensor,
+    dtype: torch.dtype,
+    kept: list[Tensor],
 ) -> Source:
     rows, places = named.get(spec.rows_of(number)), named.get(spec.segments[number][2])
     k, v = (_heads(t, q, named.get(spec.kv_heads), rows, places) for t in (k, v))
-    k, v = (as_float(t.expand(q.shape[0], *t.shape[1:]), kept) for t in (k, v))
+    k, v = (as_dtype(t.expand(q.shape[0], *t.shape[1:]), dtype, kept) for t in (k, v))
     found = Source(k=Rows.of(k), v=Rows.of(v), Hk=k.shape[1], keys=k.shape[2])
     if rows is not None:
         found.keys = rows.shape[-1]

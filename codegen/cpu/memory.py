@@ -13,7 +13,7 @@ _int4 = ctypes.c_int64 * 4
 
 
 class Rows(ctypes.Structure):
-    """A (B, H, N, D) tensor of float32."""
+    """A (B, H, N, D) tensor."""
 
     _fields_ = [("data", ctypes.c_void_p)] + [(axis, ctypes.c_int64) for axis in "bhnd"]
 
@@ -28,17 +28,19 @@ class Table(ctypes.Structure):
     _fields_ = [("data", ctypes.c_void_p), ("size", _int4), ("stride", _int4)]
 
 
-def table_kinds(given: Sequence[Tensor], kept: list[Tensor]) -> tuple[str, Any]:
-    """Of each table whether it holds floats ("f") or whole numbers ("i"), and all of them side by side."""
-    kinds, found = "", []
+def kinds_of(tables: Sequence[Tensor]) -> str:
+    """Of each table whether it holds floats ("f") or whole numbers ("i")."""
+    return "".join("f" if t.is_floating_point() else "i" for t in tables)
+
+
+def tables_of(given: Sequence[Tensor], kept: list[Tensor]) -> Any:
+    """All tables, one after another."""
+    found = []
     for t in given:
-        kind = "f" if t.is_floating_point() else "i"
-        flat = t.to(torch.float32) if kind == "f" else t.to(torch.int32)
-        kept.append(flat)
+        flat = as_dtype(t, torch.float32 if t.is_floating_point() else torch.int32, kept)
         size, stride = [*flat.shape, 1, 1, 1, 1][:4], [*flat.stride(), 0, 0, 0, 0][:4]
         found.append(Table(flat.data_ptr(), _int4(*size), _int4(*stride)))
-        kinds += kind
-    return kinds, (Table * len(found))(*found)
+    return (Table * len(found))(*found)
 
 
 def whole_numbers(t: Tensor, kept: list[Tensor]) -> Tensor:
@@ -46,8 +48,8 @@ def whole_numbers(t: Tensor, kept: list[Tensor]) -> Tensor:
     return kept[-1]
 
 
-def as_float(t: Tensor, kept: list[Tensor]) -> Tensor:
-    kept.append(t.float())
+def as_dtype(t: Tensor, dtype: torch.dtype, kept: list[Tensor]) -> Tensor:
+    kept.append(t.to(dtype))
     return kept[-1]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -16,7 +17,7 @@ from ...compiler.primitives.scan_spec import ScanSpec
 from ...compiler.refusal import Refused
 from ...compiler.symbol_text import parse
 from ...compiler.symbols import name
-from .memory import Rows, as_float, pointer, step, whole_numbers
+from .memory import Rows, as_dtype, pointer, step, whole_numbers
 from .printer import cpp
 from .skeleton import skeleton
 from .toolchain import toolchain
@@ -53,10 +54,19 @@ def source(text: str, channels: bool) -> str:
 
 
 @lru_cache(maxsize=1024)
-def _built(text: str, channels: bool) -> Any:
+def _built(text: str, channels: bool) -> tuple[Any, str | None]:
+    """The library's function, or why the compiler would not build it."""
     tools = toolchain()
-    assert tools is not None
-    return tools.build(source(text, channels)).run
+    if tools is None:
+        return None, "no C++ compiler"
+    try:
+        return tools.build(source(text, channels)).run, None
+    except Refused as refused:
+        return None, str(refused)
+
+
+def _channels(spec: ScanSpec, tables: Sequence[Tensor]) -> bool:
+    return bool(spec.decay) and tables[int(spec.decay[1:])].shape[-1] > 1
 
 
 def _refuse(groups: Groups, text: str) -> str | None:
@@ -68,21 +78,15 @@ def _refuse(groups: Groups, text: str) -> str | None:
 
 def refuses(groups: Groups, text: str) -> str | None:
     """Why these tensors cannot be handed to the skeleton, whatever it would gain."""
-    (q,), (_, v), _ = groups
+    (q,), (_, v), given = groups
     spec = ScanSpec.of(text)
-    if toolchain() is None:
-        return "no C++ compiler"
     if not spec.causal:
         return "rows that read what comes after them"
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"{q.dtype}"
     if max(q.shape[-1], v.shape[-1]) > _MOST:
         return f"a state of {q.shape[-1]} x {v.shape[-1]}, at most {_MOST} x {_MOST}"
-    try:
-        source(text, False)
-    except Refused as refused:
-        return str(refused)
-    return None
+    return _built(text, _channels(spec, given))[1]
 
 
 def run(groups: Groups, text: str) -> list[Tensor]:
@@ -95,8 +99,8 @@ def run(groups: Groups, text: str) -> list[Tensor]:
     kept: list[Tensor] = []  # what the call points into stays alive until it returns
     made = {"o": torch.empty(B, H, N, Dv), "state": torch.empty(B, H, D, Dv + extra), "norm": torch.empty(B, H, N)}
     call = Call(B=B, H=H, group=H // k.shape[1], N=N, D=D, Dv=Dv, threads=torch.get_num_threads())
-    call.q, call.o = Rows.of(as_float(q, kept)), Rows.of(made["o"])
-    call.k, call.v = (Rows.of(as_float(t, kept).expand(B, *t.shape[1:])) for t in (k, v))
+    call.q, call.o = Rows.of(as_dtype(q, torch.float32, kept)), Rows.of(made["o"])
+    call.k, call.v = (Rows.of(as_dtype(t, torch.float32, kept).expand(B, *t.shape[1:])) for t in (k, v))
     decay = named.get(spec.decay)
     if decay is not None:
         call.decay = _spread(decay, (B, H, N, decay.shape[-1]), q, kept)
@@ -110,7 +114,7 @@ def run(groups: Groups, text: str) -> list[Tensor]:
         call.valid, call.valid_b = pointer(valid), step(valid, 0)
     call.state, call.norm = (pointer(made[which]) if which in spec.outputs else None for which in ("state", "norm"))
     if made["state"].numel() and B:
-        _built(text, decay is not None and decay.shape[-1] > 1)(ctypes.byref(call))
+        _built(text, _channels(spec, given))[0](ctypes.byref(call))
     made["o"] = made["o"].to(q.dtype)
     return [made[which] for which in spec.outputs]
 
@@ -119,7 +123,7 @@ def _spread(t: Tensor, sizes: tuple[int, ...], q: Tensor, kept: list[Tensor]) ->
     """Strides of a tensor as if it had those sizes; heads of keys are repeated for the query heads that share them."""
     if t.shape[1] not in (1, q.shape[1]):
         t = t.repeat_interleave(q.shape[1] // t.shape[1], 1)
-    return Rows.of(as_float(t, kept).expand(sizes))
+    return Rows.of(as_dtype(t, torch.float32, kept).expand(sizes))
 
 
 scan_op.kernels.setdefault("cpu", []).insert(0, Kernel("generated C++", _refuse, run))

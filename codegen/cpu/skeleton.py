@@ -7,9 +7,14 @@ from functools import lru_cache
 from importlib import resources
 
 
-def skeleton(name: str, said: Sequence[str]) -> str:
-    """Vectors and their functions, then what is said, then the loops."""
-    return "\n".join([_text("lanes.hpp"), *said, _text(name)])
+def skeleton(name: str, said: Sequence[str], *, halves: str = "") -> str:
+    """Vectors and their functions, then what is said, then the loops; `halves`: products of bfloat16 by the
+    processor's "units", or by loops that stand in for them, "emulated".
+    """
+    parts = [_text("lanes.hpp")]
+    if halves:
+        parts += ["#define HALVES", *(["#define EMULATED"] if halves == "emulated" else []), _text("units.hpp")]
+    return "\n".join([*parts, *said, _text(name)])
 
 
 @lru_cache(maxsize=8)
