@@ -9,5 +9,6 @@ from .mixers import poolformer as poolformer
 from .score import music_rel as music_rel
 from .score import sigmoid as sigmoid
 from .score import softmax as softmax
+from .score import urpe as urpe
 from .sparse import window as window
 from .tokens import tome_like as tome_like
