@@ -11,6 +11,8 @@ from .score import lssar as lssar
 from .score import music_rel as music_rel
 from .score import sigmoid as sigmoid
 from .score import softmax as softmax
+from .score import stickbreaking as stickbreaking
+from .score import stickbreaking_moa as stickbreaking_moa
 from .score import urpe as urpe
 from .sparse import window as window
 from .tokens import tome_like as tome_like
