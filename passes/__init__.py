@@ -11,6 +11,7 @@ from .score import lssar as lssar
 from .score import music_rel as music_rel
 from .score import sigmoid as sigmoid
 from .score import softmax as softmax
+from .score import ssa as ssa
 from .score import stickbreaking as stickbreaking
 from .score import stickbreaking_moa as stickbreaking_moa
 from .score import urpe as urpe
