@@ -6,6 +6,7 @@ from .linear import agent as agent
 from .linear import agent_sd as agent_sd
 from .linear import linear as linear
 from .mixers import poolformer as poolformer
+from .score import complexformer as complexformer
 from .score import gpsa as gpsa
 from .score import lssar as lssar
 from .score import music_rel as music_rel
