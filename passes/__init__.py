@@ -9,6 +9,7 @@ from .mixers import poolformer as poolformer
 from .score import complexformer as complexformer
 from .score import gpsa as gpsa
 from .score import lssar as lssar
+from .score import mma as mma
 from .score import music_rel as music_rel
 from .score import sigmoid as sigmoid
 from .score import softmax as softmax
