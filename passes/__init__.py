@@ -8,6 +8,7 @@ from .linear import linear as linear
 from .mixers import poolformer as poolformer
 from .score import sigmoid as sigmoid
 from .score import softmax as softmax
+from .sparse import cca as cca
 from .sparse import hyper as hyper
 from .sparse import s2 as s2
 from .sparse import window as window
