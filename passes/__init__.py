@@ -10,6 +10,7 @@ from .score import sigmoid as sigmoid
 from .score import softmax as softmax
 from .sparse import cca as cca
 from .sparse import hyper as hyper
+from .sparse import landmark as landmark
 from .sparse import s2 as s2
 from .sparse import window as window
 from .tokens import tome_like as tome_like
