@@ -9,6 +9,7 @@ from .mixers import poolformer as poolformer
 from .score import sigmoid as sigmoid
 from .score import softmax as softmax
 from .sparse import cca as cca
+from .sparse import combiner as combiner
 from .sparse import hyper as hyper
 from .sparse import landmark as landmark
 from .sparse import s2 as s2
