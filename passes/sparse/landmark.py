@@ -1,0 +1,125 @@
+"""Landmark attention: a block's last token stands for it, and hands its weight to the others (arXiv 2305.16300)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...compiler.functional import attention
+from ...compiler.mechanism import Limit, Mechanism, register
+from ...compiler.primitives.attend import attend
+from ...compiler.primitives.gather import gather
+from ...compiler.problem import problem
+from ...compiler.refusal import Refused
+from ...compiler.site import Site
+from ...compiler.symbols import table
+
+
+@register("landmark")
+@dataclass(frozen=True)
+class Landmark(Mechanism):
+    """w_ij = P_j in the query's own block, P_lm(g) S_gj in an earlier block g, 0 on every landmark.
+
+    P is one softmax over the own block's tokens so far and the landmarks of all earlier blocks, S_g one over the
+    ordinary tokens of block g. The landmark of a block is its last token, every block_size-th one; the port is_landmark
+    (B, N) names others, with blocks of any length. A landmark does not see itself; its value is never read. The model
+    must be trained with a landmark token after every block_size - 1 tokens: that is the data's part, not done here.
+
+    top_k: a query sees, per head, the top_k earlier blocks whose landmarks score highest. Positions stay as they are
+    (the reference renumbers the blocks that it retrieves, so that rotations stay in the trained range).
+
+    >>> q, k, v = problem(6)
+    >>> o = attention(q, k, v, "landmark", causal=True, block_size=3)
+    >>> bool((o[:, :, :2] - attention(q, k, v, "softmax", causal=True)[:, :, :2]).abs().max() < 1e-6)
+    True
+    """
+
+    block_size: int = 64
+    top_k: int | None = None
+
+    part = "core"
+    kind = "needs recovery"
+    honours = frozenset({"padding"})
+    paper = "arXiv 2305.16300"
+    tries = ({"block_size": 3}, {"block_size": 2, "top_k": 2}, {})
+
+    def __post_init__(self) -> None:
+        if self.block_size < 2 or (self.top_k is not None and self.top_k < 1):
+            found = f"block_size={self.block_size}, top_k={self.top_k}"
+            raise Refused(found, where="landmark", fits="a landmark with at least one token, top_k at least 1")
+
+    def fits(self, site: Site) -> str | None:
+        if site.pattern != "causal-self":
+            return f"landmark looks back at closed blocks, this site is {site.pattern}"
+        if self.top_k is not None and site.queries != site.keys:
+            return "landmark: top_k counts the blocks of one sequence, here are past keys beside it"
+        if self.top_k is not None and "is_landmark" in site.ports:
+            return "landmark: top_k takes equal blocks, not the port is_landmark"
+        return None
+
+    def forward(  # type: ignore[override]
+        self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor, is_landmark: Tensor | None = None
+    ) -> Tensor:
+        blocks = self._equal() if is_landmark is None else _given(is_landmark)
+        chosen = None if self.top_k is None else table(self._retrieved(site.scale, q, k, v))
+
+        def keep(b: Any, h: Any, i: Any, j: Any) -> Any:
+            block, landmark = blocks
+            own = block(b, j) == block(b, i)
+            seen = ~(own & (landmark(b, j) == j))
+            return seen if chosen is None else seen & (own | (chosen[b, h, i, j // self.block_size] != 0))
+
+        def leader(b: Any, i: Any, j: Any) -> Any:
+            block, landmark = blocks
+            return torch.where(block(b, j) == block(b, i), j, landmark(b, j))
+
+        return attend(q, k, v, keep=keep, leader=leader, normaliser="grouped", site=site)
+
+    def _equal(self) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """The block of a token, and where its landmark stands."""
+        size = self.block_size
+        return (lambda b, j: j // size), (lambda b, j: j // size * size + size - 1)
+
+    def _retrieved(self, scale: float, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Which earlier blocks each query sees (B, H, N, blocks): its top_k landmarks."""
+        size, count = self.block_size, (k.shape[2] + self.block_size - 1) // self.block_size
+        at = torch.arange(count, device=k.device) * size + size - 1  # the last may lie beyond the end: -1, no row
+        at = torch.where(at < k.shape[2], at, -1)
+        best = attend(q, gather(k, at), gather(v, at), scale=scale, keep=lambda i, j: j < i // size,
+                      outputs=(f"topk:{self.top_k}",))  # fmt: skip
+        none = torch.zeros(*best.shape[:3], count + 1, dtype=torch.bool, device=q.device)
+        return none.scatter(-1, torch.where(best < 0, count, best), torch.ones_like(best, dtype=torch.bool))
+
+    def limits(self) -> Iterable[Limit]:
+        q, k, v = problem(11)
+        yield Limit(
+            "a block longer than n is causal attention",
+            lambda: attention(q, k, v, Landmark(12), causal=True),
+            lambda: attention(q, k, v, "softmax", causal=True),
+        )
+        yield Limit(
+            "as many blocks retrieved as there are",
+            lambda: attention(q, k, v, Landmark(3, 4), causal=True),
+            lambda: attention(q, k, v, Landmark(3), causal=True),
+        )
+        flat = v[:, :, :1].expand_as(v)
+        yield Limit("a constant v comes out", lambda: attention(q, k, flat, Landmark(3), causal=True), lambda: flat)
+        ends = (torch.arange(11) % 3 == 2).expand(2, 11)
+        yield Limit(
+            "landmarks named one by one",
+            lambda: attention(q, k, v, Landmark(9), causal=True, ports={"is_landmark": ends}),
+            lambda: attention(q, k, v, Landmark(3), causal=True),
+        )
+
+
+def _given(is_landmark: Tensor) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The same for blocks of any length: the landmarks before a token, and the next one from it on (N: none)."""
+    marks = is_landmark.long()
+    places = torch.arange(marks.shape[1], device=marks.device).expand_as(marks)
+    following = torch.where(marks != 0, places, marks.shape[1]).flip(1).cummin(1).values.flip(1)
+    before, after = table(marks.cumsum(1) - marks), table(following)
+    return (lambda b, j: before[b, j]), (lambda b, j: after[b, j])
