@@ -12,7 +12,7 @@
 #include <string.h>
 
 #ifdef __AVX512F__
-constexpr int VL = 16, MR = 8, NR = 3;
+constexpr int VL = 16, MR = 6, NR = 4;
 #elif defined(__AVX2__)
 constexpr int VL = 8, MR = 6, NR = 2;
 #else
