@@ -45,7 +45,7 @@ class Case:
 
 
 def cases() -> Mapping[str, Case]:
-    slopes = table(2.0 ** -torch.arange(1, HEADS + 1.0))
+    slopes = table(torch.exp2(-torch.arange(1.0, HEADS + 1.0)))
     half = lambda n: 2 * n * n * SIZE * HEADS
     seen = 260
     return {
