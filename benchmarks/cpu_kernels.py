@@ -44,6 +44,11 @@ class Case:
     eager: Work | None = None  # the same written out, for small sizes
 
 
+def half(n: int) -> float:
+    """The lower triangle of two products."""
+    return 2.0 * n * n * SIZE * HEADS
+
+
 def cases() -> Mapping[str, Case]:
     slopes = table(torch.exp2(-torch.arange(1.0, HEADS + 1.0)))
     half = lambda n: 2 * n * n * SIZE * HEADS
