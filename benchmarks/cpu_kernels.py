@@ -51,7 +51,6 @@ def half(n: int) -> float:
 
 def cases() -> Mapping[str, Case]:
     slopes = table(torch.exp2(-torch.arange(1.0, HEADS + 1.0)))
-    half = lambda n: 2 * n * n * SIZE * HEADS
     seen = 260
     return {
         "causal softmax": Case(lambda q, k, v: attend(q, k, v, causal=True), "causal", half),
