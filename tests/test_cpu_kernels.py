@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from reattend.codegen.cpu import attend as attending
+from reattend.codegen.cpu import attend_backward as backwards
 from reattend.codegen.cpu import scan as scanning
 from reattend.codegen.cpu import toolchain as tools
 from reattend.compiler.primitives import attend as attend_front
@@ -62,7 +63,7 @@ ATTENDS: dict[str, dict[str, Any]] = {
     "where": {"score": lambda s, i, j: torch.where(j > i, s * 0.5, s + minimum(i - j, 5))},
     "functions": {"score": lambda s, i: torch.sigmoid(s) + F.softplus(s) + torch.sin(s) * torch.log(i + 1.0)},
     "sigmoid": {"weight": lambda s: torch.sigmoid(s), "normaliser": "none"},
-    "relu squared": {"weight": lambda s: torch.relu(s) ** 2, "normaliser": "sum", "eps": 1e-3, "causal": True},
+    "relu squared": {"weight": lambda s: torch.relu(s) ** 2, "normaliser": "sum", "eps": 0.1, "causal": True},
     "sink": {"sink": lambda h: h * 0.5, "causal": True},
     "rows without a key": {"keep": lambda i, j: (j >= i - 3) & (j < i), "outputs": ("o", "lse")},
     "lse of a sum": {"weight": torch.exp, "normaliser": "sum", "sink": lambda h: h, "outputs": ("lse", "o")},
@@ -160,6 +161,35 @@ def test_half_precision_in_and_out(dtype: torch.dtype, monkeypatch: pytest.Monke
     (o,) = attending.run(groups, text)
     assert o.dtype == dtype
     same([o], attend_meaning(wide(groups), text), 8e-3)  # one rounding to bfloat16
+
+
+LEARNED = (
+    "full", "causal", "causal at the end", "window", "both sides", "softcap", "alibi", "documents", "mod and div",
+    "functions", "sigmoid", "relu squared", "sink", "rows without a key", "tiles",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = drawn(B, H, N, D), drawn(B, M, 2, D).transpose(1, 2), drawn(B, 2, M, Dv)
+    groups, text = said(monkeypatch, attend_front, "attend_op", lambda: attend(q, k, v, **ATTENDS[name]))
+    kept = [torch.where(t.isfinite(), drawn(*t.shape), 0.0) for t in attend_meaning(wide(groups), text)]
+    found = backwards.gradients(groups, text, attending.run(groups, text), dict(enumerate(kept)), (0, 1, 2))
+    assert found is not None
+    leaves = [t.double().requires_grad_() for t in (q, k, v)]
+    outputs = attend_meaning([[leaves[0]], leaves[1:], wide(groups)[2]], text)
+    total = sum((torch.where(t.isfinite(), t, 0.0) * g.double()).sum() for t, g in zip(outputs, kept, strict=True))
+    same(list(found), list(torch.autograd.grad(total, leaves)), 5e-6)  # type: ignore[arg-type]
+
+
+def test_gradients_of_few_heads_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = drawn(1, 2, 300, 20), drawn(1, 1, 300, 20), drawn(1, 1, 300, 12)
+    groups, text = said(monkeypatch, attend_front, "attend_op", lambda: attend(q, k, v, causal=True))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    found = backwards.gradients(groups, text, [], {0: torch.ones(1, 2, 300, 12)}, (1, 2))
+    leaves = [t.double().requires_grad_() for t in (q, k, v)]
+    outputs = attend_meaning([[leaves[0]], leaves[1:], []], text)
+    same(list(found or ()), list(torch.autograd.grad(outputs[0].sum(), leaves[1:])), 5e-6)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", SCANS)

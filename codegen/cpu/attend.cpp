@@ -4,7 +4,7 @@
 //   BM, BN         rows of a block of queries, keys of a tile           b, h, i, j  logical indices, as the spec has them
 //   m, l           of a row: the highest score so far, the sum of its weights (scores are in powers of 2)
 //
-// In front of this text stand BM, BN, SEGMENTS, NORMALISER, EPS, SINK, BACK, AHEAD, SINKS; for every segment S
+// In front of this text stand BM, BN, SEGMENTS, NORMALISER, EPS, SINK, VALUES (o is asked for), BACK, AHEAD, SINKS; for every segment S
 //   Spec<S>::score(s, b, h, i, j), ::keep(b, h, i, j), ::seen(b, h, i0, i1, j0, j1): 0 none, 1 some, 2 all are kept;
 // and weight(s, b, h, i), sink(b, h, i). All take the tables t that the expressions look up. HALVES: q, k, v are bfloat16
 // and the products are those of units.hpp; else everything is float32.
@@ -134,6 +134,7 @@ template <int S> static void tile(const Call& c, Block& x, const Packed& keys, i
     const int32_t* place = s.at || s.place ? keys.j + first : nullptr;
     if (seen == 2 && width % VL == 0) weigh<S, true>(c, x, place, width, (int32_t)first);
     else weigh<S, false>(c, x, place, width, (int32_t)first);
+    if (!VALUES) return;
     const cell* v = keys.v ? keys.v + first * x.ldo : s.v.data + x.b * s.v.b + x.h / (c.H / s.Hk) * s.v.h + first * s.v.n;
     product<true>(rows, x.ldo, rounded(width, DEEP), x.p, BN, v, keys.v ? across(x.ldo) : s.v.n, x.o, x.ldo);
 }

@@ -11,20 +11,19 @@ import torch
 from torch import Tensor
 
 from ...compiler.doctor import cpu_flags
-from ...compiler.primitives.attend import attend_op
 from ...compiler.primitives.attend_spec import AttendSpec
-from ...compiler.primitives.operator import Groups, Kernel
+from ...compiler.primitives.operator import Groups
 from ...compiler.primitives.rows import repeat_heads
 from ...compiler.reach import Reach, reach
 from ...compiler.refusal import Refused
 from ...compiler.symbol_text import parse
 from ...compiler.symbols import TRUE, Expr, as_expr, build
 from .memory import Rows, as_dtype, index_of, kinds_of, pointer, step, tables_of, whole_numbers
-from .printer import cpp, seen
-from .skeleton import skeleton
+from .printer import seen
+from .skeleton import function, skeleton
 from .toolchain import toolchain
 
-_LOG2E = 1 / math.log(2)
+LOG2E = 1 / math.log(2)
 _ROWS = 48  # query rows of a block: a multiple of every MR
 _MOST_D = 512  # beyond it a block of rows no longer fits the first cache
 _LEAST = 1 << 18  # scores of a call; fewer are not worth a library of their own
@@ -74,18 +73,16 @@ def source(text: str, tables: str, halves: str = "") -> str:
     spec, bound = AttendSpec.of(text), reach(text)
     _, queries, keys = spec.tiles or ("", *_block(bound, halves))
     normaliser = ("softmax", "sum", "none").index(spec.normaliser)
-    most = "INT64_MAX"
     head = [
         "enum { SOFTMAX, SUM, NONE };",
         f"constexpr int BM = {queries}, BN = {keys}, SEGMENTS = {len(spec.segments)}, NORMALISER = {normaliser};",
-        f"constexpr bool SINK = {'true' if spec.sink else 'false'};",
+        f"constexpr bool SINK = {_flag(bool(spec.sink))}, VALUES = {_flag('o' in spec.outputs)};",
         f"constexpr float EPS = {spec.eps!r}f;",
-        f"constexpr int64_t BACK = {most if bound.back is None else bound.back}, "
-        f"AHEAD = {most if bound.ahead is None else bound.ahead}, SINKS = {bound.sinks};",
+        reach_said(bound),
         "template <int S> struct Spec;",
         *(_segment(n, keep, score, spec, tables) for n, (keep, score, _) in enumerate(spec.segments)),
-        _function("vf weight(vf s, int b, int h, int i, const Table* t)", parse(spec.weight or "exp(s)"), "vf", tables),
-        _function("vf sink(int b, int h, int i, const Table* t)", _sink(spec), "vf", tables),
+        function("vf weight(vf s, int b, int h, int i, const Table* t)", parse(spec.weight or "exp(s)"), "vf", tables),
+        function("vf sink(int b, int h, int i, const Table* t)", _sink(spec), "vf", tables),
     ]
     return skeleton("attend.cpp", head, halves=halves)
 
@@ -95,18 +92,28 @@ def _block(bound: Reach, halves: str) -> tuple[int, int]:
     return (64 if halves else _ROWS), (64 if halves else 32) if bound.back is not None else 128
 
 
+def _flag(value: bool) -> str:
+    return "true" if value else "false"
+
+
+def reach_said(bound: Reach) -> str:
+    """How far a query's keys can lie from it, for a skeleton."""
+    back, ahead = ("INT64_MAX" if far is None else far for far in (bound.back, bound.ahead))
+    return f"constexpr int64_t BACK = {back}, AHEAD = {ahead}, SINKS = {bound.sinks};"
+
+
 def _segment(number: int, keep: str, score: str, spec: AttendSpec, tables: str) -> str:
     value = parse(score)
     if spec.normaliser == "softmax":
-        value = build("mul", value, as_expr(_LOG2E))
+        value = build("mul", value, as_expr(LOG2E))
     predicate = parse(keep) if keep else TRUE
     every, none = seen(predicate)
     arguments = "int b, int h, int i, vi j, const Table* t"
     return "\n".join(
         [
             f"template <> struct Spec<{number}> {{",
-            "    " + _function(f"vf score(vf s, {arguments})", value, "vf", tables),
-            "    " + _function(f"vi keep({arguments})", predicate, "vb", tables),
+            "    " + function(f"vf score(vf s, {arguments})", value, "vf", tables),
+            "    " + function(f"vi keep({arguments})", predicate, "vb", tables),
             f"    INLINE int seen(int b, int h, int i0, int i1, int j0, int j1) "
             f"{{ return ({none}) ? 0 : ({every}) ? 2 : 1; }}",
             "};",
@@ -116,11 +123,7 @@ def _segment(number: int, keep: str, score: str, spec: AttendSpec, tables: str) 
 
 def _sink(spec: AttendSpec) -> Expr:
     value = parse(spec.sink) if spec.sink else as_expr(0.0)
-    return build("mul", value, as_expr(_LOG2E)) if spec.normaliser == "softmax" else value
-
-
-def _function(signature: str, e: Expr, kind: str, tables: str) -> str:
-    return f"INLINE {signature} {{ return {cpp(e, kind, tables)}; }}"
+    return build("mul", value, as_expr(LOG2E)) if spec.normaliser == "softmax" else value
 
 
 @lru_cache(maxsize=1024)
@@ -135,7 +138,8 @@ def _built(text: str, tables: str, halves: str) -> tuple[Any, str | None]:
         return None, str(refused)
 
 
-def _refuse(groups: Groups, text: str) -> str | None:
+def few(groups: Groups, text: str) -> str | None:
+    """Why a call is not handed to the skeleton: nothing would be gained, or it cannot be."""
     (q,), kv, _ = groups
     if q.shape[0] * q.shape[1] * q.shape[2] * sum(k.shape[2] for k in kv[::2]) < _LEAST:
         return "few scores"
@@ -227,6 +231,3 @@ def _heads(t: Tensor, q: Tensor, table: Tensor | None, *indices: Tensor | None) 
         return t.index_select(1, table.long())
     own = any(i is not None and i.ndim == 3 and i.shape[1] not in (1, t.shape[1]) for i in indices)
     return repeat_heads(t, q) if own else t
-
-
-attend_op.kernels.setdefault("cpu", []).insert(0, Kernel("generated C++", _refuse, run))

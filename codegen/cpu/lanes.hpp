@@ -94,9 +94,9 @@ INLINE vi clamped(vi x, int64_t size) { return least(most(x, all(0)), all((int32
 INLINE vf gathered(const float* from, vi at) { vf x; for (int l = 0; l < VL; l++) x[l] = from[at[l]]; return x; }
 INLINE vi gathered(const int32_t* from, vi at) { vi x; for (int l = 0; l < VL; l++) x[l] = from[at[l]]; return x; }
 
-// C (R x NR VL) {=, +=} A (R x K) B (K x NR VL): the accumulators stay in registers.
+// C (R x NR VL) {=, +=} A (R x K) B (K x NR VL): the accumulators stay in registers; A has a stride of rows and of columns.
 template <int R, int C, bool ADD>
-INLINE void block(int64_t K, const float* A, int64_t lda, const float* B, int64_t ldb, float* out, int64_t ldc) {
+INLINE void block(int64_t K, const float* A, int64_t down, int64_t along, const float* B, int64_t ldb, float* out, int64_t ldc) {
     vf sum[R][C];
     for (int r = 0; r < R; r++)
         for (int c = 0; c < C; c++) sum[r][c] = ADD ? load(out + r * ldc + c * VL) : vf{};
@@ -104,7 +104,7 @@ INLINE void block(int64_t K, const float* A, int64_t lda, const float* B, int64_
         vf row[C];
         for (int c = 0; c < C; c++) row[c] = load(B + k * ldb + c * VL);
         for (int r = 0; r < R; r++) {
-            const float a = A[r * lda + k];
+            const float a = A[r * down + k * along];
             for (int c = 0; c < C; c++) sum[r][c] += a * row[c];
         }
     }
@@ -113,19 +113,27 @@ INLINE void block(int64_t K, const float* A, int64_t lda, const float* B, int64_
 }
 
 template <int C, bool ADD>
-INLINE void rows(int64_t M, int64_t K, const float* A, int64_t lda, const float* B, int64_t ldb, float* out, int64_t ldc) {
+INLINE void rows(int64_t M, int64_t K, const float* A, int64_t down, int64_t along, const float* B, int64_t ldb, float* out, int64_t ldc) {
     int64_t r = 0;
-    for (; r + MR <= M; r += MR) block<MR, C, ADD>(K, A + r * lda, lda, B, ldb, out + r * ldc, ldc);
-    if (r + 4 <= M) block<4, C, ADD>(K, A + r * lda, lda, B, ldb, out + r * ldc, ldc), r += 4;
-    for (; r < M; r++) block<1, C, ADD>(K, A + r * lda, lda, B, ldb, out + r * ldc, ldc);
+    for (; r + MR <= M; r += MR) block<MR, C, ADD>(K, A + r * down, down, along, B, ldb, out + r * ldc, ldc);
+    if (r + 4 <= M) block<4, C, ADD>(K, A + r * down, down, along, B, ldb, out + r * ldc, ldc), r += 4;
+    for (; r < M; r++) block<1, C, ADD>(K, A + r * down, down, along, B, ldb, out + r * ldc, ldc);
 }
 
 // The same for any number of rows, and N a multiple of VL.
 template <bool ADD>
-static void product(int64_t M, int64_t N, int64_t K, const float* A, int64_t lda, const float* B, int64_t ldb, float* out, int64_t ldc) {
+INLINE void product(int64_t M, int64_t N, int64_t K, const float* A, int64_t down, int64_t along, const float* B, int64_t ldb, float* out, int64_t ldc) {
     int64_t n = 0;
-    for (; n + NR * VL <= N; n += NR * VL) rows<NR, ADD>(M, K, A, lda, B + n, ldb, out + n, ldc);
-    for (; n < N; n += VL) rows<1, ADD>(M, K, A, lda, B + n, ldb, out + n, ldc);
+    for (; n + NR * VL <= N; n += NR * VL) rows<NR, ADD>(M, K, A, down, along, B + n, ldb, out + n, ldc);
+    for (; n < N; n += VL) rows<1, ADD>(M, K, A, down, along, B + n, ldb, out + n, ldc);
+}
+template <bool ADD>  // A in rows
+static void product(int64_t M, int64_t N, int64_t K, const float* A, int64_t lda, const float* B, int64_t ldb, float* out, int64_t ldc) {
+    product<ADD>(M, N, K, A, lda, 1, B, ldb, out, ldc);
+}
+template <bool ADD>  // A in columns: its transpose lies in rows
+static void product_of_columns(int64_t M, int64_t N, int64_t K, const float* A, int64_t lda, const float* B, int64_t ldb, float* out, int64_t ldc) {
+    product<ADD>(M, N, K, A, 1, lda, B, ldb, out, ldc);
 }
 
 // Memory of one thread, kept between tasks.

@@ -10,16 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...compiler.primitives.operator import Groups, Kernel
-from ...compiler.primitives.scan import scan_op
+from ...compiler.primitives.operator import Groups
 from ...compiler.primitives.scan_meaning import in_order
 from ...compiler.primitives.scan_spec import ScanSpec
 from ...compiler.refusal import Refused
 from ...compiler.symbol_text import parse
 from ...compiler.symbols import name
 from .memory import Rows, as_dtype, pointer, step, whole_numbers
-from .printer import cpp
-from .skeleton import skeleton
+from .skeleton import function, skeleton
 from .toolchain import toolchain
 
 _CHUNK = 16
@@ -46,7 +44,7 @@ def source(text: str, channels: bool) -> str:
         f"constexpr float EPS = {spec.eps!r}f;",
         *(f"constexpr bool {flag} = {'true' if value else 'false'};" for flag, value in flags.items()),
         *(
-            f"INLINE vf feature_{side}(vf x) {{ return {cpp(parse(feature) if feature else name('x'), 'vf')}; }}"
+            function(f"vf feature_{side}(vf x)", parse(feature) if feature else name("x"), "vf")
             for side, feature in (("q", spec.feature_q), ("k", spec.feature_k))
         ),
     ]
@@ -69,7 +67,8 @@ def _channels(spec: ScanSpec, tables: Sequence[Tensor]) -> bool:
     return bool(spec.decay) and tables[int(spec.decay[1:])].shape[-1] > 1
 
 
-def _refuse(groups: Groups, text: str) -> str | None:
+def few(groups: Groups, text: str) -> str | None:
+    """Why a call is not handed to the skeleton: nothing would be gained, or it cannot be."""
     (q,), (_, v), _ = groups
     if q.numel() * v.shape[-1] < _LEAST:
         return "few rows"
@@ -124,6 +123,3 @@ def _spread(t: Tensor, sizes: tuple[int, ...], q: Tensor, kept: list[Tensor]) ->
     if t.shape[1] not in (1, q.shape[1]):
         t = t.repeat_interleave(q.shape[1] // t.shape[1], 1)
     return Rows.of(as_dtype(t, torch.float32, kept).expand(sizes))
-
-
-scan_op.kernels.setdefault("cpu", []).insert(0, Kernel("generated C++", _refuse, run))

@@ -1,12 +1,12 @@
 """What every primitive op is made of: a text spec, an eager meaning, output shapes, a gradient, and kernels per device.
 
 The registered op sees tensors and one text; the text is the whole truth, so it can be printed, hashed, saved and
-lowered. Its gradient is that of the chosen implementation, recomputed: nothing but the inputs is kept for it.
+lowered. Its gradient is a kernel's own, or that of the chosen implementation, recomputed from the inputs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -18,6 +18,10 @@ from torch.utils._pytree import tree_leaves
 
 Groups = Sequence[Sequence[Tensor]]  # the op's tensor arguments in order, a single tensor as a group of one
 Meaning = Callable[[Groups, str], list[Tensor]]
+# of a call, its results, the gradients of some of those: the gradients of the tensors that are wanted; None: not so
+Gradients = Callable[
+    [Groups, str, Sequence[Tensor], Mapping[int, Tensor], Sequence[int]], Sequence[Tensor | None] | None
+]
 InTorch = Callable[[fx.Node, dict[Any, fx.Node]], fx.Node | None]  # a call, and what was made so far in its graph
 
 
@@ -30,6 +34,7 @@ class Kernel:
     run: Meaning
     plain: bool = False  # made of torch operations without looking at sizes or values, so that it can be traced
     differentiable: bool = False  # made of differentiable torch operations, so that its own gradient can be taken
+    gradients: Gradients | None = None  # its own, where it has some for what is wanted
 
 
 @dataclass(frozen=True)
@@ -72,9 +77,12 @@ class Primitive:
         self._define(f"reattend::{self.name}", f"({arguments}, str spec) -> Tensor[]", self._run, self._empty)
         self._define(
             f"reattend::{self.name}_backward",
-            "(Tensor[] grads, Tensor[] tensors, int[] counts, int[] outputs, int[] wanted, str spec) -> Tensor[]",
+            "(Tensor[] grads, Tensor[] tensors, Tensor[] results, int[] counts, int[] outputs, int[] wanted, str spec)"
+            " -> Tensor[]",
             self._gradients,
-            lambda grads, tensors, counts, outputs, wanted, spec: [torch.empty_like(tensors[k]) for k in wanted],
+            lambda grads, tensors, results, counts, outputs, wanted, spec: [
+                torch.empty_like(tensors[k]) for k in wanted
+            ],
         )
         torch.library.register_autograd(f"reattend::{self.name}", self._backward, setup_context=self._remember)
 
@@ -135,15 +143,17 @@ class Primitive:
         groups = self._grouped(tensors)
         ctx.spec, ctx.counts = spec, [len(group) for group in groups]
         ctx.lists = [isinstance(t, list | tuple) for t in tensors]
-        ctx.save_for_backward(*(t for group in groups for t in group))
+        ctx.save_for_backward(*(t for group in groups for t in group), *output)
 
     def _backward(self, ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
-        tensors = list(ctx.saved_tensors)
+        tensors = list(ctx.saved_tensors[: sum(ctx.counts)])
+        results = list(ctx.saved_tensors[len(tensors) :])
         present = [index for index, grad in enumerate(grads) if grad is not None]
         backward = getattr(torch.ops.reattend, f"{self.name}_backward").default
         needed = tree_leaves(ctx.needs_input_grad)  # one per tensor, in order, and the spec's
         wanted = [k for k, t in enumerate(tensors) if needed[k] and _learns(t)]
-        found = backward([grads[k].contiguous() for k in present], tensors, ctx.counts, present, wanted, ctx.spec)  # type: ignore[union-attr]
+        given = [grads[k].contiguous() for k in present]  # type: ignore[union-attr]
+        found = backward(given, tensors, results, ctx.counts, present, wanted, ctx.spec)
         flat: list[Tensor | None] = [None] * len(tensors)
         for k, gradient in zip(wanted, found, strict=True):
             flat[k] = gradient
@@ -157,16 +167,20 @@ class Primitive:
         self,
         grads: list[Tensor],
         tensors: list[Tensor],
+        results: list[Tensor],
         counts: list[int],
         outputs: list[int],
         wanted: list[int],
         spec: str,
     ) -> list[Tensor]:
+        own, _ = self.choose(_in_groups(tensors, counts), spec, only=lambda kernel: kernel.gradients is not None)
+        if own is not None and own.gradients is not None:
+            given = dict(zip(outputs, grads, strict=True))
+            made = own.gradients(_in_groups(tensors, counts), spec, results, given, wanted)
+            if made is not None:
+                return [_like(tensors[k], g) for k, g in zip(wanted, made, strict=True)]
         leaves = [t.detach().requires_grad_(k in wanted) for k, t in enumerate(tensors)]
-        groups, rest = [], leaves
-        for count in counts:
-            groups.append(rest[:count])
-            rest = rest[count:]
+        groups = _in_groups(leaves, counts)
         kernel, _ = self.choose(groups, spec, only=lambda kernel: kernel.differentiable)
         with _autograd_inside_an_op():
             results = (kernel.run if kernel else self.meaning)(groups, spec)
@@ -176,6 +190,11 @@ class Primitive:
             return [torch.zeros_like(t) for t in learned]
         found = torch.autograd.grad([r for r, _ in pairs], learned, [g for _, g in pairs], allow_unused=True)
         return [_like(t, g) for t, g in zip(learned, found, strict=True)]
+
+
+def _in_groups(tensors: Sequence[Tensor], counts: Sequence[int]) -> Groups:
+    rest = list(tensors)
+    return [[rest.pop(0) for _ in range(count)] for count in counts]
 
 
 PRIMITIVES: dict[str, Primitive] = {}  # by name, as the operators are called
