@@ -1,6 +1,7 @@
 """What changes a graph: one file per published mechanism or rewrite, in families."""
 
 from .heads import moh as moh
+from .kv import duo as duo
 from .kv import tidal as tidal
 from .linear import agent as agent
 from .linear import agent_sd as agent_sd
