@@ -13,6 +13,7 @@ from .score import gpsa as gpsa
 from .score import lssar as lssar
 from .score import mma as mma
 from .score import music_rel as music_rel
+from .score import qk_norm as qk_norm
 from .score import sigmoid as sigmoid
 from .score import softmax as softmax
 from .score import ssa as ssa
