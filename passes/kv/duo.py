@@ -1,0 +1,144 @@
+"""Retrieval heads see every key, streaming heads the first and the latest; gates tell which (arXiv 2410.10819)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...compiler.functional import attention
+from ...compiler.live import KEPT
+from ...compiler.mechanism import Aux, Limit, Mechanism, Param, register
+from ...compiler.primitives.attend import attend
+from ...compiler.problem import problem
+from ...compiler.refusal import Refused
+from ...compiler.site import Site
+from ...compiler.starts import constant
+from ...compiler.symbols import table
+
+TIE = 1e-6  # noise under which equal gates are told apart
+
+
+@register("duo")
+@dataclass(frozen=True)
+class Duo(Mechanism):
+    """o_h = a full_h + (1 - a) stream_h, a = clamp(gate, 0, 1) of h's key head; a streaming head sees the first
+    sink_size keys and the recent_size latest, its own among them.
+
+    Trained with all else frozen (lr 0.02, no weight decay, gates clamped before every step) against the model's last
+    hidden state on passkeys, with the loss `gates`, reg_weight mean |gate|, whose mean over sites is the paper's; then
+    classify(gates_of(model), heads) is a recipe. threshold: no mixing, a head is full where its gate reaches it.
+
+    >>> q, k, v = problem(9, kv_heads=2)
+    >>> gate = torch.tensor([1.0, 0.0])
+    >>> o = attention(q, k, v, "duo", causal=True, sink_size=1, recent_size=2, params={"gate": gate})
+    >>> full, stream = (attention(q, k, v, name, causal=True, **knobs)
+    ...                 for name, knobs in (("softmax", {}), ("window", {"sinks": 1, "window": 2})))
+    >>> bool((o - torch.cat((full[:, :2], stream[:, 2:]), 1)).abs().max() < 1e-6)
+    True
+
+    gate (Hkv,) starts at 1: the model itself. While gates train both streams here are the student's own; the reference
+    takes the full one from the teacher's pass over the same tokens.
+    """
+
+    sink_size: int = 64
+    recent_size: int = 256
+    reg_weight: float = 0.05
+    threshold: float | None = None
+
+    part = "core"
+    kind = "approximate"
+    honours = KEPT
+    paper = "arXiv 2410.10819"
+    tries = ({"sink_size": 1, "recent_size": 3}, {"sink_size": 0, "recent_size": 2})
+
+    def __post_init__(self) -> None:
+        if self.sink_size < 0 or self.recent_size < 1:
+            found = f"sink_size={self.sink_size}, recent_size={self.recent_size}"
+            raise Refused(found, where="duo", fits="sink_size >= 0, recent_size >= 1")
+
+    def fits(self, site: Site) -> str | None:
+        return None if site.pattern == "causal-self" else f"duo is causal self-attention, this site is {site.pattern}"
+
+    def params(self, site: Site) -> Mapping[str, Param]:
+        return {"gate": Param((site.kv_heads,), constant(1.0))}
+
+    def near(self, i: Any, j: Any) -> Any:
+        return (i - j < self.recent_size) | (j < self.sink_size)
+
+    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Any:  # type: ignore[override]
+        gate = p.gate.clamp(0, 1).repeat_interleave(q.shape[1] // k.shape[1])
+        if self.threshold is not None:
+            whole = table(gate >= self.threshold)
+            return attend(q, k, v, keep=lambda h, i, j: self.near(i, j) | (whole[h] != 0), site=site)
+        full, stream = attend(q, k, v, site=site), attend(q, k, v, keep=self.near, site=site)
+        a = gate[:, None, None].to(full.dtype)
+        return a * full + (1 - a) * stream, Aux(losses={"gates": self.reg_weight * p.gate.abs().mean()})
+
+    def limits(self) -> Iterable[Limit]:
+        q, k, v = problem(9)
+        shut = {"gate": torch.zeros(4)}
+        softmax = lambda: attention(q, k, v, "softmax", causal=True)
+        yield Limit("gates of 1 are full attention", lambda: attention(q, k, v, Duo(1, 2), causal=True), softmax)
+        yield Limit("gates of 0 are a window with sinks",
+                    lambda: attention(q, k, v, Duo(1, 2), causal=True, params=shut),
+                    lambda: attention(q, k, v, "window", causal=True, window=2, sinks=1))  # fmt: skip
+        yield Limit("sinks and latest keys that are all keys",
+                    lambda: attention(q, k, v, Duo(4, 5), causal=True, params=shut), softmax)  # fmt: skip
+
+
+def gates_of(model: nn.Module) -> dict[str, Tensor]:
+    """The gates that a rewritten model has learned, by the path of their site."""
+    end = ".reattend.duo.gate"
+    return {name.removesuffix(end): gate for name, gate in model.named_parameters() if name.endswith(end)}
+
+
+def classify(
+    gates: Mapping[str, Tensor],
+    heads: int,
+    *,
+    sparsity: float = 0.5,
+    threshold: float | None = None,
+    sink_size: int = 64,
+    recent_size: int = 256,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """A recipe in which the streaming heads of every site are windows with sinks, and the others stay.
+
+    gates      by the site's path: (Hkv,) each
+    heads      query heads at a site; a key head's query heads go together
+    sparsity   the share of all key heads that stream: those below this quantile of all gates, ties told apart by noise
+    threshold  instead of sparsity: a head is full where its gate reaches it
+
+    >>> (site,) = classify({"layers.0.attn": torch.tensor([0.9, 0.1])}, 4, sink_size=4, recent_size=64)["sites"]
+    >>> site["attention"]
+    {'split': {'2,3': {'window': {'window': 64, 'sinks': 4}}, 'rest': 'keep'}}
+    """
+    if not gates or any(g.ndim != 1 or heads % len(g) for g in gates.values()):
+        shapes = {path: tuple(g.shape) for path, g in gates.items()}
+        raise Refused(
+            f"gates {shapes} of {heads} heads", where="classify", fits="one gate per key head, for every site"
+        )
+    draw = torch.Generator().manual_seed(seed)
+    noisy = {
+        path: g.detach().double().cpu().clamp(0, 1) + TIE * torch.rand(len(g), generator=draw, dtype=torch.float64)
+        for path, g in gates.items()
+    }
+    least = threshold if threshold is not None else _quantile(torch.cat(list(noisy.values())), sparsity)
+    stream = {"window": {"window": recent_size, "sinks": sink_size}}
+    sites = []
+    for path, gate in noisy.items():
+        share = heads // len(gate)
+        far = [head for head in range(heads) if gate[head // share] < least]
+        wish: Any = stream if len(far) == heads else {"split": {",".join(map(str, far)): stream, "rest": "keep"}}
+        sites.append({"match": path, "attention": wish if far else "keep"})
+    return {"version": 1, "sites": sites}
+
+
+def _quantile(gates: Tensor, sparsity: float) -> float:
+    if sparsity <= 0:
+        return -1.0
+    return float("inf") if sparsity >= 1 else float(torch.quantile(gates, sparsity))
