@@ -50,7 +50,7 @@ def stand(
 ) -> Place:
     """The site that q, k, v, a mask, a bias and dropout of the weights describe."""
     tables = Tables()
-    given = dict(ports) | {"q": q, "k": k, "v": v}
+    given = {"q": q} | dict(ports) | {"q": q, "k": k, "v": v}  # q comes first: own tensors start in its type
     i, j = name("i"), name("j")
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
     keep, score = (j <= i) if causal else TRUE, name("s") * factor

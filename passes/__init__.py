@@ -4,6 +4,7 @@ from .heads import moh as moh
 from .kv import tidal as tidal
 from .linear import agent as agent
 from .linear import agent_sd as agent_sd
+from .linear import lightning as lightning
 from .linear import linear as linear
 from .mixers import poolformer as poolformer
 from .score import sigmoid as sigmoid
