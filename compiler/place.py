@@ -70,7 +70,7 @@ def stand(
     site = Site(
         path=_PLACE,
         index=0,
-        heads=q.shape[1],
+        heads=max(q.shape[1], v.shape[1]),  # queries and keys may be shared by groups of heads with values of their own
         kv_heads=k.shape[1],
         dim=q.shape[3],
         v_dim=v.shape[3],

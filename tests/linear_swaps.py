@@ -8,19 +8,26 @@ import torch
 
 import reattend
 from reattend.models.zoo import zoo
+from reattend.models.zoo_family import Family, timm
+
+PIXELS = timm("pixels", "vit_tiny_patch16_224", 1, size=48, img_size=48, depth=1, embed_dim=32, num_heads=4,
+              class_token=False, global_pool="avg")  # fmt: skip
 
 
-def swapped(family: str, rule: dict[str, Any], **more: Any) -> tuple[Any, torch.Tensor]:
-    """The rewritten model, and its first output on the family's inputs."""
-    model = zoo()[family]
+def swapped(family: str | Family, rule: dict[str, Any] | list[dict[str, Any]], **more: Any) -> tuple[Any, torch.Tensor]:
+    """The rewritten model, and its first output on the family's inputs; several rules come as a recipe has them."""
+    model = zoo()[family] if isinstance(family, str) else family
     args, kwargs = model.inputs()
-    recipe = {"version": 1, "sites": [{"match": "*", "attention": rule, **more}]}
+    rules = rule if isinstance(rule, list) else [{"match": "*", "attention": rule, **more}]
+    recipe = {"version": 1, "sites": rules}
     fast = reattend.optimize(model.build("sdpa").eval(), recipe, (args, kwargs), measure=False)
     found = fast(*args, **kwargs)
     return fast, found if isinstance(found, torch.Tensor) else found[0]
 
 
-def assert_swapped(family: str, rule: dict[str, Any], tensors: set[str], *, idle: set[str] = frozenset()) -> None:  # type: ignore[assignment]
+def assert_swapped(
+    family: str | Family, rule: dict[str, Any], tensors: set[str], *, idle: set[str] = frozenset()
+) -> None:  # type: ignore[assignment]
     """It runs, is finite, and every one of the mechanism's tensors, at all sites, gets a gradient (but `idle` ones)."""
     fast, output = swapped(family, rule)
     assert torch.isfinite(output).all()
