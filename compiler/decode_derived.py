@@ -15,6 +15,7 @@ from torch import Tensor, fx
 
 from .decode_ways import KeptKeys, OwnWay, ScanState, Standing, State, Way
 from .primitives.attend_spec import AttendSpec
+from .primitives.scan_meaning import scan_shapes
 from .primitives.scan_spec import ScanSpec
 from .problem import problem
 from .reach import Reach, moves_freely, reach
@@ -127,7 +128,9 @@ def _scanned(at: Standing, graph: fx.GraphModule, text: str) -> ScanState:
     output.args = ((output.args[0][0], after),)
     graph.graph.lint()
     graph.recompile()
-    return ScanState(graph, names, spec)
+    (q_val, *kv_vals) = (n.meta["val"] for n in (q, *kv))  # type: ignore[misc]
+    (state,) = scan_shapes([[q_val], kv_vals, []], replace(spec, outputs=("state",)).text)
+    return ScanState(graph, names, tuple(int(size) for size in state.shape[1:]))
 
 
 _DERIVED: Mapping[str, Callable[[Standing, fx.GraphModule, str], Way]] = {"attend": _kept, "scan": _scanned}

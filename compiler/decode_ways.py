@@ -12,8 +12,6 @@ from torch import Tensor, fx
 from .mechanism import Mechanism, Tensors
 from .place import own_tensors
 from .primitives.attend_spec import AttendSpec
-from .primitives.scan_meaning import scan_shapes
-from .primitives.scan_spec import ScanSpec
 from .reach import Reach, kept_keys, key_positions
 from .refusal import Refused
 from .site import Site
@@ -113,17 +111,17 @@ class ScanState:
 
     graph: fx.GraphModule
     inputs: tuple[str, ...]
-    spec: ScanSpec
+    size: tuple[int, ...]  # (H, D, Dv) as the scan sees them: features may be wider than the keys they are made of
 
     def run(self, at: Standing, state: State, seen: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, State]:
-        start = state["state"] if state else self._empty(q, k, v)
+        start = state["state"] if state else self._empty(q)
         places = torch.arange(seen, seen + k.shape[2], device=k.device)
         values = at.values(q, k, v, at.moved(places, places)[1])
         o, after = self.graph(*(values[n] for n in self.inputs), start)
         return o, {"state": after}
 
-    def _empty(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return torch.zeros_like(scan_shapes([[q], [k, v], []], replace(self.spec, outputs=("state",)).text)[0])
+    def _empty(self, q: Tensor) -> Tensor:
+        return q.new_zeros((q.shape[0], *self.size), dtype=torch.promote_types(q.dtype, torch.float32))
 
 
 @dataclass(frozen=True)

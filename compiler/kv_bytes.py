@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -45,7 +46,6 @@ def _after(change: Change, site: Site, batch: int, tokens: int, dtype: torch.dty
     except Refused:
         return _all_keys(site, batch, tokens, dtype)
     if isinstance(way, ScanState):
-        extra = 1 if way.spec.normaliser == "sum" else 0
-        return batch * site.heads * site.dim * (site.v_dim + extra) * torch.promote_types(dtype, torch.float32).itemsize
+        return batch * math.prod(way.size) * torch.promote_types(dtype, torch.float32).itemsize
     kept = way.bound.kept if isinstance(way, KeptKeys) else None
     return _all_keys(site, batch, tokens if kept is None else min(tokens, kept), dtype)

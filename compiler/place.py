@@ -50,7 +50,7 @@ def stand(
 ) -> Place:
     """The site that q, k, v, a mask, a bias and dropout of the weights describe."""
     tables = Tables()
-    given = dict(ports) | {"q": q, "k": k, "v": v}
+    given = {"q": q} | dict(ports) | {"q": q, "k": k, "v": v}  # q comes first: own tensors start in its type
     i, j = name("i"), name("j")
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
     keep, score = (j <= i) if causal else TRUE, name("s") * factor
@@ -70,7 +70,7 @@ def stand(
     site = Site(
         path=_PLACE,
         index=0,
-        heads=q.shape[1],
+        heads=max(q.shape[1], v.shape[1]),  # queries and keys may be shared by groups of heads with values of their own
         kv_heads=k.shape[1],
         dim=q.shape[3],
         v_dim=v.shape[3],

@@ -4,9 +4,17 @@ from .heads import kd_gqa as kd_gqa
 from .heads import moh as moh
 from .kv import duo as duo
 from .kv import tidal as tidal
+from .linear import aaren as aaren
 from .linear import agent as agent
 from .linear import agent_sd as agent_sd
+from .linear import based as based
+from .linear import flow as flow
+from .linear import inline as inline
+from .linear import l2vit as l2vit
+from .linear import lightning as lightning
 from .linear import linear as linear
+from .linear import rat as rat
+from .linear import slab as slab
 from .mixers import poolformer as poolformer
 from .score import complexformer as complexformer
 from .score import gpsa as gpsa
@@ -14,6 +22,7 @@ from .score import lssar as lssar
 from .score import mma as mma
 from .score import music_rel as music_rel
 from .score import qk_norm as qk_norm
+from .score import retnet_gmm as retnet_gmm
 from .score import sigmoid as sigmoid
 from .score import softmax as softmax
 from .score import ssa as ssa

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 
@@ -10,3 +11,12 @@ def repeat_heads(t: Tensor, q: Tensor) -> Tensor:
     group = q.shape[1] // t.shape[1]
     t = t.expand(q.shape[0], *t.shape[1:])
     return t.repeat_interleave(group, 1) if group > 1 else t
+
+
+def widened(t: Tensor) -> Tensor:
+    """In float32 or better; untouched where it is: a cast would pin its type in a traced graph."""
+    return as_type(t, torch.promote_types(t.dtype, torch.float32))
+
+
+def as_type(t: Tensor, dtype: torch.dtype) -> Tensor:
+    return t if t.dtype == dtype else t.to(dtype)
