@@ -101,6 +101,10 @@ class Mechanism:
     def limits(self) -> Iterable[Limit]:
         return ()
 
+    def explains(self, site: Site) -> Iterable[str]:
+        """What its knobs can be worth at a site, by counting alone; shown by `explain` and in the report."""
+        return ()
+
     def forward(self, site: Any, p: Any, **ports: Tensor) -> Any:
         raise Refused(f"{self.slug} has no forward", fits="define forward(self, site, p, q, k, v)")
 

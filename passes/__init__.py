@@ -8,5 +8,6 @@ from .linear import linear as linear
 from .mixers import poolformer as poolformer
 from .score import sigmoid as sigmoid
 from .score import softmax as softmax
+from .sparse import neighborhood as neighborhood
 from .sparse import window as window
 from .tokens import tome_like as tome_like
