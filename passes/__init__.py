@@ -8,6 +8,10 @@ from .linear import linear as linear
 from .mixers import poolformer as poolformer
 from .score import sigmoid as sigmoid
 from .score import softmax as softmax
+from .sparse import davit as davit
+from .sparse import halo as halo
+from .sparse import hilo as hilo
+from .sparse import msw_msa as msw_msa
 from .sparse import neighborhood as neighborhood
 from .sparse import window as window
 from .tokens import tome_like as tome_like
