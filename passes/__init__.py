@@ -8,6 +8,7 @@ from .linear import linear as linear
 from .mixers import poolformer as poolformer
 from .score import sigmoid as sigmoid
 from .score import softmax as softmax
+from .sparse import biformer as biformer
 from .sparse import davit as davit
 from .sparse import halo as halo
 from .sparse import hilo as hilo
