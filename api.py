@@ -44,7 +44,7 @@ from .compiler.shipping.saved import load as load_folder
 from .compiler.shipping.saved import save as save
 from .compiler.site import Site
 from .compiler.sized import sized
-from .compiler.steps import fitting, vocabulary
+from .compiler.steps import analyses, fitting, vocabulary
 from .compiler.timing import RUNS, timed
 from .compiler.trial import must_run
 from .compiler.unwrap import unwrap
@@ -215,6 +215,7 @@ def _explained(captured: Captured, notes: tuple[str, ...], prefix: str = "") -> 
         specs=tuple(str(ports[s.path].attend.args[3]) for s in found),
         costs=tuple(costs[s.path] for s in found),
         fits=tuple(fitting(s) for s in found),
+        analyses=tuple(analyses(s) for s in found),
         notes=(*notes, *captured.notes),
     )
 

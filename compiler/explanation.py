@@ -24,6 +24,7 @@ class Explanation:
     specs: tuple[str, ...] = ()
     costs: tuple[Cost, ...] = ()
     fits: tuple[tuple[str, ...], ...] = ()
+    analyses: tuple[tuple[str, ...], ...] = ()
     notes: tuple[str, ...] = ()
 
     def brief(self) -> str:
@@ -56,6 +57,7 @@ class Explanation:
             ("weights", ", ".join(f"{role}={name}" for role, name in site.weights)),
             ("cost", str(self.costs[k])),
             ("fits", ", ".join(self.fits[k])),
+            ("counted", "; ".join(self.analyses[k]) if k < len(self.analyses) else ""),
         ]
         return [(name, value) for name, value in facts if value]
 
@@ -85,5 +87,6 @@ def together(parts: Iterable[Explanation]) -> Explanation:
         specs=tuple(s for part in every for s in part.specs),
         costs=tuple(c for part in every for c in part.costs),
         fits=tuple(f for part in every for f in part.fits),
+        analyses=tuple(a for part in every for a in part.analyses),
         notes=tuple(dict.fromkeys(n for part in every for n in part.notes)),
     )

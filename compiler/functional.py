@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from math import prod
 from typing import Any
 
 from torch import Tensor
@@ -10,8 +11,9 @@ from torch import Tensor
 from .layers import Attention as Attention
 from .layers import module as module
 from .mechanism import Aux, Mechanism, mechanism
-from .place import GridLike, as_mechanism, run, stand
+from .place import as_mechanism, run, stand
 from .refusal import Refused
+from .site import Grid
 
 
 def attention(
@@ -22,9 +24,9 @@ def attention(
     *,
     params: Mapping[str, Tensor] = {},
     ports: Mapping[str, Tensor] = {},
-    causal: bool = False,
+    causal: bool | Sequence[bool] = False,
     scale: float | None = None,
-    grid: GridLike = None,
+    grid: Grid | Sequence[int] | None = None,
     mask: Tensor | None = None,
     bias: Any = None,
     **knobs: Any,
@@ -33,12 +35,12 @@ def attention(
 
     params  the mechanism's own tensors by name. A learned tensor that is not given starts as in a rewritten model:
             closest to softmax attention, and the same at every call. One given without its leading dimensions is
-            shared along them.
+            shared along them. One named like a switch among the knobs turns it on.
     ports   further tensors by port: x, x_kv (B, N, C), o, positions, ... A gate reads o; without it, softmax attention.
-    causal  keeps j <= i, both counted from the start.
+    causal  keeps j <= i, both counted from the start; one value per axis is the knob of that name.
     mask    boolean, true where a key is seen: (B, M) is padding, four dimensions broadcast to (B, H, N, M).
     bias    a tensor that broadcasts to (B, H, N, M) is added to the scores; a number or text is the knob of that name.
-    grid    (h, w) or (h, w, prefix) where the tokens are a picture.
+    grid    (h, w) or (h, w, prefix) where the tokens are a picture; (n,) or (t, h, w) is the knob of that name.
 
     >>> from .problem import problem
     >>> q, k, v = problem()
@@ -58,9 +60,9 @@ def attention_and_aux(
     *,
     params: Mapping[str, Tensor] = {},
     ports: Mapping[str, Tensor] = {},
-    causal: bool = False,
+    causal: bool | Sequence[bool] = False,
     scale: float | None = None,
-    grid: GridLike = None,
+    grid: Grid | Sequence[int] | None = None,
     mask: Tensor | None = None,
     bias: Any = None,
     **knobs: Any,
@@ -68,14 +70,29 @@ def attention_and_aux(
     """`attention` together with its losses and new buffer values."""
     if bias is not None and not isinstance(bias, Tensor):
         knobs["bias"], bias = bias, None
+    if not isinstance(causal, bool):
+        knobs["causal"], causal = tuple(causal), False
     for what, tensor in (("q", q), ("k", k), ("v", v)):
         if not isinstance(tensor, Tensor) or tensor.ndim != 4:
             found = f"shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
             raise Refused(f"{what} of {found}", where="attention", fits="(batch, heads, tokens, features)")
+    picture = _picture(grid, q.shape[2])
+    if grid is not None and picture is None:
+        knobs["grid"] = grid
+    if isinstance(slug, str):
+        knobs |= {n: True for n in params if n not in knobs and mechanism(slug).knobs().get(n, ("", None))[1] is False}
     chosen = as_mechanism(slug, **knobs)
     if chosen.part not in ("core", "gate"):
         raise Refused(f"{chosen.slug} is a {chosen.part}", where="attention", fits=f"reattend.module({chosen.slug!r})")
-    place = stand(q, k, v, ports=ports, causal=causal, scale=scale, grid=grid, mask=mask, bias=bias)
+    place = stand(q, k, v, ports=ports, causal=causal, scale=scale, grid=picture, mask=mask, bias=bias)
     if chosen.part == "gate" and "o" not in ports:
         place = place.with_port("o", run(mechanism("softmax"), place)[0])
     return run(chosen, place, params)
+
+
+def _picture(grid: Grid | Sequence[int] | None, tokens: int) -> Grid | None:
+    """A grid that is a picture: h, w and prefix tokens, not the sides of a box that has as many tokens."""
+    if grid is None or isinstance(grid, Grid):
+        return grid
+    box = len(grid) == 3 and grid[0] * grid[1] + grid[2] != tokens and prod(grid) == tokens
+    return Grid(*grid) if len(grid) in (2, 3) and not box else None

@@ -81,6 +81,7 @@ class Mechanism:
     honours: ClassVar[frozenset[str] | set[str]] = frozenset()
     paper: ClassVar[str] = ""
     tries: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)  # knobs that small generic questions are asked with
+    also: ClassVar[Mapping[str, str]] = {}  # a paper's word for a knob that is a word of this class: kind, part
     heads_alike: ClassVar[bool] = True  # permuting heads (with per-head tensors) permutes the answer
     heads_apart: ClassVar[bool] = True  # a head's answer does not depend on what stands in the other heads
 
@@ -99,6 +100,10 @@ class Mechanism:
         return {}
 
     def limits(self) -> Iterable[Limit]:
+        return ()
+
+    def explains(self, site: Site) -> Iterable[str]:
+        """What its knobs can be worth at a site, by counting alone; shown by `explain` and in the report."""
         return ()
 
     def forward(self, site: Any, p: Any, **ports: Tensor) -> Any:
@@ -196,6 +201,7 @@ def mechanism(slug: str, /, **knobs: Any) -> Mechanism:
             f"mechanism {slug!r}", fits=f"its package fails: {broken}" if broken else nearest(slug, mechanisms())
         )
     cls = _REGISTRY[slug]
+    knobs = {cls.also.get(knob, knob): value for knob, value in knobs.items()}
     for knob in knobs:
         if knob not in cls.knobs():
             raise Refused(f"knob {knob!r}", where=slug, fits=nearest(knob, cls.knobs(), kind="its knobs"))

@@ -35,6 +35,7 @@ class Row:
     after: Cost = field(default_factory=Cost)
     rule: str = ""
     dropped: tuple[str, ...] = ()
+    counted: tuple[str, ...] = ()  # what its mechanisms say of themselves there, by counting alone
 
 
 class SiteList(Sequence[Row]):
@@ -114,6 +115,7 @@ class Report:
             ("whole-model passes", self.passes),
             ("places that look like attention and were not raised", self.misses),
             ("warnings", (*self.warnings, *self._slower())),
+            ("counted, not measured", tuple(f"{r.site.path}: {line}" for r in self.rows for line in r.counted)),
             ("notes", self.notes),
         ]
         return [(title, entries) for title, entries in named if entries]

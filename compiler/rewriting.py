@@ -258,6 +258,7 @@ def _row(
         after=costs[1],
         rule=rule,
         dropped=tuple(sorted({d for c in changes for d in c.dropped})),
+        counted=tuple(line for c in changes for line in c.mechanism.explains(site)),
     )
 
 

@@ -62,6 +62,11 @@ def _core(choice: Choice | Keep) -> Mechanism:
     return mechanism("softmax") if isinstance(choice, Keep) else mechanism(choice.mechanism, **choice.settings)
 
 
+def analyses(site: Site) -> tuple[str, ...]:
+    """What mechanisms that fit a site say of themselves there, with their default knobs."""
+    return tuple(f"{slug}: {line}" for slug in fitting(site) for line in mechanisms()[slug]().explains(site))
+
+
 def fitting(site: Site) -> tuple[str, ...]:
     """Names of mechanisms that can stand at a site with their default knobs."""
     found = []

@@ -29,10 +29,16 @@ from .score import ssa as ssa
 from .score import stickbreaking as stickbreaking
 from .score import stickbreaking_moa as stickbreaking_moa
 from .score import urpe as urpe
+from .sparse import biformer as biformer
 from .sparse import cca as cca
 from .sparse import combiner as combiner
+from .sparse import davit as davit
+from .sparse import halo as halo
+from .sparse import hilo as hilo
 from .sparse import hyper as hyper
 from .sparse import landmark as landmark
+from .sparse import msw_msa as msw_msa
+from .sparse import neighborhood as neighborhood
 from .sparse import s2 as s2
 from .sparse import window as window
 from .tokens import tome_like as tome_like
