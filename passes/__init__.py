@@ -14,5 +14,6 @@ from .sparse import hyper as hyper
 from .sparse import landmark as landmark
 from .sparse import moa as moa
 from .sparse import s2 as s2
+from .sparse import seer as seer
 from .sparse import window as window
 from .tokens import tome_like as tome_like
