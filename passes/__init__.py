@@ -12,6 +12,7 @@ from .sparse import cca as cca
 from .sparse import combiner as combiner
 from .sparse import hyper as hyper
 from .sparse import landmark as landmark
+from .sparse import ls as ls
 from .sparse import moa as moa
 from .sparse import s2 as s2
 from .sparse import seer as seer

@@ -89,8 +89,8 @@ class MoA(Mechanism):
 
     def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
         keys, size = k.shape[2], self.block_size
-        if isinstance(keys, int) or self.length is not None or not any(beta for _, beta in self.rules(q.shape[1])):
-            known = [span // size for span in self.spans(q.shape[1], keys if isinstance(keys, int) else 1 << 40)]
+        if isinstance(keys, int) or self.length is not None or not any(beta for _, beta in self.rules(site.heads)):
+            known = [span // size for span in self.spans(site.heads, keys if isinstance(keys, int) else 1 << 40)]
             if len(set(known)) == 1:  # one predicate for all, whose tiles are known beforehand
                 sink = min(known[0], self.sink_blocks)
                 local = known[0] - sink
@@ -99,17 +99,17 @@ class MoA(Mechanism):
                 )
             blocks = torch.tensor(known, device=q.device)
         else:
-            blocks = self._open(q, keys)
+            blocks = self._open(site.heads, keys, q.device)
         sinks = blocks.clamp(max=self.sink_blocks)
         first, last = table(sinks), table(blocks - sinks)
         return attend(
             q, k, v, keep=lambda h, i, j: (j // size < first[h]) | (j // size > i // size - last[h]), site=site
         )
 
-    def _open(self, q: Tensor, keys: Any) -> Tensor:
+    def _open(self, heads: int, keys: Any, device: torch.device) -> Tensor:
         """The spans in blocks where the number of keys is open: the same arithmetic on tensors."""
-        alpha, beta = torch.tensor(self.rules(q.shape[1]), dtype=torch.float64, device=q.device).unbind(1)
-        total = torch.ones((), dtype=torch.float64, device=q.device) * (keys + self.max_new_tokens)
+        alpha, beta = torch.tensor(self.rules(heads), dtype=torch.float64, device=device).unbind(1)
+        total = torch.ones((), dtype=torch.float64, device=device) * (keys + self.max_new_tokens)
         span = torch.minimum((alpha + beta * total).trunc(), total).clamp(min=self.min_span)
         return torch.ceil(span / self.block_size).long()
 
