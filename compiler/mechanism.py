@@ -83,6 +83,7 @@ class Mechanism:
     tries: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)  # knobs that small generic questions are asked with
     also: ClassVar[Mapping[str, str]] = {}  # a paper's word for a knob that is a word of this class: kind, part
     heads_alike: ClassVar[bool] = True  # permuting heads (with per-head tensors) permutes the answer
+    taught: ClassVar[bool] = False  # its tensors choose, and learn by a loss of their own: none through the output
     heads_apart: ClassVar[bool] = True  # a head's answer does not depend on what stands in the other heads
 
     def fits(self, site: Site) -> str | None:

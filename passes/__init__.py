@@ -37,8 +37,11 @@ from .sparse import halo as halo
 from .sparse import hilo as hilo
 from .sparse import hyper as hyper
 from .sparse import landmark as landmark
+from .sparse import ls as ls
+from .sparse import moa as moa
 from .sparse import msw_msa as msw_msa
 from .sparse import neighborhood as neighborhood
 from .sparse import s2 as s2
+from .sparse import seer as seer
 from .sparse import window as window
 from .tokens import tome_like as tome_like
