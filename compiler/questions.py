@@ -84,14 +84,9 @@ def never_looks_ahead(case: Case) -> int:
 def gradients(small: Case) -> int:
     """In float64 the gradients of all tensors are those of finite differences, and one reaches every learned tensor."""
     case = replace(small, dtype=torch.float64, batch=1)
-<<<<<<< HEAD
-    given = {**case.tensors(), **{f"p.{name}": tensor for name, tensor in case.own().items()}}
+    given = {**case.tensors(), **{f"p.{name}": tensor for name, tensor in _double(case.own()).items()}}
     state = {f"p.{name}" for name in case.mechanism.buffers(case.place(case.tensors()).site)}  # nothing learns it
     names = [name for name, tensor in given.items() if tensor.is_floating_point() and name not in state]
-=======
-    given = {**case.tensors(), **{f"p.{name}": tensor for name, tensor in _double(case.own()).items()}}
-    names = [name for name, tensor in given.items() if tensor.is_floating_point()]
->>>>>>> linear
     fixed = {name: tensor for name, tensor in given.items() if name not in names}
 
     def answer(*values: Tensor) -> Tensor:
