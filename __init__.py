@@ -6,7 +6,9 @@ fast = reattend.optimize(model, "recipe.yaml")
 
 __version__ = "0.1.0"
 
-from reattend.api import attn_implementation, bench, check, explain, load, optimize, preview, save, sites
+from typing import Any
+
+from reattend.api import attn_implementation, bench, check, explain, load, optimize, preview, recover, save, sites
 from reattend.compiler.functional import attention
 from reattend.compiler.layers import Attention, module
 from reattend.compiler.mechanism import Aux, Limit, Mechanism, Param, mechanism, mechanisms, register
@@ -37,8 +39,18 @@ __all__ = [
     "module",
     "optimize",
     "preview",
+    "recover",
     "register",
     "save",
     "sites",
     "table",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """DistillTrainer is a class of transformers, which is imported only when it is asked for."""
+    if name == "DistillTrainer":
+        from reattend.models.distill_trainer import distill_trainer
+
+        return distill_trainer()
+    raise AttributeError(f"module 'reattend' has no attribute {name!r}")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from .compiler.devices import device_of
 from .compiler.example_inputs import example_inputs as inferred_inputs
 from .compiler.explanation import Explanation, together
 from .compiler.facts import describe
-from .compiler.held_out import as_batch, held_out
+from .compiler.held_out import as_batch, calibration, held_out
 from .compiler.hosted import about, host, original
 from .compiler.islands import capture_islands, host_islands
 from .compiler.masks import fold_masks
@@ -35,6 +35,9 @@ from .compiler.preview import Preview, foresee
 from .compiler.raising import raise_sites
 from .compiler.recipe import Recipe, guard
 from .compiler.recipe_load import load_recipe
+from .compiler.recovery.plan import Plan
+from .compiler.recovery.recovering import Recovered
+from .compiler.recovery.recovering import recover as run_recovery
 from .compiler.refusal import Refused, Uncapturable
 from .compiler.report import NO_DATA, SiteList, joined
 from .compiler.rewriting import Rewriting, model_facts
@@ -111,6 +114,35 @@ def optimize(
         fast.report.timing = timed(inner, fast, args, kwargs)
     log.info("%s", fast.report.verdict())
     return fast
+
+
+def recover(
+    fast: Any,
+    data: Iterable[Inputs] | Callable[[int], Inputs] | None = None,
+    *,
+    held_out: Iterable[Inputs] | None = None,
+    folder: str | Path | None = None,
+    judge: Callable[[Any], Mapping[str, float]] | None = None,
+    teacher: nn.Module | None = None,
+    progress: bool = True,
+    **plan: Any,
+) -> Recovered:
+    """Train back what a rewrite lost; the recipe's `recover` says how, and its bounds hold afterwards.
+
+    data      calls like example_inputs, or a function that gives call number k; left out: the recipe's data.calibrate.
+    held_out  calls to judge on; left out: optimize's data, else the last tenth of `data`. None may be trained on.
+    folder    checkpoints and a log; the same call again goes on bit for bit where that run stopped.
+    judge     what else to measure at each judgement: judge(fast) -> {"recall": 0.93}.
+    teacher   the model to be like; left out: the original, from the weights that `fast` still shares with it.
+    plan      train (new, lora, sites, all), steps, lr, transfer, rank, batch, accumulate, kl, ce, relations, bfloat16,
+              every, patience, seed ...: compiler/recovery/plan.py
+    """
+    work = about(fast) if isinstance(fast, nn.Module) else None
+    recipe = work.recipe if work is not None else Recipe()
+    asked = Plan.of(recipe.recover, plan)
+    if data is None:
+        data = calibration(recipe)
+    return run_recovery(fast, data, held_out, asked, folder=folder, judge=judge, teacher=teacher, progress=progress)
 
 
 def bench(

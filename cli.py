@@ -143,6 +143,42 @@ def ships(model: ModelName, recipe: RecipeName, as_json: AsJson = False) -> None
 
 
 @app.command()
+def recover(
+    model: ModelName,
+    recipe: RecipeName,
+    data: Annotated[Path | None, typer.Option(help="calls to learn from, one a line; else the recipe's")] = None,
+    held_out: Annotated[Path | None, typer.Option(help="calls to judge on; else the recipe's, or a tenth")] = None,
+    save: Annotated[Path | None, typer.Option(help="write the recovered model to this folder")] = None,
+    folder: Annotated[Path | None, typer.Option(help="checkpoints: the same command goes on where it stopped")] = None,
+    train: Annotated[str, typer.Option(help="new, lora, sites or all; empty: as the recipe says")] = "",
+    steps: Annotated[int, typer.Option(help="optimizer steps; 0: as the recipe says")] = 0,
+    lr: Annotated[float, typer.Option(help="learning rate; 0: as the recipe says")] = 0.0,
+    rank: Annotated[int, typer.Option(help="of low-rank deltas; 0: as the recipe says")] = 0,
+    batch: Annotated[int, typer.Option(help="lines stacked into one call; 0: as the recipe says")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Rewrite a model and train back what that lost, the original as the teacher."""
+    with _answers(as_json=as_json):
+        from . import api
+        from .compiler.held_out import calls_of
+        from .models.load import load_model
+
+        loaded = load_model(model)
+        work = lambda: api.optimize(loaded.model, recipe, loaded.example_inputs, name=loaded.name, measure=False)
+        fast = _working(f"optimizing {model}", work, quiet=as_json)
+        asked: dict[str, Any] = {"train": train or None, "steps": steps or None, "lr": lr or None, "rank": rank or None}
+        found = api.recover(
+            fast, calls_of(data) if data else None, held_out=calls_of(held_out) if held_out else None,
+            folder=folder, progress=not as_json, batch=batch or None, **asked,
+        )  # fmt: skip
+        if save is not None:
+            api.save(fast, save)
+        print(json.dumps(found.to_dict()) if as_json else f"{found}\n{fast.report.verdict()}")
+        if save is not None and not as_json:
+            print(f"\nwrote {save}")
+
+
+@app.command()
 def bench(
     model: ModelName,
     recipe: RecipeName,

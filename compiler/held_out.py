@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -34,16 +35,37 @@ def held_out(recipe: Recipe, data: Iterable[Any] | None) -> tuple[tuple[Batch, .
         return batches, f"{len(batches)} batches given"
     if recipe.data.verify is None:
         return (), ""
-    path = Path(recipe.data.verify)
-    if not path.is_absolute() and Path(recipe.source).suffix in (".yaml", ".yml", ".json"):
-        path = Path(recipe.source).parent / path
+    path = _beside(recipe, recipe.data.verify)
     if recipe.data.verify == recipe.data.calibrate:
         raise Refused(f"verify and calibrate are both {path}", where="data", fits="held-out data to verify on")
     count = recipe.data.samples or SAMPLES
-    batches = tuple(_lines(path, recipe.data.length, count))
-    if not batches:
-        raise Refused(f"{path} is empty", where="data", fits='lines like {"input_ids": [1, 2, 3]}')
+    batches = calls_of(path, recipe.data.length, count)
     return batches, f"{len(batches)} samples of {path.name}"
+
+
+def calibration(recipe: Recipe) -> tuple[Batch, ...]:
+    """What the recipe names to learn from."""
+    if recipe.data.calibrate is None:
+        raise Refused(
+            "no data", where="recover", fits="recover(fast, data), or `data: {calibrate: FILE}` in the recipe"
+        )
+    return calls_of(_beside(recipe, recipe.data.calibrate), recipe.data.length, recipe.data.samples)
+
+
+def calls_of(path: Path, length: int | None = None, count: int | None = None) -> tuple[Batch, ...]:
+    """The calls of a file, one a line."""
+    found = tuple(_lines(path, length, count or sys.maxsize))
+    if not found:
+        raise Refused(f"{path} is empty", where="data", fits='lines like {"input_ids": [1, 2, 3]}')
+    return found
+
+
+def _beside(recipe: Recipe, name: str) -> Path:
+    """A file that a recipe names is looked for beside the recipe."""
+    path = Path(name)
+    if not path.is_absolute() and Path(recipe.source).suffix in (".yaml", ".yml", ".json"):
+        return Path(recipe.source).parent / path
+    return path
 
 
 def _lines(path: Path, length: int | None, count: int) -> Iterator[Batch]:

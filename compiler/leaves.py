@@ -87,10 +87,12 @@ def leaves_of(model: nn.Module) -> dict[str, nn.Module]:
 
 @contextmanager
 def in_their_places(model: nn.Module, leaves: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Inside, a leaf that was wrapped since (by an adapter) is a leaf again, so that a trace makes it a call.
+    """Inside, a leaf that was wrapped since (by an adapter) or parametrized is a leaf again: a trace makes it a call.
 
     Traced through, an adapter that is switched off or merged later would stay in the graph as it is now.
     """
+    parametrized = [(leaf, dict(leaf.__dict__), _unparametrized(leaf)) for leaf in leaves.values()
+                    if "parametrizations" in leaf._modules]  # fmt: skip
     wrapped: dict[str, nn.Module] = {}
     for path, leaf in leaves.items():
         now = _submodule(model, path)
@@ -102,6 +104,19 @@ def in_their_places(model: nn.Module, leaves: Mapping[str, nn.Module]) -> Iterat
     finally:
         for path, module in wrapped.items():
             model.set_submodule(path, module)
+        for leaf, attributes, own in parametrized:
+            leaf.__dict__.update(attributes)
+            leaf.__class__ = own
+
+
+def _unparametrized(leaf: nn.Module) -> type[nn.Module]:
+    """Take torch's parametrizations off, the weights as they are below them; gives the class that has them."""
+    own = type(leaf)
+    originals = {name: each.original for name, each in leaf._modules["parametrizations"].items()}  # type: ignore[union-attr,operator]
+    leaf.__class__ = own.__bases__[0]
+    leaf.__dict__["_parameters"] = {**leaf._parameters, **originals}
+    leaf.__dict__["_modules"] = {n: m for n, m in leaf._modules.items() if n != "parametrizations"}
+    return own
 
 
 def is_leaf(module: nn.Module) -> bool:

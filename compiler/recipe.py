@@ -150,10 +150,15 @@ class Recover:
     """Training after the rewrite: what may move, and for how long."""
 
     train: str = field(
-        default="new", metadata={"type": "Literal['new', 'sites', 'all']", "doc": "new tensors, whole sites, all"}
+        default="new",
+        metadata={
+            "type": "Literal['new', 'lora', 'sites', 'all']",
+            "doc": "new tensors; also low-rank deltas of the linears around sites, these linears whole, or all",
+        },
     )
     steps: int = field(default=1000, metadata={"doc": "optimizer steps", "least": 1})
     lr: float = field(default=1e-3, metadata={"doc": "learning rate", "least": 0})
+    rank: int | None = field(default=None, metadata={"doc": "of low-rank deltas", "least": 1})
     batch: int | None = field(default=None, metadata={"doc": "samples a step", "least": 1})
     seed: int | None = field(default=None, metadata={"doc": "of the order of samples", "least": 0})
 

@@ -73,6 +73,7 @@ class Report:
     predicted: tuple[Cost, Cost] = (Cost(), Cost())
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    recovered: str = ""  # what training brought back
 
     def verdict(self) -> str:
         """One line: sites, deviation and on what, time measured here, cost predicted."""
@@ -87,7 +88,9 @@ class Report:
             parts.append(f"output {self.output} ({self.data})")
         if self.timing is not None:
             parts.append(f"measured here: {self.timing.verdict()}")
-        if any(row.status == "rewritten" and row.kind == "needs recovery" for row in self.rows):
+        if self.recovered:
+            parts.append(f"recovered: {self.recovered}")
+        elif any(row.status == "rewritten" and row.kind == "needs recovery" for row in self.rows):
             parts.append("UNTRAINED: needs recovery")
         return "; ".join(parts)
 

@@ -61,6 +61,7 @@ class Rewriting:
 
     batches: tuple[Batch, ...] = ()  # held-out calls that quality is judged on
     described: str = ""  # how the report names them
+    trained: str = ""  # how the original's weights were changed by recovery
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Rewriting:
         """A copied model is rewritten by the same decisions; its tensors are its own."""
@@ -89,10 +90,22 @@ class Rewriting:
             self._gives_weights(steps, captured)
         if self.settled is None:
             return self._decide(model, captured, raised, steps, misses, warnings, call)
-        still = [s for s in steps if (s.path, s.mechanism.slug) not in self.settled.refused]
-        outcome = rewrite(raised, still, without=frozenset(self.settled.rolled_back))
-        self._holds_as_before(outcome, captured, self.settled)
-        return lower(outcome.program, captured)
+        return lower(self._again(raised, steps, captured, self.settled).program, captured)
+
+    def replay(self, model: nn.Module, call: Call) -> tuple[Captured, Outcome]:
+        """What was decided, on a capture of its own: the graph before any rewrite and after, with sites and ports."""
+        with drafting():
+            call = unringed(call)
+            captured = capture(model, call.args, dict(call.kwargs))
+            raised, _ = raise_program(captured, self.store, self.prefix)
+            assert self.settled is not None, "replay follows a first decision"
+            return captured, self._again(raised, self._steps(raised)[0], captured, self.settled)
+
+    def _again(self, raised: Program, steps: Sequence[Step], captured: Captured, settled: Settled) -> Outcome:
+        still = [s for s in steps if (s.path, s.mechanism.slug) not in settled.refused]
+        outcome = rewrite(raised, still, without=frozenset(settled.rolled_back))
+        self._holds_as_before(outcome, captured, settled)
+        return outcome
 
     def _gives_weights(self, steps: Sequence[Step], captured: Captured) -> None:
         """A rewritten site has no weights; where all rewrites are exact, a site whose weights are returned was left."""
@@ -128,11 +141,14 @@ class Rewriting:
             nearest = "; ".join(misses) or "nothing in it multiplies a softmax of a product with values"
             raise Refused("no attention found", where=self.name, fits=nearest)
         batches = [_batch(captured, call, batch, number) for number, batch in enumerate(self.batches)]
-        self.first = checked_rewrite(raised, steps, batches or [captured.inputs(call)], self.recipe.verify)
+        wait = self.recipe.recover is not None
+        self.first = checked_rewrite(raised, steps, batches or [captured.inputs(call)], self.recipe.verify, wait=wait)
         self.captured, self.misses = captured, misses
         self.faithful = against_model(model, captured, call)
         lost = too_far(self.faithful, model) if self.faithful is not None else ""
         self.warnings = (*warnings, *_half_on_cpu(model), *((lost,) if lost else ()))
+        if wait and self.first.waits:
+            self.notes.append("the bounds wait for recover()")
         self.report = self._report(raised, steps)
         self._some_step_holds(steps)
         self.settled = _settled(self.first)

@@ -46,7 +46,7 @@ def stream_groups(
 
     def collect(name: str, value: Tensor) -> None:
         group, _, port = name.rpartition("\0")
-        held[group][port] = value.detach()
+        held[group][port] = value.detach() if isinstance(value, Tensor) else value  # or a size
         if len(held[group]) == len(groups[group]):
             receive(group, held.pop(group))
 

@@ -116,13 +116,8 @@ def _wanted(reference: Program, changes: Sequence[Change]) -> dict[str, Any]:
 def _judge(changes: Sequence[Change], values: dict[str, Tensor]) -> SiteResult:
     """One site: its changes in turn, a gate reading what the core before it gave."""
     expected = values.pop("expected")
-    got, seen = expected, dict(values)
     with torch.no_grad():
-        for change in changes:
-            given = seen | dict(change.own)
-            answer = change.fragment.graph(*(given[name] for name in change.fragment.inputs))
-            got = answer[0] if isinstance(answer, tuple | list) else answer
-            seen["o"] = got
+        got, _ = in_turn(changes, values, [change.own for change in changes])
     deviation = compare(got, expected)
     kinds = [change.mechanism.kind for change in changes]
     exact_error, failed = None, ""
@@ -134,6 +129,20 @@ def _judge(changes: Sequence[Change], values: dict[str, Tensor]) -> SiteResult:
     names = " + ".join(change.mechanism.slug for change in changes)
     kind = next(k for k in KINDS[::-1] if k in kinds)
     return SiteResult(changes[0].site.path, names, kind, deviation, exact_error, failed)
+
+
+def in_turn(
+    changes: Sequence[Change], values: Mapping[str, Tensor], own: Sequence[Mapping[str, Tensor]]
+) -> tuple[Tensor, list[Tensor]]:
+    """What a site's changes give one after another on named values and their own tensors; the losses that they name."""
+    seen, losses = dict(values), list[Tensor]()
+    for change, tensors in zip(changes, own, strict=True):
+        given = seen | dict(tensors)
+        answer = change.fragment.graph(*(given[name] for name in change.fragment.inputs))
+        got, *named = answer if isinstance(answer, tuple | list) else (answer,)
+        losses += named[: len(change.fragment.losses)]
+        seen["o"] = got
+    return seen["o"], losses
 
 
 def _not_exact(error: float, deviation: Deviation, expected: Tensor) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -55,3 +57,29 @@ class Stack(nn.Module):
 def stack(layers: int = 3, *, causal: bool = True) -> Stack:
     torch.manual_seed(0)
     return Stack(layers, causal=causal).eval()
+
+
+class Words(nn.Module):
+    """A tiny language model: its outputs by name, a loss where labels are given."""
+
+    def __init__(self, *, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.embedding, self.body, self.head = nn.Embedding(60, 32), stack(1), nn.Linear(32, 60)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor | None = None, labels: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        logits = self.head(self.dropout(self.body(self.embedding(input_ids))))
+        if labels is None:
+            return {"logits": logits}
+        return {"loss": F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()), "logits": logits}
+
+
+def words(**how: float) -> Any:
+    torch.manual_seed(0)
+    model = Words(**how)
+    with torch.no_grad():
+        for weight in model.body.parameters():
+            weight.mul_(4 if weight.ndim == 2 else 1)  # attention that looks somewhere
+    return model.eval()
