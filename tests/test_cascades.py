@@ -88,7 +88,7 @@ def trees(leaves: list[int]) -> st.SearchStrategy[Any]:
     return st.integers(1, len(leaves) - 1).flatmap(lambda k: st.tuples(trees(leaves[:k]), trees(leaves[k:])))
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.data())
 def test_states_merge_along_any_tree_and_in_any_order_where_that_is_derived(data: st.DataObject) -> None:
     case = data.draw(st.sampled_from(RUN))

@@ -6,12 +6,14 @@ that must exist element by element depends on it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
+from ..refusal import Refused
 from ..symbol_text import parse
 from ..symbols import Expr
 from .change import POWER, Change, I, O, Typing, reduced
+from .coefficients import coefficients
 from .einsum import Cascade, Node
 from .passes import Times
 
@@ -37,6 +39,15 @@ class Barrier:
     def corrections(self) -> tuple[tuple[str, str], ...]:
         """What each reduction is multiplied by (or has added) when the barrier's value moves."""
         return tuple((name, correction(t)) for name, t in self.changes if t.kind in "SAP")
+
+
+def _summable(cascade: Cascade, node: Node, types: Mapping[str, Change], fiber: frozenset[str]) -> bool:
+    """Whether a polynomial's coefficients can be written down one by one."""
+    try:
+        coefficients(cascade, node, lambda e: any(types.get(n, I) != I for n in e.names), _free(cascade, node, fiber))
+    except Refused:
+        return False
+    return True
 
 
 def correction(t: Change) -> str:
@@ -74,6 +85,8 @@ def barrier(cascade: Cascade, node: Node, found: Times, *, poly: bool = True) ->
                 return Barrier(node.name, False, tuple(seen), f"{other.name} changes in a way that nothing corrects")
             if not poly and inner.kind == "P":
                 return Barrier(node.name, False, tuple(seen), f"{other.name} is a polynomial in it")
+            if inner.kind == "P" and not _summable(cascade, other, types, found.fiber):
+                return Barrier(node.name, False, tuple(seen), f"{other.name} has no coefficients that can be summed")
         if other.name in cascade.outputs and set(other.ranks) & found.fiber and t != I:
             return Barrier(node.name, False, tuple(seen), f"{other.name} must exist element by element")
     return Barrier(node.name, True, tuple(seen), "")
@@ -95,7 +108,9 @@ def types_when_replaced(
     for node in cascade.nodes:
         at = Typing(_leaf(types), _free(cascade, node, fiber), _positive(cascade))
         t = at.of(node.expr)
-        if node.kind != "map":
+        if node.kind == "opaque":
+            t = I if all(types[n] == I for n in node.named) else O
+        elif node.kind != "map":
             t = _as_streamed(at, node.expr, t)
             types[f"{node.name}'"] = t
             t = _over(cascade, node, t, at)
@@ -125,7 +140,7 @@ def _over(cascade: Cascade, node: Node, t: Change, at: Typing) -> Change:
     if node.kind == "last":
         return t
     if node.kind == "global":
-        return I if t == I else O
+        return I if t == I and all(at.leaf(word) == I for word in node.also) else O
     for g, _ in t.of:
         if cascade.ranks_of(parse(g.removeprefix(POWER)), node) & set(node.over):
             return O

@@ -19,7 +19,6 @@ from ..symbol_text import parse
 from ..symbols import INDEX_NAMES, SIZE_NAMES, Expr
 
 MONOIDS = ("sum", "max", "min", "prod")
-KINDS = ("map", "reduce", "scan", "last", "global")
 Ranks = tuple[str, ...]
 
 
@@ -36,7 +35,12 @@ class Operand:
 
 @dataclass(frozen=True)
 class Node:
-    """One equation. `kind` says what happens to the values of `text` over the ranks `over`."""
+    """One equation. `kind` says what happens to the values of `text` over the ranks `over`.
+
+    map     nothing: one value for each element        opaque  an elementwise operation that no expression says
+    reduce  a monoid over the ranks                    scan    the same up to each element
+    last    the last element of a scan                 global  an operation that needs all of the ranks at once
+    """
 
     name: str
     ranks: Ranks
@@ -50,6 +54,7 @@ class Node:
     init: str = ""  # what a scan starts from
     keep: str = ""  # elements where this is false are not visited: they change a count, never a dependency
     at: tuple[str, str] = ("p", "m")  # the ranks that i and j count
+    also: tuple[str, ...] = ()  # what a global node reads besides
 
     @cached_property
     def expr(self) -> Expr:
@@ -59,7 +64,7 @@ class Node:
     def named(self) -> tuple[str, ...]:
         """Tensors that it reads, in order of name."""
         words = {n for text in (self.text, self.decay, self.keep, self.init) if text for n in parse(text).names}
-        return tuple(sorted(words - {*INDEX_NAMES, *SIZE_NAMES}))
+        return tuple(sorted((words - {*INDEX_NAMES, *SIZE_NAMES}) | set(self.also)))
 
     def __str__(self) -> str:
         where = f" if {self.keep}" if self.keep else ""
@@ -70,8 +75,9 @@ class Node:
         if self.kind == "map":
             return self.text
         options = (("decay", self.decay), ("init", self.init))
-        inside = ", ".join((self.text, *(f"{word}={text}" for word, text in options if text)))
-        return f"{self.called}[{', '.join(self.over)}]({inside})"
+        inside = ", ".join((self.text, *self.also, *(f"{word}={text}" for word, text in options if text)))
+        over = f"[{', '.join(self.over)}]" if self.over else ""
+        return f"{self.called}{over}({inside})"
 
     @property
     def called(self) -> str:

@@ -56,7 +56,7 @@ def times(
             turn = _in_direction(node, ranks, turn, directions)
             touched[node.name] = turn
             time[node.name] = _after_touch(node, ranks, turn)
-            if node.kind != "global" and ranks <= set(node.ranks):
+            if not (node.kind == "global" and set(node.over) & ranks) and ranks <= set(node.ranks):
                 derived.add(node.name)
         else:
             done = bool(set(node.over) & ranks) and node.kind in ("reduce", "last") and latest > 0
@@ -67,7 +67,8 @@ def times(
 
 
 def _after_touch(node: Node, ranks: frozenset[str], turn: int) -> Fraction:
-    whole = node.kind in ("last", "global") or not ranks & set(node.ranks)
+    ended = node.kind in ("last", "global") and bool(set(node.over) & ranks)
+    whole = ended or not ranks & set(node.ranks)
     return turn + HALF if whole else Fraction(turn)
 
 
@@ -89,7 +90,7 @@ def barriers_of(cascade: Cascade, found: Times) -> tuple[Node, ...]:
 
 def _finishes(node: Node, found: Times) -> bool:
     """Whether it is itself what ends a pass: all of the fiber is reduced here, or was before piece by piece."""
-    return node.kind == "global" or (node.kind in ("reduce", "last") and bool(set(node.over) & found.fiber))
+    return node.kind in ("reduce", "last", "global") and bool(set(node.over) & found.fiber)
 
 
 def _read_later(cascade: Cascade, barrier: Node, found: Times) -> bool:

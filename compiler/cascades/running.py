@@ -68,7 +68,7 @@ def compute(node: Node, values: Values) -> Tensor:
         value = _reduced(value, node.monoid, dims)
     elif node.kind == "last":
         value = value.select(dims[0], 0 if node.reverse else -1).unsqueeze(dims[0])
-    elif node.kind == "global":
+    elif node.kind in ("global", "opaque"):
         return _global(node, value, dims, space)
     return _in_own_order(value, node.ranks, space)
 

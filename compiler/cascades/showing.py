@@ -113,7 +113,8 @@ def _right(cascade: Cascade, node: Node) -> str:
             order = {">": ">", "<": "<", ">=": r"\ge", "<=": r"\le"}[sign]
             decay = f" \\text{{ decayed by }} {_subscripted(cascade, node.decay)}" if node.decay else ""
             return f"{_BIG[node.monoid]}_{{{rank}' {order} {rank}}} {wrapped}{decay}"
-    return rf"\operatorname{{{node.called.replace('_', ' ')}}}_{{{over}}} {wrapped}"
+    also = "".join(f", {_indexed(cascade, n)}" for n in node.also)
+    return rf"\text{{{node.called.replace('_', ' ')}}}_{{{over}}}\left({inner}{also}\right)"
 
 
 def _subscripted(cascade: Cascade, text: str) -> str:
@@ -135,3 +136,10 @@ def _indexed(cascade: Cascade, name: str) -> str:
     marks = [tail] if tail else []
     below = ", ".join(marks + ranks)
     return f"{letter}_{{{below}}}" if below else letter
+
+
+def math_text(found: Verdict, nest: LoopNest) -> str:
+    """All of it: the verdict, the loops, LaTeX."""
+    return "\n".join(
+        (verdict_text(found), *_titled("loops", str(nest).splitlines()), "latex", cascade_latex(found.cascade))
+    )
