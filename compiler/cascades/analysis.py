@@ -154,6 +154,8 @@ def category(
 ) -> str:
     """factored: no tensor knows both a query and a key; compressed: none does, and a normalised or nonlinear stage
     stands between them; else as many passes over a product of both."""
+    if not queries:
+        return "a reduction"
     one_sequence = tuple(keys) == tuple(queries)
     both = [n for n in cascade.nodes if set(keys) <= set(n.ranks) and set(queries) <= set(n.ranks)]
     scans = [n for n in cascade.nodes if n.kind == "scan" and set(n.over) & set(keys)]
