@@ -18,6 +18,7 @@ from . import codegen as codegen
 from . import passes as passes
 from .compiler.bench import Bench, measure
 from .compiler.capture import Captured, capture
+from .compiler.cascades.of_mechanism import mechanism_math, spec_math
 from .compiler.catalogue import mechanism_table as mechanism_table
 from .compiler.check import check as check
 from .compiler.cost import site_costs
@@ -29,8 +30,10 @@ from .compiler.held_out import as_batch, calibration, held_out
 from .compiler.hosted import about, host, original
 from .compiler.islands import capture_islands, host_islands
 from .compiler.masks import fold_masks
+from .compiler.mechanism import Mechanism
 from .compiler.mechanism import mechanisms as mechanisms
 from .compiler.pipeline import shown_misses
+from .compiler.place import as_mechanism
 from .compiler.preview import Preview, foresee
 from .compiler.raising import raise_sites
 from .compiler.recipe import Recipe, guard
@@ -233,6 +236,22 @@ def explain(model: Any, example_inputs: Inputs = None) -> Explanation:
         parts = _islands(inner, whole, args, kwargs)
         notes = (*notes, f"captured in {len(parts)} islands, not whole: {whole}")
         return together(_explained(captured, notes, path) for path, captured in parts.items())
+
+
+def math_of(chosen: str | Mechanism, *, causal: bool = False, **knobs: Any) -> str:
+    """A mechanism's cascade: equations, why each barrier is soft or hard, passes, the loops that follow, LaTeX."""
+    return mechanism_math(as_mechanism(chosen, **knobs), causal=causal)
+
+
+def math_of_sites(found: Explanation, path: str = "") -> dict[str, str]:
+    """The same of a model's sites as they stand; sites of one spec are told once."""
+    told: dict[str, str] = {}
+    for site, spec in zip(found.sites, found.specs, strict=True):
+        if path in ("", site.path):
+            told[spec] = f"{told[spec]}, {site.path}" if spec in told else site.path
+    if not told:
+        raise Refused(f"site {path!r}", fits=", ".join(s.path for s in found.sites) or "this model has none")
+    return {paths: spec_math(spec) for spec, paths in told.items()}
 
 
 def _explained(captured: Captured, notes: tuple[str, ...], prefix: str = "") -> Explanation:

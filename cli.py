@@ -86,15 +86,31 @@ def sites(model: ModelName, as_json: AsJson = False) -> None:
 
 @app.command()
 def explain(
-    model: ModelName, site: Annotated[str, typer.Option(help="one site's path")] = "", as_json: AsJson = False
+    model: ModelName,
+    site: Annotated[str, typer.Option(help="one site's path")] = "",
+    math: Annotated[
+        bool, typer.Option("--math", help="equations, passes, barriers, loops, LaTeX; MODEL may name a mechanism")
+    ] = False,
+    causal: Annotated[bool, typer.Option("--causal", help="with --math: the mechanism on a causal site")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """What was tried at each place that looks like attention: the site with its mask and ports, or the nearest miss."""
     with _answers(as_json=as_json):
         from . import api
         from .models.load import load_model
 
+        if math and model in api.mechanisms():
+            told = api.math_of(model, causal=causal)
+            print(json.dumps({model: told}) if as_json else told)
+            return
+        if causal:
+            raise Refused("--causal", fits="explain SLUG --math --causal: a site of a model knows whether it is causal")
         loaded = load_model(model)
         found = _working(f"capturing {model}", lambda: api.explain(loaded.model, loaded.example_inputs), quiet=as_json)
+        if math:
+            every = api.math_of_sites(found, site)
+            print(json.dumps(every) if as_json else "\n\n".join(f"{path}\n{text}" for path, text in every.items()))
+            return
         print(json.dumps(found.to_dict()) if as_json else found.text(site))
 
 
