@@ -6,7 +6,20 @@ fast = reattend.optimize(model, "recipe.yaml")
 
 __version__ = "0.1.0"
 
-from reattend.api import attn_implementation, bench, check, explain, load, optimize, preview, save, sites
+from reattend.api import (
+    attn_implementation,
+    bench,
+    check,
+    explain,
+    heads,
+    intervene,
+    load,
+    optimize,
+    plan,
+    preview,
+    save,
+    sites,
+)
 from reattend.compiler.functional import attention
 from reattend.compiler.layers import Attention, module
 from reattend.compiler.mechanism import Aux, Limit, Mechanism, Param, mechanism, mechanisms, register
@@ -31,11 +44,14 @@ __all__ = [
     "bench",
     "check",
     "explain",
+    "heads",
+    "intervene",
     "load",
     "mechanism",
     "mechanisms",
     "module",
     "optimize",
+    "plan",
     "preview",
     "register",
     "save",

@@ -12,9 +12,9 @@ from reattend import Refused
 from reattend.models import load
 from reattend.models.load import load_model
 from reattend.models.training.images import CLASSES, SIZE, picture, pictures
-from reattend.models.training.vision import TEST_PICTURES, TEST_SEED, Phase, Plan, Run, batch
+from reattend.models.training.vision import TEST_PICTURES, TEST_SEED, Phase, Plan, Run, batch, standing_out
 
-TINY = Plan(steps=4, pictures=3, warmup=2, phases=(Phase(0.5, 16), Phase(1.0, 256)))
+TINY = Plan(pictures=3, rates=((0, 0.5), (4, 1.0)), phases=(Phase(2, 16), Phase(4, 256)))
 
 
 def test_a_picture_is_decided_by_seed_and_index() -> None:
@@ -49,8 +49,9 @@ def test_training_and_test_pictures_are_different_ones() -> None:
 
 
 def test_patches_are_drawn_anew_for_every_picture() -> None:
-    _, _, kept = batch(TINY, 0)
+    images, _, kept = batch(TINY, 0)
     assert kept.shape == (3, 16) and not torch.equal(kept[0], kept[1])
+    assert standing_out(images.numpy()).shape == (3, 256)
     assert bool((kept.diff(dim=1) > 0).all())
     assert torch.equal(batch(TINY, 3)[2], torch.arange(256).expand(3, 256))
 
@@ -72,7 +73,7 @@ def test_a_run_that_was_interrupted_ends_with_the_same_bits(tmp_path: Path, monk
 def test_a_checkpoint_of_another_plan_is_not_resumed(tmp_path: Path) -> None:
     Run(TINY, tmp_path)._keep()
     with pytest.raises(SystemExit, match="another plan"):
-        Run(Plan(steps=5), tmp_path)
+        Run(Plan(seed=1), tmp_path)
 
 
 def test_a_model_without_weights_says_how_to_get_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -83,6 +83,11 @@ def _tilt(rng: Generator) -> float:
     return float(rng.uniform(-0.3, 0.3))
 
 
+def _place(rng: Generator, margin: float) -> tuple[float, float]:
+    x, y = rng.uniform(margin, SIZE - margin, 2)
+    return x, y
+
+
 # scenes: the fields of one picture, each to be painted in a colour of its own
 
 
@@ -119,7 +124,7 @@ def _many(count: int) -> Scene:
     def scene(rng: Generator) -> list[Field]:
         spots: list[Spot] = []
         while len(spots) < count:
-            spot = Spot(*rng.uniform(9, SIZE - 9, 2), rng.uniform(5.5, 8))
+            spot = Spot(*_place(rng, 9), rng.uniform(5.5, 8))
             if all(np.hypot(spot.x - o.x, spot.y - o.y) > spot.radius + o.radius + 3 for o in spots):
                 spots.append(spot)
         return [np.max([_cross(spot, _tilt(rng)) for spot in spots], axis=0)]
@@ -159,7 +164,7 @@ def _wave(along: Field, period: float, phase: float) -> Field:
 def _alone(form: Form) -> Scene:
     def scene(rng: Generator) -> list[Field]:
         radius = rng.uniform(7, 13)
-        return [form(Spot(*rng.uniform(radius + 2, SIZE - radius - 2, 2), radius), _tilt(rng))]
+        return [form(Spot(*_place(rng, radius + 2), radius), _tilt(rng))]
 
     return scene
 
@@ -169,7 +174,7 @@ def _ring_and_disc(inside: bool) -> Scene:
 
     def scene(rng: Generator) -> list[Field]:
         radius = rng.uniform(11, 14)
-        ring = Spot(*rng.uniform(radius + 2, SIZE - radius - 2, 2), radius)
+        ring = Spot(*_place(rng, radius + 2), radius)
         x, y = ring.x + rng.uniform(-2, 2), ring.y + rng.uniform(-2, 2)
         while not inside and np.hypot(x - ring.x, y - ring.y) < radius + 8:
             x, y = rng.uniform(7, SIZE - 7, 2)
@@ -212,13 +217,13 @@ def _painted(rng: Generator, fields: list[Field]) -> np.ndarray:
     ground = rng.uniform(0, 1, 3)
     image = np.broadcast_to(ground[:, None, None], (3, SIZE, SIZE)).astype(np.float32)
     for _ in range(int(rng.integers(0, 7))):
-        speck = Spot(*rng.uniform(0, SIZE, 2), rng.uniform(1, 2.6))
+        speck = Spot(*_place(rng, 0), rng.uniform(1, 2.6))
         image = _over(image, _disc(speck, 0.0), ground + rng.uniform(-0.3, 0.3, 3))
     for field in fields:
         image = _over(image, field, _standing_out(rng, ground))
     way, strength = rng.uniform(0, 2 * np.pi), rng.uniform(0, 0.25)
     light = (np.cos(way) * (_X / SIZE - 0.5) + np.sin(way) * (_Y / SIZE - 0.5)) * strength
-    noise = rng.standard_normal((3, SIZE, SIZE), dtype=np.float32) * rng.uniform(0.01, 0.12)
+    noise = rng.standard_normal((3, SIZE, SIZE), dtype=np.float32) * rng.uniform(0.01, 0.08)
     return (2 * (image + light + noise) - 1).astype(np.float32)
 
 
@@ -229,6 +234,6 @@ def _over(image: np.ndarray, field: Field, colour: np.ndarray) -> np.ndarray:
 
 def _standing_out(rng: Generator, ground: np.ndarray) -> np.ndarray:
     colour = rng.uniform(0, 1, 3)
-    while np.abs(colour - ground).max() < 0.35:
+    while np.abs(colour - ground).max() < 0.45:
         colour = rng.uniform(0, 1, 3)
     return colour

@@ -26,9 +26,9 @@ TEST_PICTURES = 2400
 
 @dataclass(frozen=True)
 class Phase:
-    """Steps up to the share `until` of all see `patches` of a picture's 256, drawn anew for every picture."""
+    """Steps before `until` see `patches` of a picture's 256, those that stand out."""
 
-    until: float
+    until: int
     patches: int
 
 
@@ -36,26 +36,31 @@ class Phase:
 class Plan:
     """Everything that decides the weights."""
 
-    steps: int = 2200
-    pictures: int = 96  # a step
-    lr: float = 3e-3
-    warmup: int = 100
-    decay: float = 0.4  # of the steps, at the end, down to a fiftieth
+    pictures: int = 64  # a step
+    lr: float = 3e-3  # of matrices in layers; of everything else a third
+    rates: tuple[tuple[int, float], ...] = (  # of lr; the second rise is for whole pictures
+        (0, 0.025), (39, 1.0), (480, 1.0), (793, 0.021875), (794, 0.02), (800, 0.02), (815, 0.5), (940, 0.02),
+    )  # fmt: skip
+    phases: tuple[Phase, ...] = (Phase(672, 64), Phase(760, 128), Phase(940, 256))
     seed: int = 0
-    phases: tuple[Phase, ...] = (Phase(0.80, 64), Phase(0.94, 128), Phase(1.00, 256))
+
+    @property
+    def steps(self) -> int:
+        return self.phases[-1].until
 
     def phase(self, step: int) -> Phase:
-        return next(phase for phase in self.phases if step < phase.until * self.steps or phase is self.phases[-1])
+        return next(phase for phase in self.phases if step < phase.until or phase is self.phases[-1])
 
     def rate(self, step: int) -> float:
-        left = (self.steps - step) / (self.decay * self.steps)
-        return min(1.0, (step + 1) / self.warmup, max(0.02, left))
+        """The factor on lr, straight between the given steps."""
+        steps, factors = [at for at, _ in self.rates], [factor for _, factor in self.rates]
+        return float(np.interp(step, steps, factors))
 
 
 def shapes_vit() -> Any:
-    """A random ViT for the named pictures: 6 layers, 4 heads of size 32, 256 patches and a class token, 1.2 M."""
+    """An untrained ViT for the named pictures: 6 layers, 4 heads of size 32, 256 patches and a class token, 1.2 M."""
     transformers = needed("transformers", "reattend[hf]")
-    return transformers.ViTForImageClassification(
+    model = transformers.ViTForImageClassification(
         transformers.ViTConfig(
             hidden_size=128,
             intermediate_size=512,
@@ -69,15 +74,38 @@ def shapes_vit() -> Any:
             label2id={name: number for number, name in enumerate(CLASSES)},
         )
     )
+    with torch.no_grad():  # learned like all else, but from waves on: random ones tell no places apart for long
+        model.vit.embeddings.position_embeddings[0, 1:] = _waves(SIZE // PATCH, 128)
+    return model
+
+
+def _waves(side: int, width: int) -> Tensor:
+    """(side * side, width): sines and cosines of row and column, wavelengths from 2 pi patches up."""
+    rates = torch.logspace(0, -1.5, width // 4)
+    angles = torch.arange(side)[:, None] * rates  # (side, width / 4)
+    one = torch.cat([angles.sin(), angles.cos()], 1)
+    rows, columns = one[:, None].expand(side, side, -1), one[None].expand(side, side, -1)
+    return 0.15 * torch.cat([rows, columns], 2).flatten(0, 1)
 
 
 def batch(plan: Plan, step: int) -> tuple[Tensor, Tensor, Tensor]:
     """Pictures, classes and the patches to look at; all depend on the step and the seed alone."""
     images, labels = pictures(plan.seed, step * plan.pictures, plan.pictures)
-    count, wanted = (SIZE // PATCH) ** 2, plan.phase(step).patches
-    chance = np.random.default_rng((plan.seed, step, 1)).random((plan.pictures, count))
-    kept = np.sort(np.argsort(chance, axis=1)[:, :wanted], axis=1)
+    chance = np.random.default_rng((plan.seed, step, 1)).random((plan.pictures, (SIZE // PATCH) ** 2))
+    order = np.argsort(-standing_out(images) - 0.3 * chance, axis=1, kind="stable")
+    kept = np.sort(order[:, : plan.phase(step).patches], axis=1)
     return torch.from_numpy(images), torch.from_numpy(labels), torch.from_numpy(kept)
+
+
+def standing_out(images: np.ndarray) -> np.ndarray:
+    """How far each patch is from the ground under even light, (B, patches): most of a picture tells nothing."""
+    side = SIZE // PATCH
+    level = images.reshape(len(images), 3, side, PATCH, side, PATCH).mean((3, 5)).reshape(len(images), 3, -1)
+    y, x = np.mgrid[0:side, 0:side].reshape(2, -1) / side
+    slopes = np.linalg.qr(np.stack([np.ones_like(x), x, y], 1))[0].astype(np.float32)
+    even = level - level @ slopes @ slopes.T
+    found: np.ndarray = np.abs(even - np.median(even, axis=2, keepdims=True)).sum(1)
+    return found
 
 
 def logits_of(model: Any, images: Tensor, kept: Tensor) -> Tensor:
@@ -118,7 +146,7 @@ class Run:
         others = [p for n, p in self.model.named_parameters() if not (p.ndim == 2 and "layers" in n)]
         self.optimizers: list[torch.optim.Optimizer] = [
             Muon(matrices, lr=plan.lr),
-            torch.optim.AdamW(others, lr=plan.lr, betas=(0.9, 0.95), weight_decay=0.0),
+            torch.optim.AdamW(others, lr=plan.lr / 3, betas=(0.9, 0.95), weight_decay=0.0),
         ]
         self._resume()
 
@@ -167,9 +195,9 @@ class Run:
         loss = F.cross_entropy(logits_of(self.model, images, kept), labels)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        for optimizer in self.optimizers:
+        for optimizer, share in zip(self.optimizers, (1, 1 / 3)):
             for group in optimizer.param_groups:
-                group["lr"] = self.plan.lr * self.plan.rate(self.step)
+                group["lr"] = self.plan.lr * share * self.plan.rate(self.step)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.step += 1
@@ -203,9 +231,7 @@ class Run:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("out/shapes_vit"))
-    parser.add_argument("--steps", type=int, default=Plan.steps)
-    given = parser.parse_args()
-    run = Run(Plan(steps=given.steps), given.out)
+    run = Run(Plan(), parser.parse_args().out)
     run.train()
     run.finish()
 
