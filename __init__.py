@@ -8,7 +8,21 @@ __version__ = "0.1.0"
 
 from typing import Any
 
-from reattend.api import attn_implementation, bench, check, explain, load, optimize, preview, recover, save, sites
+from reattend.api import (
+    attn_implementation,
+    bench,
+    check,
+    explain,
+    heads,
+    intervene,
+    load,
+    optimize,
+    plan,
+    preview,
+    recover,
+    save,
+    sites,
+)
 from reattend.compiler.functional import attention
 from reattend.compiler.layers import Attention, module
 from reattend.compiler.mechanism import Aux, Limit, Mechanism, Param, mechanism, mechanisms, register
@@ -33,11 +47,14 @@ __all__ = [
     "bench",
     "check",
     "explain",
+    "heads",
+    "intervene",
     "load",
     "mechanism",
     "mechanisms",
     "module",
     "optimize",
+    "plan",
     "preview",
     "recover",
     "register",

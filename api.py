@@ -26,6 +26,14 @@ from .compiler.devices import device_of
 from .compiler.example_inputs import example_inputs as inferred_inputs
 from .compiler.explanation import Explanation, together
 from .compiler.facts import describe
+from .compiler.heads import interventions
+from .compiler.heads.look import DEFAULT as DEFAULT_MEASURES
+from .compiler.heads.look import Look, look
+from .compiler.heads.losses import Loss
+from .compiler.heads.plan import plan as plan
+from .compiler.heads.reading import Edit, Reading
+from .compiler.heads.repeats import Repeats
+from .compiler.heads.table import HeadTable
 from .compiler.held_out import as_batch, calibration, held_out
 from .compiler.hosted import about, host, original
 from .compiler.islands import capture_islands, host_islands
@@ -202,6 +210,68 @@ def preview(
     guard(wanted, model_facts(model))
     called = name or type(model).__name__
     return foresee(model, wanted, args, kwargs, device=device_of(device), name=called)
+
+
+def heads(
+    model: Any,
+    inputs: Inputs | list[Inputs] = None,
+    *,
+    measures: Iterable[str] = DEFAULT_MEASURES,
+    loss: Loss | None = None,
+    mode: str = "uniform",
+    sources: Iterable[tuple[int, int, int]] = (),
+    repeats: Mapping[str, int] | None = None,
+    window: int = 64,
+    block: int = 16,
+    name: str = "",
+) -> HeadTable:
+    """What each head does: one row a head, a column a measure; prints, and `.json()`, `.csv()`, `.ranked(measure)`.
+
+    inputs    one call like example_inputs, or a list of them.
+    measures  entropy, sink, distance; induction, echo (on repeated random tokens: repeats={"block": 64, "times": 4});
+              retrieval (at `sources`: (sample, row, key) each); arank; influence (masking: `mode` "uniform" or "zero");
+              far (gradients: what a `window` would cost, in blocks of `block` tokens).
+    loss      of (output, arguments by name), for influence and far; else next token, `labels`, or the own choice.
+    """
+    inner = original(unwrap(model)[0])
+    batches = [_inputs(inner, one) for one in inputs] if isinstance(inputs, list) else [_inputs(inner, inputs)]
+    called = name or getattr(getattr(inner, "config", None), "name_or_path", "") or type(inner).__name__
+    how = Look(loss, mode, tuple(sources), Repeats(**(repeats or {})), window, block)
+    return look(inner, batches, measures, how, called)
+
+
+def intervene(
+    model: Any,
+    inputs: Inputs = None,
+    *,
+    scale: Mapping[str, Mapping[int, float]] | None = None,
+    uniform: Mapping[str, Iterable[int]] | None = None,
+    patch: tuple[Inputs, Mapping[str, Iterable[int]]] | None = None,
+) -> Any:
+    """The model's output with some heads changed; sites by path, heads by number.
+
+    scale    {site: {head: factor}} on a head's output; 0 takes it out.
+    uniform  {site: heads} attend equally to all that they may see.
+    patch    (other inputs, {site: heads}): the heads' outputs on these other inputs are put in.
+    """
+    inner = original(unwrap(model)[0])
+    args, kwargs = _inputs(inner, inputs)
+    reading = Reading.of(inner, args, kwargs)
+    edits: dict[str, list[Edit]] = {}
+    if patch is not None:
+        other = interventions.outputs_of(reading, _inputs(inner, patch[0]), patch[1])
+        for path, chosen in patch[1].items():
+            which = interventions.heads_of(reading.program.site(path), chosen)
+            edits.setdefault(path, []).append(interventions.patched(which, other[path]))
+    for path, chosen in (uniform or {}).items():
+        which = interventions.heads_of(reading.program.site(path), chosen)
+        edits.setdefault(path, []).append(interventions.uniform(which))
+    for path, factors in (scale or {}).items():
+        interventions.heads_of(reading.program.site(path), factors)
+        edits.setdefault(path, []).append(interventions.scaled(factors))
+    call, tensors = reading.call(args, kwargs)
+    with torch.no_grad():
+        return reading.edited(call, tensors, {p: interventions.together(e) for p, e in edits.items()})
 
 
 def load(folder: str | Path, model: nn.Module | str | None = None) -> Any:

@@ -20,11 +20,12 @@ from reattend.compiler.refusal import Refused
 ROOT = Path(__file__).parent.parent
 HEAD = """# Cascades
 
-A primitive call is a list of extended Einsums over named ranks (p queries, m keys, e and f their channels); what follows from
-the equations alone is derived: passes over each input as written and with the soft barriers running along, why a barrier is
-soft (a correction follows) or hard, live memory, the loops, and how the states of parts merge. `reattend explain --math NAME`
-prints all of it for a mechanism or a model. The derived loops are run in the tests and agree with the equations as written in
-float64 to 1e-12. An operation whose equation is not known counts as one that needs all of what it reads.
+A primitive call is a list of extended Einsums over named ranks (p queries, m keys, e and f their channels); what
+follows from the equations alone is derived: passes over each input as written and with the soft barriers running
+along, why a barrier is soft (a correction follows) or hard, live memory, the loops, and how the states of parts
+merge. `reattend explain --math NAME` prints all of it for a mechanism or a model. The derived loops are run in the
+tests and agree with the equations as written in float64 to 1e-12. An operation whose equation is not known counts as
+one that needs all of what it reads.
 
 This page is written by `python benchmarks/cascade_table.py`.
 

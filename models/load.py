@@ -17,6 +17,8 @@ from torch import nn
 from ..compiler.refusal import Refused, nearest
 from .vision_ops import declare_missing_vision_ops
 
+TRAINED = Path(__file__).parent / "trained"  # a folder for each model: config, weights, and how they came about
+
 
 @dataclass(frozen=True)
 class Loaded:
@@ -51,11 +53,11 @@ def load_model(name: str) -> Loaded:
 
 
 def built_ins() -> dict[str, Callable[[], Loaded]]:
-    """Models that need no download: the packaged encoder, and one small random model per known family."""
+    """Models that need no download: the packaged encoder, the trained ones, and a small random one per known family."""
     from .zoo import zoo
 
     families = {name: _family(name) for name in zoo()}
-    return {"minilm": minilm, **families}
+    return {"minilm": minilm, "shapes_vit": shapes_vit, "byte_lm": byte_lm, **families}
 
 
 def minilm() -> Loaded:
@@ -67,6 +69,41 @@ def minilm() -> Loaded:
     loaded.config.name_or_path = "minilm"
     ids = torch.randint(1000, 20000, (4, 128), generator=torch.Generator().manual_seed(0))
     return Loaded("minilm", loaded, kwargs={"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+
+
+def shapes_vit() -> Loaded:
+    """The vision transformer trained by models/training/vision.py (6 layers, 1.2 M parameters), on test pictures."""
+    from .training.images import pictures
+    from .training.vision import TEST_SEED
+
+    images, _ = pictures(TEST_SEED, 0, 8)
+    return Loaded("shapes_vit", _trained("shapes_vit", "vision"), kwargs={"pixel_values": torch.from_numpy(images)})
+
+
+def byte_lm() -> Loaded:
+    """The byte model trained by models/training/language.py (6 layers, 4.4 M parameters), on held-out source text."""
+    from .training.text import standard_library
+
+    model = _trained("byte_lm", "language")
+    return Loaded("byte_lm", model, kwargs={"input_ids": _bytes(standard_library()[1])})
+
+
+def _trained(name: str, script: str) -> Any:
+    """A model of models/trained/ in float32; its weights are stored in half precision."""
+    folder = TRAINED / name
+    if not (folder / "model.safetensors").is_file():
+        fits = f"train it: python -m reattend.models.training.{script} --out out/{name}, and put out/{name}/model there"
+        raise Refused(f"no weights in {folder}", where=name, fits=fits)
+    loaded = _from_pretrained(str(folder)).float()
+    loaded.config.name_or_path = name
+    return loaded
+
+
+def _bytes(text: Any, length: int = 256) -> torch.Tensor:
+    """(1, length) bytes of a text, or of anything where a machine has Python without its sources."""
+    if not text.names or len(text.bytes) <= length:
+        return torch.randint(32, 127, (1, length), generator=torch.Generator().manual_seed(0))
+    return torch.from_numpy(text.windows(length, 3)[1:2].astype("int64"))
 
 
 def _family(name: str) -> Callable[[], Loaded]:
