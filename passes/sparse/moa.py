@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from ...compiler.primitives.attend import attend
 from ...compiler.problem import problem
 from ...compiler.refusal import Refused
 from ...compiler.site import Site
-from ...compiler.symbols import table
+from ...compiler.symbols import build, table
 
 
 @register("moa")
@@ -88,30 +88,33 @@ class MoA(Mechanism):
         return [-(-span // self.block_size) * self.block_size for span in found]
 
     def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
-        keys, size = k.shape[2], self.block_size
-        if isinstance(keys, int) or self.length is not None or not any(beta for _, beta in self.rules(site.heads)):
-            known = [span // size for span in self.spans(site.heads, keys if isinstance(keys, int) else 1 << 40)]
-            if len(set(known)) == 1:  # one predicate for all, whose tiles are known beforehand
-                sink = min(known[0], self.sink_blocks)
-                local = known[0] - sink
-                return attend(
-                    q, k, v, keep=lambda i, j: (j // size < sink) | (j // size > i // size - local), site=site
-                )
-            blocks = torch.tensor(known, device=q.device)
-        else:
-            blocks = self._open(site.heads, keys, q.device)
+        if self.length is None and any(beta for _, beta in self.rules(site.heads)):
+            return attend(q, k, v, keep=self._elastic(site.heads, q.device), site=site)
+        size, known = self.block_size, [span // self.block_size for span in self.spans(site.heads, 1 << 40)]
+        if len(set(known)) == 1:  # one predicate for all, whose tiles are known beforehand
+            sink = min(known[0], self.sink_blocks)
+            local = known[0] - sink
+            return attend(q, k, v, keep=lambda i, j: (j // size < sink) | (j // size > i // size - local), site=site)
+        blocks = torch.tensor(known, device=q.device)
         sinks = blocks.clamp(max=self.sink_blocks)
         first, last = table(sinks), table(blocks - sinks)
         return attend(
             q, k, v, keep=lambda h, i, j: (j // size < first[h]) | (j // size > i // size - last[h]), site=site
         )
 
-    def _open(self, heads: int, keys: Any, device: torch.device) -> Tensor:
-        """The spans in blocks where the number of keys is open: the same arithmetic on tensors."""
-        alpha, beta = torch.tensor(self.rules(heads), dtype=torch.float64, device=device).unbind(1)
-        total = torch.ones((), dtype=torch.float64, device=device) * (keys + self.max_new_tokens)
-        span = torch.minimum((alpha + beta * total).trunc(), total).clamp(min=self.min_span)
-        return torch.ceil(span / self.block_size).long()
+    def _elastic(self, heads: int, device: torch.device) -> Callable[..., Any]:
+        """The same rule where spans grow with M, the number of keys; what depends on it is not decoded."""
+        alpha, beta = map(table, torch.tensor(self.rules(heads), dtype=torch.float64, device=device).unbind(1))
+        size = self.block_size
+
+        def keep(h: Any, i: Any, j: Any, M: Any) -> Any:
+            total = M + self.max_new_tokens
+            span = build("minimum", build("floor", alpha[h] + beta[h] * total), total)
+            blocks = (build("maximum", span, self.min_span) + (size - 1)) // size
+            sink = build("minimum", blocks, self.sink_blocks)
+            return (j // size < sink) | (j // size > i // size - (blocks - sink))
+
+        return keep
 
     def limits(self) -> Iterable[Limit]:
         q, k, v = problem(11)
