@@ -6,7 +6,7 @@ fast = reattend.optimize(model, "recipe.yaml")
 
 __version__ = "0.1.0"
 
-from reattend.api import attn_implementation, bench, check, explain, load, optimize, preview, save, sites
+from reattend.api import attn_implementation, bench, check, explain, load, optimize, preview, quality, save, sites
 from reattend.compiler.functional import attention
 from reattend.compiler.layers import Attention, module
 from reattend.compiler.mechanism import Aux, Limit, Mechanism, Param, mechanism, mechanisms, register
@@ -37,6 +37,7 @@ __all__ = [
     "module",
     "optimize",
     "preview",
+    "quality",
     "register",
     "save",
     "sites",

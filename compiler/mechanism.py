@@ -81,6 +81,7 @@ class Mechanism:
     honours: ClassVar[frozenset[str] | set[str]] = frozenset()
     paper: ClassVar[str] = ""
     tries: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)  # knobs that small generic questions are asked with
+    judged: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)  # knobs that `quality --all` measures it at
     heads_alike: ClassVar[bool] = True  # permuting heads (with per-head tensors) permutes the answer
     heads_apart: ClassVar[bool] = True  # a head's answer does not depend on what stands in the other heads
 
