@@ -91,6 +91,8 @@ class _Bench:
                 raise Refused(wish.refused)
             return self._measured(wish, key, recipe, bar)
         except Refused as refused:
+            if wish.name == ORIGINAL:
+                raise
             return Row(wish.name, key, recipe, REFUSED, str(refused), kind=_asked_kind(wish.recipe))
         except (RuntimeError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as fault:
             if wish.name == ORIGINAL:

@@ -71,9 +71,15 @@ class Original:
         self.model = model
         self._kept: dict[tuple[int, int], Tensor] = {}
 
-    def answer(self, part: int, number: int, call: Batch) -> Tensor:
+    def answer(self, task: str, part: int, number: int, call: Batch) -> Tensor:
+        """Refused where the model itself does not run on the call."""
         if (part, number) not in self._kept:
-            self._kept[part, number] = answer_of(self.model, call)
+            try:
+                self._kept[part, number] = answer_of(self.model, call)
+            except (RuntimeError, TypeError, ValueError, LookupError, AttributeError) as fault:
+                said = f"{type(fault).__name__}: {str(fault).strip().partition(chr(10))[0]}"
+                where = f"{type(self.model).__name__} on {task}[{number}]"
+                raise Refused(said, where=where, fits="calls that the model runs on") from None
         return self._kept[part, number]
 
 
@@ -82,7 +88,7 @@ def judged(task: Task, model: nn.Module, original: Original, tick: Callable[[], 
     sums: dict[str, list[tuple[float, float]]] = {measure.name: [] for measure in task.measures}
     for place, part in enumerate(task.parts):
         for number, call in enumerate(part.calls):
-            before = original.answer(place, number, call) if part.against else None
+            before = original.answer(task.name, place, number, call) if part.against else None
             got = before if before is not None and model is original.model else answer_of(model, call)
             for name, pair in part.judge(number, got, before).items():
                 sums[name].append(pair)
