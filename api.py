@@ -65,6 +65,11 @@ from .compiler.unwrap import unwrap
 from .models.hf_names import attn_implementation as attn_implementation
 from .models.hf_names import register_names
 from .models.on_meta import on_meta
+from .models.quality.harness import judge_rows
+from .models.quality.table import Quality
+from .models.quality.task import Task
+from .models.quality.tasks import task_for
+from .models.quality.wish import wished
 
 register_names()  # `attn_implementation="reattend:..."`, from the moment transformers is imported
 log = logging.getLogger("reattend")
@@ -272,6 +277,48 @@ def intervene(
     call, tensors = reading.call(args, kwargs)
     with torch.no_grad():
         return reading.edited(call, tensors, {p: interventions.together(e) for p, e in edits.items()})
+
+
+def quality(
+    model: Any,
+    recipes: Any = (),
+    *,
+    every: bool = False,
+    data: Iterable[Inputs] | str | Path | None = None,
+    task: str | Task = "",
+    out: str | Path | None = None,
+    name: str = "",
+    progress: bool | None = None,
+) -> Quality:
+    """How good a model still is after each recipe: a row each, beside the cost predicted and the time measured.
+
+    model     a model, or the name of one: byte_lm, shapes_vit, minilm have tasks with held-out data of their own.
+    recipes   one, several, or {"name of its row": recipe}; instead of a recipe a model that was optimized, and perhaps
+              trained, already.
+    every     also `exact`, and each registered mechanism at every site.
+    data      calls that answers are compared on, for models without a task; or a file with one call a line.
+    out       a folder: rows are kept there as soon as they are measured, and not measured again while they hold.
+    """
+    if isinstance(model, str):
+        from .models.load import load_model
+
+        loaded = load_model(model)
+        model, name = loaded.model, name or loaded.name
+    inner, _ = unwrap(model)
+    if about(inner) is not None:
+        fits = 'quality(original, {"name of its row": optimized})'
+        raise Refused("an optimized model", where="quality", fits=fits)
+    if inner.training:
+        raise Refused("a model in train()", where="quality", fits="model.eval(): dropout makes every call another one")
+    wishes = wished(recipes, every, vocabulary())
+    chosen = task_for(inner, task, data)
+    called = name or getattr(getattr(inner, "config", None), "name_or_path", "") or type(inner).__name__
+    work = lambda recipe, call: optimize(inner, recipe, call, name=called, measure=False)
+    folder = None if out is None else Path(out)
+    found = judge_rows(called, inner, chosen, wishes, work, out=folder, progress=progress)
+    if folder is not None:
+        found.write(folder)
+    return found
 
 
 def load(folder: str | Path, model: nn.Module | str | None = None) -> Any:

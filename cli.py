@@ -222,6 +222,28 @@ def bench(
 
 
 @app.command()
+def quality(
+    model: Annotated[str, typer.Option(help="byte_lm, shapes_vit or minilm; any other MODEL with --data")],
+    recipe: Annotated[list[str] | None, typer.Option(help="a YAML file or a shipped name; may be repeated")] = None,
+    every: Annotated[bool, typer.Option("--all", help="exact, and every mechanism at every site")] = False,
+    data: Annotated[Path | None, typer.Option(help='a file with one call a line: {"input_ids": [1, 2]}')] = None,
+    out: Annotated[Path | None, typer.Option(help="keep rows, table and plot here; a killed run goes on")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """How good a model still is after each recipe, beside the cost predicted and the time measured."""
+    with _answers(as_json=as_json):
+        from . import api
+
+        found = api.quality(
+            model, recipe or (), every=every, data=data, out=out, name=model, progress=False if as_json else None
+        )
+        print(json.dumps(found.to_dict()) if as_json else found.text())
+        asked = found.rows[1:]
+        if asked and all(row.reason for row in asked):
+            raise typer.Exit(1)
+
+
+@app.command()
 def preview(
     model: ModelName,
     recipe: RecipeName,

@@ -82,6 +82,7 @@ class Mechanism:
     paper: ClassVar[str] = ""
     tries: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)  # knobs that small generic questions are asked with
     also: ClassVar[Mapping[str, str]] = {}  # a paper's word for a knob that is a word of this class: kind, part
+    judged: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)  # knobs that `quality --all` measures it at
     heads_alike: ClassVar[bool] = True  # permuting heads (with per-head tensors) permutes the answer
     taught: ClassVar[bool] = False  # its tensors choose, and learn by a loss of their own: none through the output
     heads_apart: ClassVar[bool] = True  # a head's answer does not depend on what stands in the other heads

@@ -106,7 +106,7 @@ class Report:
         lines.append(
             f"cost    {self.predicted[0]} -> {self.predicted[1]}, predicted for the whole model at these sizes"
         )
-        lines += ["", *_table([_cells(row) for row in self.rows], _COLUMNS)]
+        lines += ["", *aligned([_cells(row) for row in self.rows], _COLUMNS)]
         for title, entries in self._lists():
             lines += ["", title, *(f"  {entry}" for entry in entries)]
         return "\n".join(lines)
@@ -218,7 +218,7 @@ def _cells(row: Row) -> tuple[str, str, str, str, str]:
     return (str(row.site), row.status, row.mechanism, deviation, note)
 
 
-def _table(rows: Sequence[Sequence[str]], head: Sequence[str]) -> list[str]:
+def aligned(rows: Sequence[Sequence[str]], head: Sequence[str]) -> list[str]:
     widths = [max(len(r[k]) for r in (head, *rows)) for k in range(len(head))]
     return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in (head, *rows)]
 

