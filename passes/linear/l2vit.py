@@ -32,7 +32,7 @@ class L2ViT(Mechanism):
 
     Where the denominator is at its least, o grows with q: nothing is normalised there. temperature (H,) starts at 1,
     which leaves rows above it averages; from scratch the paper starts it at D^-0.5. The site's scale is not used.
-    Causal sites have the running sums. The module that the paper puts behind it is `lcm`.
+    Causal sites have the running sums.
     """
 
     denom_min: float = 100.0
