@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from reattend import Refused
 from reattend.models import load
 from reattend.models.load import load_model
 from reattend.models.training.images import CLASSES, SIZE, picture, pictures
-from reattend.models.training.vision import TEST_PICTURES, TEST_SEED, Phase, Plan, Run, batch, standing_out
+from reattend.models.training.vision import TEST_PICTURES, TEST_SEED, Phase, Plan, Run, accuracy, batch, standing_out
 
 TINY = Plan(pictures=3, rates=((0, 0.5), (4, 1.0)), phases=(Phase(2, 16), Phase(4, 256)))
 
@@ -82,3 +83,13 @@ def test_a_model_without_weights_says_how_to_get_them(tmp_path: Path, monkeypatc
         load_model("byte_lm")
     with pytest.raises(Refused, match=r"shapes_vit: no weights in .*reattend\.models\.training\.vision"):
         load_model("shapes_vit")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (load.TRAINED / "shapes_vit").is_dir(), reason="models/trained/shapes_vit is not filled yet")
+def test_the_shipped_model_is_as_good_as_its_file_says() -> None:
+    said = json.loads((load.TRAINED / "shapes_vit" / "training.json").read_text())["test_accuracy"]
+    loaded = load_model("shapes_vit")
+    assert loaded.model.dtype == torch.float32 and loaded.kwargs["pixel_values"].shape == (8, 3, SIZE, SIZE)
+    found = accuracy(loaded.model, 240)["accuracy"]
+    assert abs(found - said) < 4 * (said * (1 - said) / 240) ** 0.5 + 0.005, "four standard errors of 240 pictures"
