@@ -43,6 +43,7 @@ def test_states_its_exact_cases_and_its_paper(slug: str) -> None:
     assert cls.part == "model" or list(cls().limits()), "no exact case"
 
 
+@pytest.mark.slow  # asks everything once more
 @pytest.mark.parametrize("slug", [slug for slug, cls in mechanisms().items() if cls.part != "model"])
 def test_is_asked_about_something(slug: str) -> None:
     """A question that finds no problem to ask about cannot fail: most of them must find some."""
