@@ -146,8 +146,8 @@ class Primitive:
         ctx.save_for_backward(*(t for group in groups for t in group), *output)
 
     def _backward(self, ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
-        tensors = list(ctx.saved_tensors[: sum(ctx.counts)])
-        results = list(ctx.saved_tensors[len(tensors) :])
+        saved = list(ctx.saved_tensors)  # read once: a checkpoint gives them once
+        tensors, results = saved[: sum(ctx.counts)], saved[sum(ctx.counts) :]
         present = [index for index, grad in enumerate(grads) if grad is not None]
         backward = getattr(torch.ops.reattend, f"{self.name}_backward").default
         needed = tree_leaves(ctx.needs_input_grad)  # one per tensor, in order, and the spec's
