@@ -72,5 +72,6 @@ def test_decoding_keeps_one_element(kv_heads: int) -> None:
     assert decoder.state_bytes == 2 * 4 * (8 + 1) * 4
 
 
+@pytest.mark.slow
 def test_in_a_gpt2() -> None:
     assert_swapped("gpt2", {"aaren": {}}, {"q"})

@@ -288,7 +288,7 @@ def test_unknown_tensors_of_a_mechanism_and_unknown_names_at_the_plain_door() ->
 def test_a_mechanism_that_does_not_fit_says_which_do() -> None:
     text = refusal(lambda: optimized(stack(), everywhere("agent")))
     in_order(text, "layers.0.attn: attention[causal-self h=4 kv=2 d=8]", "agent is noncausal", "causal-self")
-    in_order(text, "and 2 more", "fits here: linear", "window", "reattend mechanisms --for")
+    in_order(text, "and 2 more", "fits here: ", "linear", "window", "reattend mechanisms --for")
     listed = text.partition("fits here: ")[2].partition(" (")[0].split(", ")
     assert "agent" not in listed
     for slug in listed:

@@ -103,6 +103,7 @@ def test_refused_where_there_is_no_order() -> None:
         attention(*problem(4), "based")
 
 
+@pytest.mark.slow
 def test_in_a_llama() -> None:
     assert_swapped("llama", {"based": {"feature_dim": 4}}, {"proj_q", "proj_k"})
 

@@ -61,6 +61,7 @@ def planted(quick: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return quick
 
 
+@pytest.mark.slow
 def test_rows_table_plot_and_json(quick: list[str], tmp_path: Path) -> None:
     model = byte_llama()
     before = {n: t.clone() for n, t in model.state_dict().items()}
@@ -88,6 +89,7 @@ def test_rows_table_plot_and_json(quick: list[str], tmp_path: Path) -> None:
     assert len(numbers) == 4 + 4  # what was measured, in both panels
 
 
+@pytest.mark.slow
 def test_two_runs_give_the_same_numbers(quick: list[str]) -> None:
     one, other = (reattend.quality(byte_llama(), {"near": RECIPES["near"]}) for _ in range(2))
     assert [row.measures for row in one.rows] == [row.measures for row in other.rows]
@@ -152,6 +154,7 @@ def test_whatever_decides_a_number_is_in_its_key(monkeypatch: pytest.MonkeyPatch
     assert fingerprint.of_model(vit()) == fingerprint.of_model(vit()) != fingerprint.of_model(vit(23))
 
 
+@pytest.mark.slow
 def test_an_optimized_model_has_a_row_of_its_own(quick: list[str]) -> None:
     model = byte_llama()
     fast = reattend.optimize(
@@ -187,6 +190,7 @@ def test_a_mechanism_that_breaks_down_breaks_one_row(quick: list[str], notebook:
     assert found["bursts"].measures == {}
 
 
+@pytest.mark.slow
 def test_calls_of_ones_own(quick: list[str], tmp_path: Path) -> None:
     model = byte_llama()
     model.config.vocab_size = 255  # no byte model any more

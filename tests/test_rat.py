@@ -94,5 +94,6 @@ def test_what_does_not_fit_is_refused(how: dict[str, Any], match: str) -> None:
         attention(*problem(4), "rat", **how)
 
 
+@pytest.mark.slow
 def test_in_a_llama() -> None:
     assert_swapped("llama", {"rat": {"chunk_size": 4}}, {"gate_bias", "g_proj", "z_proj", "z_bias"})

@@ -246,6 +246,7 @@ class Stopped(Exception):
     pass
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [3, 7])
 def test_a_stopped_run_goes_on_bit_for_bit(tmp_path: Path, stop: int) -> None:
     """Stopped between two checkpoints of either stage; dropout draws random numbers, so these must be kept as well."""
@@ -286,6 +287,7 @@ def test_a_model_is_as_it_was_after_an_interruption() -> None:
     assert same(weights(fast), before) and all(p.requires_grad for p in fast.parameters())
 
 
+@pytest.mark.slow
 def test_another_plan_data_or_weights_in_the_folder_are_refused(tmp_path: Path) -> None:
     def run(model: Any, data: Any = None, **more: Any) -> None:
         fast = optimized(model, everywhere("linear"), texts()[0])

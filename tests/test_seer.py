@@ -149,6 +149,7 @@ def test_blocks_of_one_token_and_no_projection_teach_the_weights_themselves() ->
     assert abs(float(aux.losses["gate"])) < 1e-5, "the gate is the attention"
 
 
+@pytest.mark.slow
 def test_in_a_llama() -> None:
     model, fast = swapped_gate(threshold=0.0)
     x = ids(2, 17)

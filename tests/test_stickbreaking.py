@@ -134,6 +134,7 @@ def test_the_switch_loss_and_the_order_of_experts() -> None:
     assert torch.allclose(layer(x), y, atol=1e-6), "experts in another order"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "recipe",
     [{"stickbreaking": {}}, {"stickbreaking_moa": {"num_experts": 3, "heads_per_expert": 2, "att_hidden": 8}}],

@@ -111,6 +111,7 @@ class _Bench:
                 raise Refused(
                     "a model in train()", where=wish.name, fits="model.eval(): dropout makes every call another"
                 )
+            _refuse_unchanged(wish, fast)
             found = judged(self.task, fast, self.original, bar.update)
         broken = [name for name, value in found.items() if not math.isfinite(value)]
         kind, sites = _kind(wish, fast), _sites(fast)
@@ -149,6 +150,16 @@ def _interval(timing: Timing) -> tuple[float, float] | None:
 def _sites(fast: nn.Module) -> tuple[int, int]:
     rows = getattr(getattr(fast, "report", None), "rows", ())
     return sum(row.status == "rewritten" for row in rows), len(rows)
+
+
+def _refuse_unchanged(wish: Wish, fast: nn.Module) -> None:
+    """A recipe that asks for sites and gets none measures the original: that is no row of its own."""
+    rows = getattr(getattr(fast, "report", None), "rows", ())
+    asked = wish.recipe is not None and not wish.recipe.passes
+    if asked and rows and all(row.status != "rewritten" for row in rows):
+        patterns = ", ".join(dict.fromkeys(row.site.pattern for row in rows))
+        reason = next((row.reason for row in rows if row.reason), f"no rule matches a site here ({patterns})")
+        raise Refused(reason, where=wish.name)
 
 
 def _kind(wish: Wish, fast: nn.Module) -> str:

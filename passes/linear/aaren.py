@@ -54,7 +54,7 @@ class Aaren(Mechanism):
     def forward(  # type: ignore[override]
         self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor | None = None
     ) -> Tensor:
-        logits, values = self._elements(site, p, k, v)
+        logits, values = self._elements(site, p, q, k, v)
         if key_padding is not None:
             logits = torch.where(key_padding[:, None], logits, -torch.inf)
         if not site.causal:
@@ -63,10 +63,10 @@ class Aaren(Mechanism):
             return as_type(pooled, v.dtype).expand(-1, -1, q.shape[2], -1)
         return as_type(prefix("softmax", logits, values)[0], v.dtype)
 
-    def _elements(self, site: Any, p: Any, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def _elements(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """(B, H, M) scores and (B, H, M, Dv) values, what the softmax monoid is over."""
         asked = (widened(p.q) * (site.scale if self.scale is None else self.scale)).expand(k.shape[0], -1, -1)
-        k, v = repeat_heads(widened(k), asked), repeat_heads(widened(v), asked)
+        k, v = repeat_heads(widened(k), q), repeat_heads(widened(v), q)
         return (k * asked[:, :, None]).sum(-1), v
 
     def state(self, site: Any, q: Tensor) -> State:
@@ -75,7 +75,7 @@ class Aaren(Mechanism):
         return {"o": empty, "lse": like.new_full((*q.shape[:2], 1), -torch.inf)}
 
     def prefill(self, site: Any, p: Any, state: State, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, State]:
-        o, lse = prefix("softmax", *self._elements(site, p, k, v), state=(state["o"], state["lse"]))
+        o, lse = prefix("softmax", *self._elements(site, p, q, k, v), state=(state["o"], state["lse"]))
         return as_type(o, v.dtype), {"o": o[:, :, -1:], "lse": lse[:, :, -1:]}
 
     step = prefill

@@ -77,6 +77,8 @@ class Hyper(Mechanism):
     def fits(self, site: Site) -> str | None:
         if site.causal and not site.self_attention:
             return f"hyper halves one sequence, this site is {site.pattern}"
+        if site.queries and not site.queries.isdigit():
+            return f"hyper needs sequences of one known length, this site has {site.queries} queries"
         if site.queries.isdigit() and site.keys.isdigit() and not site.causal:
             return self._ragged(int(site.queries), int(site.keys))
         return None
