@@ -36,7 +36,9 @@ def linear_score(text: str) -> tuple[float, Expr | None] | None:
     if len(with_s) != 1:
         return None
     factor = _factor(with_s[0])
-    return None if factor is None else (factor, build("add", *rest) if rest else None)
+    if not factor:  # a factor of 0 is not one that torch's kernels expect: they give no numbers
+        return None
+    return factor, build("add", *rest) if rest else None
 
 
 def _factor(term: Expr) -> float | None:

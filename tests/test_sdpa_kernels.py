@@ -77,3 +77,9 @@ def test_a_softcap_is_refused_by_name() -> None:
     kernel, refused = attend_op.choose([[q], [q, q], []], spec)
     assert kernel is None
     assert ("sdpa", "score tanh(s)") in refused
+
+
+def test_scores_of_zero_are_the_running_mean() -> None:
+    q, k, v = (torch.randn(1, 2, 9, 8) for _ in range(3))
+    mean = v.cumsum(2) / torch.arange(1, 10)[:, None]
+    torch.testing.assert_close(attend(q, k, v, causal=True, scale=0.0), mean)
