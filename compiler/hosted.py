@@ -236,7 +236,7 @@ def _empty_hosted(made_from: type) -> Any:
 
 
 def _run(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():  # is_compiling() also holds while another thread exports
         return _call(model, args, kwargs)
     with TURNS.beside():
         return _call(model, args, kwargs)
