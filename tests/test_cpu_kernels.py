@@ -277,3 +277,35 @@ def test_without_a_compiler_torch_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     with watched() as ran:
         attend(q, q, q, causal=True, keep=lambda i, j: i - j < 50)
     assert ran[0].kernel == "sdpa in blocks of rows" and ("generated C++", "no C++ compiler") in ran[0].refused
+
+
+SPREADS: dict[str, dict[str, Any]] = {
+    "softmax": {"causal": True},
+    "softcap": {"causal": True, "score": lambda s: torch.tanh(s / 3) * 3},
+    "relu": {"causal": True, "weight": torch.relu, "normaliser": "none"},
+    "minimum": {"causal": True, "score": lambda s, i: minimum(s, i * 1.0)},
+}
+
+
+@pytest.mark.parametrize("name", SPREADS)
+@pytest.mark.parametrize("port", range(3))
+def test_what_is_no_number_is_not_hidden(name: str, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    ports = [drawn(1, 2, 100, 16) for _ in range(3)]
+    ports[port][0, 1, 37, 5] = math.nan
+    groups, text = said(monkeypatch, attend_front, "attend_op", lambda: attend(*ports, **SPREADS[name]))
+    (found,), (expected,) = attending.run(groups, text), attend_meaning(wide(groups), text)
+    assert torch.equal(found.isnan(), expected.isnan()) and bool(expected.isnan().any())
+
+
+def test_sizes_in_a_score_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    q = drawn(1, 2, 8, 16)
+    how: dict[str, Any] = {"score": lambda s, M: s * torch.log(M + 1.0)}
+    groups, text = said(monkeypatch, attend_front, "attend_op", lambda: attend(q, q, q, **how))
+    assert "`M` in a kernel" in str(attending.refuses(groups, text))
+
+
+def test_a_home_that_cannot_be_written_to_is_a_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("REATTEND_CACHE", str(tmp_path / "file"))
+    function, reason = tools.built(lambda: ANSWER)
+    assert function is None and "Not a directory" in str(reason)

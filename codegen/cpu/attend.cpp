@@ -105,7 +105,7 @@ template <int S, bool WHOLE> INLINE void weigh(const Call& c, Block& x, const in
             else put(p + n, y), sum += y;
         }
         if (NORMALISER == SOFTMAX) {
-            const float m = larger(x.m[r], highest(top)), from = m == -INF ? 0.f : m;
+            const float m = larger(highest(top), x.m[r]), from = m == -INF ? 0.f : m;
             for (int64_t n = 0; n < lanes; n += VL) {
                 const vf w = exp2_(load(s + n) - from);
                 put(p + n, w);

@@ -21,7 +21,7 @@ from ...compiler.symbols import TRUE, Expr, as_expr, build
 from .memory import Rows, as_dtype, index_of, kinds_of, pointer, step, tables_of, whole_numbers
 from .printer import seen
 from .skeleton import function, skeleton
-from .toolchain import toolchain
+from .toolchain import NO_COMPILER, built, toolchain
 
 LOG2E = 1 / math.log(2)
 _ROWS = 48  # query rows of a block: a multiple of every MR
@@ -126,30 +126,19 @@ def _sink(spec: AttendSpec) -> Expr:
     return build("mul", value, as_expr(LOG2E)) if spec.normaliser == "softmax" else value
 
 
-@lru_cache(maxsize=1024)
-def _built(text: str, tables: str, halves: str) -> tuple[Any, str | None]:
-    """The library's function, or why the compiler would not build it."""
-    tools = toolchain()
-    if tools is None:
-        return None, "no C++ compiler"
-    try:
-        return tools.build(source(text, tables, halves)).run, None
-    except Refused as refused:
-        return None, str(refused)
-
-
 def few(groups: Groups, text: str) -> str | None:
     """Why a call is not handed to the skeleton: nothing would be gained, or it cannot be."""
     (q,), kv, _ = groups
-    if q.shape[0] * q.shape[1] * q.shape[2] * sum(k.shape[2] for k in kv[::2]) < _LEAST:
-        return "few scores"
-    return refuses(groups, text)
+    reason = NO_COMPILER if toolchain() is None else why_not(text)
+    if reason is None and q.shape[0] * q.shape[1] * q.shape[2] * sum(k.shape[2] for k in kv[::2]) < _LEAST:
+        return f"fewer than {_LEAST} scores"
+    return reason or refuses(groups, text)
 
 
 def refuses(groups: Groups, text: str) -> str | None:
     """Why these tensors cannot be handed to the skeleton, whatever it would gain."""
     (q,), kv, tables = groups
-    reason = "no C++ compiler" if toolchain() is None else why_not(text)
+    reason = NO_COMPILER if toolchain() is None else why_not(text)
     if reason:
         return reason
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
@@ -166,7 +155,7 @@ def refuses(groups: Groups, text: str) -> str | None:
         return "rows of keys of each query's own"
     if spec.tiles and tables[int(spec.tiles[0][1:])].shape[2] * spec.tiles[1] < q.shape[2]:
         return "tiles for fewer queries than there are"
-    return _built(text, kinds_of(tables), "")[1]
+    return built(source, text, kinds_of(tables))[1]
 
 
 def run(groups: Groups, text: str, halves: str | None = None) -> list[Tensor]:
@@ -192,7 +181,7 @@ def run(groups: Groups, text: str, halves: str | None = None) -> list[Tensor]:
         lists = whole_numbers(named[spec.tiles[0]], kept)
         call.list, call.listed = pointer(lists), lists.shape[-1]
         call.list_b, call.list_h, call.list_q = (step(lists, axis) for axis in range(3))
-    function, _ = _built(text, kinds, halves)
+    function, _ = built(source, text, kinds, halves)
     if function is None or ((o.numel() or lse is not None) and function(ctypes.byref(call))):
         return run(groups, text, halves="")  # no matrix units for this process, or none that the compiler knows
     found = {"o": o.to(q.dtype), "lse": lse}

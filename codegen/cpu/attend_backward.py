@@ -15,7 +15,6 @@ from torch import Tensor
 from ...compiler.primitives.attend_spec import AttendSpec
 from ...compiler.primitives.operator import Groups
 from ...compiler.reach import reach
-from ...compiler.refusal import Refused
 from ...compiler.symbol_slope import slope
 from ...compiler.symbol_text import parse
 from ...compiler.symbols import TRUE, as_expr, build
@@ -23,7 +22,7 @@ from . import attend
 from .memory import Rows, as_dtype, kinds_of, pointer, step, tables_of, whole_numbers
 from .printer import seen
 from .skeleton import function, skeleton
-from .toolchain import toolchain
+from .toolchain import built
 
 _ROWS, _KEYS = 48, 96  # of a tile: multiples of every MR, so that no product has rows left over
 _PORTS = ("q", "k", "v", "go", "dq", "dk", "dv")
@@ -65,16 +64,6 @@ def source(text: str, tables: str) -> str:
     )
 
 
-@lru_cache(maxsize=1024)
-def _built(text: str, tables: str) -> Any:
-    """The library's function, None where the compiler would not build it."""
-    tools = toolchain()
-    try:
-        return None if tools is None else tools.build(source(text, tables)).run
-    except Refused:
-        return None
-
-
 def gradients(
     groups: Groups, text: str, results: Sequence[Tensor], given: Mapping[int, Tensor], wanted: Sequence[int]
 ) -> Sequence[Tensor | None] | None:
@@ -86,7 +75,7 @@ def gradients(
         return None
     if q.dtype == torch.float16 or (spec.normaliser != "softmax" and "lse" in [spec.outputs[n] for n in given]):
         return None
-    function = _built(text, kinds_of(tables))
+    function, _ = built(source, text, kinds_of(tables))
     named = {spec.outputs[n]: g for n, g in given.items()}
     found = None if function is None else _found(groups, text, dict(zip(spec.outputs, results)), named, function)
     return None if found is None else [found[k] for k in wanted]

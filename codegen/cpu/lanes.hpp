@@ -36,8 +36,13 @@ INLINE vf select(vi m, vf a, vf b) { return (vf)((m & (vi)a) | (~m & (vi)b)); }
 INLINE vi select(vi m, vi a, vi b) { return (m & a) | (~m & b); }
 INLINE vf least(vf a, vf b) { return a < b ? a : b; }
 INLINE vf most(vf a, vf b) { return a > b ? a : b; }
+INLINE vf lasting(vf x, vf y) { return select(x == x, y, x); }  // what is no number stays none: y may have lost it
+INLINE vf minimum_(vf a, vf b) { return lasting(a, least(a, b)); }
+INLINE vf maximum_(vf a, vf b) { return lasting(a, most(a, b)); }
 INLINE vi least(vi a, vi b) { return select(a < b, a, b); }
 INLINE vi most(vi a, vi b) { return select(a > b, a, b); }
+INLINE vi minimum_(vi a, vi b) { return least(a, b); }
+INLINE vi maximum_(vi a, vi b) { return most(a, b); }
 INLINE vf absolute(vf x) { return (vf)((vi)x & 0x7fffffff); }
 INLINE vi absolute(vi x) { return select(x < 0, -x, x); }
 INLINE float highest(vf x) { float m = x[0]; for (int l = 1; l < VL; l++) m = x[l] > m ? x[l] : m; return m; }
@@ -57,17 +62,17 @@ INLINE vf exp2_(vf x) {
     p = p * f + 1.f;
     const vi e = ints(whole);
     const vf scaled = (vf)((vi)p + (e << 23));
-    return select(x < -126.f, all(0.f), select(x >= 128.f, all(INF), scaled));
+    return lasting(x, select(x < -126.f, all(0.f), select(x >= 128.f, all(INF), scaled)));
 }
 INLINE vf exp_(vf x) { return exp2_(x * 1.44269504088896341f); }
 INLINE vf sigmoid_(vf x) { return 1.f / (1.f + exp_(-x)); }
-INLINE vf relu_(vf x) { return most(x, all(0.f)); }
+INLINE vf relu_(vf x) { return select(x < 0.f, all(0.f), x); }
 // A quotient of polynomials, 3e-7 apart at most relative to the value; from 9 on it is 1.
 INLINE vf tanh_(vf x) {
     const vf y = most(least(x, all(9.f)), all(-9.f)), z = y * y;
     const vf p = (((1.33546400e-8f * z + 2.06091208e-5f) * z + 3.49559309e-3f) * z + 1.33810312e-1f) * z + 1.f;
     const vf q = (((7.77656510e-7f * z + 3.28564085e-4f) * z + 2.58770026e-2f) * z + 4.67143476e-1f) * z + 1.f;
-    return y * p / q;
+    return lasting(x, y * p / q);
 }
 #define LANEWISE(name, call) INLINE vf name(vf x) { vf y; for (int l = 0; l < VL; l++) y[l] = call(x[l]); return y; }
 LANEWISE(log_, logf)

@@ -15,7 +15,7 @@ from ...compiler.refusal import Refused
 from ...compiler.symbols import Expr
 
 # the type of a printed expression: s one number, v one for every key of a vector; i int32, f float, b truth
-_NAMES = {"b": "si", "h": "si", "i": "si", "N": "si", "M": "si", "j": "vi", "s": "vf", "x": "vf"}
+_NAMES = {"b": "si", "h": "si", "i": "si", "j": "vi", "s": "vf", "x": "vf"}
 _COMPARE = {"le": "<=", "lt": "<", "eq": "==", "ne": "!="}
 _CALLS = ("exp", "exp2", "log", "tanh", "sigmoid", "softplus", "relu", "elu", "sqrt", "floor", "sin", "cos")
 
@@ -78,7 +78,7 @@ class _Printer:
         if e.op in ("minimum", "maximum"):
             kind = "v" + _number(parts)
             left, right = (_converted(t, k, kind) for t, k in parts)
-            return f"{'least' if e.op == 'minimum' else 'most'}({left}, {right})", kind
+            return f"{e.op}_({left}, {right})", kind
         if e.op == "abs":
             text, kind = parts[0]
             kind = "v" + ("f" if kind[1] == "f" else "i")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,12 +12,11 @@ from torch import Tensor
 from ...compiler.primitives.operator import Groups
 from ...compiler.primitives.scan_meaning import in_order
 from ...compiler.primitives.scan_spec import ScanSpec
-from ...compiler.refusal import Refused
 from ...compiler.symbol_text import parse
 from ...compiler.symbols import name
 from .memory import Rows, as_dtype, pointer, step, whole_numbers
 from .skeleton import function, skeleton
-from .toolchain import toolchain
+from .toolchain import built
 
 _CHUNK = 16
 _MOST = 256  # the largest D and Dv of a state
@@ -51,18 +49,6 @@ def source(text: str, channels: bool) -> str:
     return skeleton("scan.cpp", head)
 
 
-@lru_cache(maxsize=1024)
-def _built(text: str, channels: bool) -> tuple[Any, str | None]:
-    """The library's function, or why the compiler would not build it."""
-    tools = toolchain()
-    if tools is None:
-        return None, "no C++ compiler"
-    try:
-        return tools.build(source(text, channels)).run, None
-    except Refused as refused:
-        return None, str(refused)
-
-
 def _channels(spec: ScanSpec, tables: Sequence[Tensor]) -> bool:
     return bool(spec.decay) and tables[int(spec.decay[1:])].shape[-1] > 1
 
@@ -85,7 +71,7 @@ def refuses(groups: Groups, text: str) -> str | None:
         return f"{q.dtype}"
     if max(q.shape[-1], v.shape[-1]) > _MOST:
         return f"a state of {q.shape[-1]} x {v.shape[-1]}, at most {_MOST} x {_MOST}"
-    return _built(text, _channels(spec, given))[1]
+    return built(source, text, _channels(spec, given))[1]
 
 
 def run(groups: Groups, text: str) -> list[Tensor]:
@@ -113,7 +99,7 @@ def run(groups: Groups, text: str) -> list[Tensor]:
         call.valid, call.valid_b = pointer(valid), step(valid, 0)
     call.state, call.norm = (pointer(made[which]) if which in spec.outputs else None for which in ("state", "norm"))
     if made["state"].numel() and B:
-        _built(text, _channels(spec, given))[0](ctypes.byref(call))
+        built(source, text, _channels(spec, given))[0](ctypes.byref(call))
     made["o"] = made["o"].to(q.dtype)
     return [made[which] for which in spec.outputs]
 

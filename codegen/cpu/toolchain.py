@@ -12,9 +12,11 @@ import os
 import platform
 import subprocess
 import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 from ...compiler.doctor import cpp_compiler, cpu_flags
 from ...compiler.refusal import Refused
@@ -61,6 +63,23 @@ def toolchain() -> Toolchain | None:
     """The system's C++ compiler, None without one."""
     found = cpp_compiler()
     return None if found is None else Toolchain(*found)
+
+
+NO_COMPILER = "no C++ compiler"
+
+
+@lru_cache(maxsize=1024)
+def built(source: Callable[..., str], *said: Any) -> tuple[Any, str | None]:
+    """The `run` of the library whose text is source(*said), or None and why there is none."""
+    tools = toolchain()
+    if tools is None:
+        return None, NO_COMPILER
+    try:
+        return tools.build(source(*said)).run, None
+    except Refused as refused:
+        return None, str(refused)
+    except OSError as error:  # a home that cannot be written to, a library that cannot be loaded
+        return None, f"{error.filename or cache_folder()}: {error.strerror or error}"
 
 
 def cache_folder() -> Path:
