@@ -103,8 +103,8 @@ def trial(bench: Bench, feature_map: str) -> float:
 
 def vit_agent(bench: Bench) -> dict[str, Any]:
     """Every site of the picture model agent attention."""
-    from reattend.models.training.images import pictures  # type: ignore[import-not-found,unused-ignore]
-    from reattend.models.training.vision import accuracy  # type: ignore[import-not-found,unused-ignore]
+    from reattend.models.training.images import pictures
+    from reattend.models.training.vision import accuracy
 
     def drawn(number: int) -> dict[str, Any]:
         return {"pixel_values": torch.from_numpy(pictures(11, number * 48, 48)[0])}

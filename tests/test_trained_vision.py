@@ -13,7 +13,16 @@ from reattend import Refused
 from reattend.models import load
 from reattend.models.load import load_model
 from reattend.models.training.images import CLASSES, SIZE, picture, pictures
-from reattend.models.training.vision import TEST_PICTURES, TEST_SEED, Phase, Plan, Run, accuracy, batch, standing_out
+from reattend.models.training.vision import (
+    TEST_PICTURES,
+    TEST_SEED,
+    Phase,
+    Plan,
+    VisionRun,
+    accuracy,
+    batch,
+    standing_out,
+)
 
 TINY = Plan(pictures=3, rates=((0, 0.5), (4, 1.0)), phases=(Phase(2, 16), Phase(4, 256)))
 
@@ -58,13 +67,13 @@ def test_patches_are_drawn_anew_for_every_picture() -> None:
 
 
 def test_a_run_that_was_interrupted_ends_with_the_same_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = Run(TINY, tmp_path / "whole")
+    whole = VisionRun(TINY, tmp_path / "whole")
     whole.train()
-    cut = Run(TINY, tmp_path / "cut")
+    cut = VisionRun(TINY, tmp_path / "cut")
     cut._one_step()
     cut._one_step()
-    cut._keep()
-    resumed = Run(TINY, tmp_path / "cut")
+    cut.keep()
+    resumed = VisionRun(TINY, tmp_path / "cut")
     assert resumed.step == 2
     resumed.train()
     mine = dict(resumed.model.state_dict())
@@ -72,9 +81,9 @@ def test_a_run_that_was_interrupted_ends_with_the_same_bits(tmp_path: Path, monk
 
 
 def test_a_checkpoint_of_another_plan_is_not_resumed(tmp_path: Path) -> None:
-    Run(TINY, tmp_path)._keep()
+    VisionRun(TINY, tmp_path).keep()
     with pytest.raises(SystemExit, match="another plan"):
-        Run(Plan(seed=1), tmp_path)
+        VisionRun(Plan(seed=1), tmp_path)
 
 
 def test_a_model_without_weights_says_how_to_get_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -86,7 +95,6 @@ def test_a_model_without_weights_says_how_to_get_them(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(not (load.TRAINED / "shapes_vit").is_dir(), reason="models/trained/shapes_vit is not filled yet")
 def test_the_shipped_model_is_as_good_as_its_file_says() -> None:
     said = json.loads((load.TRAINED / "shapes_vit" / "training.json").read_text())["test_accuracy"]
     loaded = load_model("shapes_vit")

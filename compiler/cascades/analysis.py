@@ -9,7 +9,7 @@ from .barriers import Barrier, barrier
 from .change import POWER
 from .einsum import Cascade, Node, Operand
 from .footprint import Footprint, footprint
-from .passes import Times, barriers_of, times
+from .times import Times, barriers_of, times
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from ..symbols import Expr
 from .change import POWER, Change, I, O, Typing, reduced
 from .coefficients import coefficients
 from .einsum import Cascade, Node
-from .passes import Times
+from .times import Times
 
 _NOT_NEGATIVE = frozenset({"exp", "exp2", "softplus", "sigmoid", "relu", "abs", "sqrt"})
 

@@ -10,7 +10,7 @@ import sympy
 
 from .barriers import Barrier
 from .einsum import Cascade, Node
-from .passes import Times
+from .times import Times
 
 
 @dataclass(frozen=True)

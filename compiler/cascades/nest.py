@@ -24,8 +24,8 @@ from .barriers import types_when_replaced
 from .change import POWER, Change
 from .coefficients import Coefficient, coefficients
 from .einsum import Cascade, Node
-from .passes import Times
 from .running import NEUTRAL, Values, aligned, combine, compute, in_space, scanned
+from .times import Times
 
 State = dict[str, Tensor]
 Tree = Any  # the number of a tile, or a pair of trees

@@ -60,9 +60,9 @@ def _is_language(model: nn.Module) -> bool:
 
 
 def _pictures(model: nn.Module) -> Task:
-    from ..training.images import CLASSES  # type: ignore[import-not-found,unused-ignore]
+    from ..training.images import CLASSES
     from ..training.images import pictures as drawn
-    from ..training.vision import TEST_SEED  # type: ignore[import-not-found,unused-ignore]
+    from ..training.vision import TEST_SEED
 
     return pictures(lambda first, count: drawn(TEST_SEED, first, count), len(CLASSES))
 

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..load import needed
-from .muon import Muon
 from .recall import TASKS, one_passkey
+from .run import Run
 from .text import SEPARATOR, Text, standard_library
 
 
@@ -122,95 +119,30 @@ def _mean(values: Iterator[Tensor]) -> float:
     return float(torch.stack(list(values)).mean())
 
 
-class Run:
-    """A training run in a folder: checkpoint.pt after every hundred steps, log.jsonl, and at the end the model."""
+class LanguageRun(Run):
+    """The byte model, from random weights or from where its folder stands."""
+
+    command = "python -m reattend.models.training.language"
 
     def __init__(self, plan: Plan, out: Path) -> None:
         torch.manual_seed(plan.seed)
-        self.plan, self.out, self.step = plan, out, 0
         self.train_text, self.held_out = standard_library()
-        self.model = byte_llama()
-        matrices = [p for n, p in self.model.named_parameters() if p.ndim == 2 and "layers" in n]
-        others = [p for n, p in self.model.named_parameters() if not (p.ndim == 2 and "layers" in n)]
-        self.optimizers: list[torch.optim.Optimizer] = [
-            Muon(matrices, lr=plan.lr),
-            torch.optim.AdamW(others, lr=plan.lr, betas=(0.9, 0.95), weight_decay=0.0),
-        ]
+        super().__init__(plan, out, byte_llama(), self.train_text.sha256)
         self.compiled: Any = torch.compile(self.model, dynamic=False)
-        self._resume()
 
-    @property
-    def checkpoint(self) -> Path:
-        return self.out / "checkpoint.pt"
-
-    def _resume(self) -> None:
-        self.out.mkdir(parents=True, exist_ok=True)
-        if not self.checkpoint.exists():
-            return
-        kept = torch.load(self.checkpoint, weights_only=True)
-        if kept["text"] != self.train_text.sha256:
-            raise SystemExit(f"{self.checkpoint} was trained on other text: another Python; choose another --out")
-        self.step = kept["step"]
-        self.model.load_state_dict(kept["model"])
-        for optimizer, state in zip(self.optimizers, kept["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-
-    def _keep(self) -> None:
-        kept = {
-            "step": self.step,
-            "text": self.train_text.sha256,
-            "model": self.model.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-        }
-        torch.save(kept, self.checkpoint.with_suffix(".part"))
-        self.checkpoint.with_suffix(".part").replace(self.checkpoint)
-
-    def train(self) -> None:
-        began = time.monotonic()
-        while self.step < self.plan.steps:
-            loss = self._one_step()
-            if self.step % 20 == 0:
-                self._say(loss=loss, seconds=round(time.monotonic() - began, 1))
-            if self.step % 100 == 0:
-                self._keep()
-            if self.step % 200 == 0:
-                self._say(**judged(self.model, self.held_out, self.plan.phase(self.step).context))
-        self._keep()
-
-    def _one_step(self) -> float:
+    def loss(self) -> Tensor:
         rows, weights = batch(self.plan, self.train_text, self.step)
         # compiled, the causal mask becomes a tensor: on long rows that costs more than compiling gains
-        model = self.compiled if rows.shape[1] <= 256 else self.model
-        loss = loss_of(model, rows, weights)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = self.plan.lr * self.plan.rate(self.step)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        return loss.item()
+        return loss_of(self.compiled if rows.shape[1] <= 256 else self.model, rows, weights)
 
-    def _say(self, **values: float) -> None:
-        line = json.dumps({"step": self.step, **{name: round(value, 4) for name, value in values.items()}})
-        print(line, flush=True)
-        with (self.out / "log.jsonl").open("a") as log:
-            log.write(line + "\n")
+    def judged(self) -> dict[str, float]:
+        return judged(self.model, self.held_out, self.plan.phase(self.step).context)
 
-    def finish(self) -> None:
-        """The model as half-precision safetensors, and how it came about."""
-        self.model.half().save_pretrained(self.out / "model")
-        about = {
-            "plan": asdict(self.plan),
-            "text_sha256": self.train_text.sha256,
-            "text_bytes": len(self.train_text.bytes),
-            "held_out_sha256": self.held_out.sha256,
-            "held_out_bytes": len(self.held_out.bytes),
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-        }
-        (self.out / "model" / "training.json").write_text(json.dumps(about, indent=1) + "\n")
+    def about(self) -> dict[str, Any]:
+        texts = {"text": self.train_text, "held_out": self.held_out}
+        sizes = {f"{name}_bytes": len(text.bytes) for name, text in texts.items()}
+        hashes = {f"{name}_sha256": text.sha256 for name, text in texts.items()}
+        return {"judged": judged(self.model, self.held_out, self.plan.phases[-1].context), **sizes, **hashes}
 
 
 def main() -> None:
@@ -218,7 +150,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/byte_lm"))
     parser.add_argument("--steps", type=int, default=Plan.steps)
     given = parser.parse_args()
-    run = Run(Plan(steps=given.steps), given.out)
+    run = LanguageRun(Plan(steps=given.steps), given.out)
     run.train()
     run.finish()
 

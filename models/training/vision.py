@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import json
-import platform
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..load import needed
 from .images import CLASSES, SIZE, pictures
-from .muon import Muon
+from .run import Run
 
 PATCH = 4  # pixels a side: 256 patches a picture
 TEST_SEED = 1_000_003  # pictures that no training run sees
@@ -135,103 +132,38 @@ def accuracy(model: Any, count: int = TEST_PICTURES) -> dict[str, float]:
     return {"accuracy": float(hit.mean()), **each}
 
 
-class Run:
-    """A training run in a folder: checkpoint.pt after every hundred steps, log.jsonl, and at the end the model."""
+class VisionRun(Run):
+    """The vision transformer, from random weights or from where its folder stands."""
+
+    command = "python -m reattend.models.training.vision"
+    others_rate = 1 / 3
 
     def __init__(self, plan: Plan, out: Path) -> None:
         torch.manual_seed(plan.seed)
-        self.plan, self.out, self.step, self.seconds = plan, out, 0, 0.0
-        self.model = shapes_vit().train()
-        matrices = [p for n, p in self.model.named_parameters() if p.ndim == 2 and "layers" in n]
-        others = [p for n, p in self.model.named_parameters() if not (p.ndim == 2 and "layers" in n)]
-        self.optimizers: list[torch.optim.Optimizer] = [
-            Muon(matrices, lr=plan.lr),
-            torch.optim.AdamW(others, lr=plan.lr / 3, betas=(0.9, 0.95), weight_decay=0.0),
-        ]
-        self._resume()
+        super().__init__(plan, out, shapes_vit().train())
 
-    @property
-    def checkpoint(self) -> Path:
-        return self.out / "checkpoint.pt"
-
-    def _resume(self) -> None:
-        self.out.mkdir(parents=True, exist_ok=True)
-        if not self.checkpoint.exists():
-            return
-        kept = torch.load(self.checkpoint, weights_only=True)
-        if kept["plan"] != json.dumps(asdict(self.plan)):
-            raise SystemExit(f"{self.checkpoint} was trained by another plan: choose another --out")
-        self.step, self.seconds = kept["step"], kept["seconds"]
-        self.model.load_state_dict(kept["model"])
-        for optimizer, state in zip(self.optimizers, kept["optimizers"], strict=True):
-            optimizer.load_state_dict(state)
-
-    def _keep(self) -> None:
-        kept = {
-            "step": self.step,
-            "seconds": self.seconds,
-            "plan": json.dumps(asdict(self.plan)),
-            "model": self.model.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-        }
-        torch.save(kept, self.checkpoint.with_suffix(".part"))
-        self.checkpoint.with_suffix(".part").replace(self.checkpoint)
-
-    def train(self) -> None:
-        while self.step < self.plan.steps:
-            began = time.monotonic()
-            loss = self._one_step()
-            self.seconds += time.monotonic() - began
-            if self.step % 20 == 0:
-                self._say(loss=loss, seconds=self.seconds)
-            if self.step % 100 == 0:
-                self._keep()
-            if self.step % 200 == 0:
-                self._say(accuracy=accuracy(self.model, 240)["accuracy"])
-        self._keep()
-
-    def _one_step(self) -> float:
+    def loss(self) -> Tensor:
         images, labels, kept = batch(self.plan, self.step)
-        loss = F.cross_entropy(logits_of(self.model, images, kept), labels)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        for optimizer, share in zip(self.optimizers, (1, 1 / 3)):
-            for group in optimizer.param_groups:
-                group["lr"] = self.plan.lr * share * self.plan.rate(self.step)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        self.step += 1
-        return loss.item()
+        return F.cross_entropy(logits_of(self.model, images, kept), labels)
 
-    def _say(self, **values: float) -> None:
-        line = json.dumps({"step": self.step, **{name: round(value, 4) for name, value in values.items()}})
-        print(line, flush=True)
-        with (self.out / "log.jsonl").open("a") as log:
-            log.write(line + "\n")
+    def judged(self) -> dict[str, float]:
+        return {"accuracy": accuracy(self.model, 240)["accuracy"]}
 
-    def finish(self) -> None:
-        """The model as half-precision safetensors, and how it came about; what is measured is what is stored."""
-        self.model.half().save_pretrained(self.out / "model")
-        found = accuracy(self.model.float())
-        about = {
-            "command": "python -m reattend.models.training.vision",
-            "plan": asdict(self.plan),
+    def about(self) -> dict[str, Any]:
+        found = accuracy(self.model)
+        return {
             "pictures_seen": self.plan.steps * self.plan.pictures,
-            "train_seconds": round(self.seconds),
             "test": {"seed": TEST_SEED, "pictures": TEST_PICTURES},
             "test_accuracy": round(found.pop("accuracy"), 4),
             "test_accuracy_by_class": {name: round(value, 3) for name, value in found.items()},
-            "python": platform.python_version(),
-            "torch": torch.__version__,
             "numpy": np.__version__,
         }
-        (self.out / "model" / "training.json").write_text(json.dumps(about, indent=1) + "\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("out/shapes_vit"))
-    run = Run(Plan(), parser.parse_args().out)
+    run = VisionRun(Plan(), parser.parse_args().out)
     run.train()
     run.finish()
 
