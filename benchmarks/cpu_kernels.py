@@ -123,7 +123,8 @@ class Measured:
 
 def measure(name: str, case: Case, dtype: torch.dtype, tokens: int, *, runs: int, flex: bool) -> Measured:
     q, k, v = (torch.randn(1, HEADS, tokens, SIZE).to(dtype) for _ in range(3))
-    a = torch.randn(2048, 2048).to(dtype)
+    units = dtype == torch.bfloat16 and "amx_bf16" in cpu_flags()
+    a = torch.randn(2048, 2048).to(dtype if units else torch.float32)  # without units bfloat16 is emulated, slowly
     calls: dict[str, Callable[[], Any]] = {
         "ours": lambda: case.run(q, k, v),
         "rival": lambda: F.scaled_dot_product_attention(q, k, v, is_causal=case.rival == "causal"),
@@ -176,6 +177,7 @@ def _flex(name: str, q: Tensor, k: Tensor, v: Tensor) -> Callable[[], Any]:
         return s - torch.exp2(-(h + 1.0)) * (i - j) if name == "ALiBi" else s
 
     mask = create_block_mask(keep, None, None, q.shape[2], q.shape[2], device="cpu")
+    torch.compiler.reset()  # each case is compiled for itself: past its limit torch would fall back to eager
     compiled = torch.compile(flex_attention, dynamic=False)
     return lambda: compiled(q, k, v, score_mod=score, block_mask=mask)
 
