@@ -26,8 +26,8 @@ from reattend.passes.linear.linear import FEATURES
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 WINDOW = {"window": {"window": 64, "sinks": 4}}
-ROWS = {"short": Plan(tokens=4096, seed=7, phases=(Phase(1.0, 512, 0.35),)),
-        "long": Plan(tokens=4096, seed=7, phases=(Phase(1.0, 2048, 0.35),))}  # fmt: skip
+ROWS = {"short": Plan(tokens=4096, seed=7, phases=(Phase(1, 512, 0.35),)),
+        "long": Plan(tokens=4096, seed=7, phases=(Phase(1, 2048, 0.35),))}  # fmt: skip
 
 
 @dataclass(frozen=True)

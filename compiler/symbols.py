@@ -27,8 +27,9 @@ from .symbol_print import printed
 
 INDEX_NAMES = ("b", "h", "i", "j")  # batch, head, logical query position, logical key position
 SIZE_NAMES = ("N", "M")  # number of queries, number of keys
+CORNER_NAMES = ("i0", "i1", "j0", "j1")  # first and last query and key of a box of them
 VALUE_NAMES = ("s", "w")  # score, weight
-INTEGER_NAMES = frozenset(INDEX_NAMES + SIZE_NAMES)
+INTEGER_NAMES = frozenset(INDEX_NAMES + SIZE_NAMES + CORNER_NAMES)
 FUNCTIONS: dict[str, Callable[..., Any]] = {  # what may be called in an expression, with its meaning on tensors
     "exp": torch.exp,
     "exp2": torch.exp2,
@@ -271,7 +272,9 @@ def build(op: str, *args: Any) -> Expr:
 
 def _fold(op: str, operands: tuple[Any, ...]) -> Expr:
     if op != "lookup" and all(o.op == "const" for o in operands):
-        tensors = [torch.tensor(o.args[0], dtype=None if o.is_boolean else torch.float64) for o in operands]
+        whole = op in ("abs", "minimum", "maximum") and all(o.is_integer for o in operands)
+        kind = torch.int64 if whole else torch.float64
+        tensors = [torch.tensor(o.args[0], dtype=None if o.is_boolean else kind) for o in operands]
         return const(FUNCTIONS[op](*tensors).item())
     return Expr(op, operands)
 
@@ -280,7 +283,7 @@ def _value(e: Expr) -> Any:
     return e.args[0] if e.op == "const" else None
 
 
-def _linear(e: Expr) -> tuple[dict[str, tuple[Expr, Any]], Any]:
+def linear(e: Expr) -> tuple[dict[str, tuple[Expr, Any]], Any]:
     """Terms with their constant coefficients, and the constant."""
     if e.op == "const":
         return {}, e.args[0]
@@ -288,7 +291,7 @@ def _linear(e: Expr) -> tuple[dict[str, tuple[Expr, Any]], Any]:
         terms: dict[str, tuple[Expr, Any]] = {}
         total: Any = 0
         for arg in e.args:
-            part, constant = _linear(arg)
+            part, constant = linear(arg)
             total += constant
             for key, (term, factor) in part.items():
                 terms[key] = (term, terms[key][1] + factor if key in terms else factor)
@@ -310,7 +313,7 @@ def _scaled(term: Expr, factor: Any) -> Expr:
 
 
 def _add(*args: Expr) -> Expr:
-    return _from_linear(*_linear(Expr("add", args)))
+    return _from_linear(*linear(Expr("add", args)))
 
 
 def _sub(a: Expr, b: Expr) -> Expr:
@@ -338,7 +341,7 @@ def _mul(*args: Expr) -> Expr:
     rest.sort(key=lambda e: e.text)
     product = rest[0] if len(rest) == 1 else Expr("mul", tuple(rest))
     if product.op == "add" and product.is_integer and isinstance(factor, int):
-        terms, constant = _linear(product)
+        terms, constant = linear(product)
         return _from_linear({k: (t, f * factor) for k, (t, f) in terms.items()}, constant * factor)
     return _scaled(product, factor)
 
@@ -378,7 +381,7 @@ def _compare(op: str, a: Expr, b: Expr) -> Expr:
     if op in ("le", "lt") and a.op == "abs" and a.args[0].is_integer and b.is_integer:
         return _and(_compare(op, a.args[0], b), _compare(op, _mul(a.args[0], const(-1)), b))
     if a.is_integer and b.is_integer:
-        return _compare_affine(op, *_linear(_sub(a, b)))
+        return _compare_affine(op, *linear(_sub(a, b)))
     if op in ("eq", "ne") and b.text < a.text:
         a, b = b, a
     return Expr(op, (a, b))

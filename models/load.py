@@ -77,12 +77,12 @@ def shapes_vit() -> Loaded:
     return Loaded("shapes_vit", _trained("shapes_vit", "vision"), kwargs={"pixel_values": torch.from_numpy(images)})
 
 
-def byte_lm() -> Loaded:
+def byte_lm(length: int = 256) -> Loaded:
     """The byte model trained by models/training/language.py (6 layers, 4.4 M parameters), on held-out source text."""
     from .training.text import standard_library
 
     model = _trained("byte_lm", "language")
-    return Loaded("byte_lm", model, kwargs={"input_ids": _bytes(standard_library()[1])})
+    return Loaded("byte_lm", model, kwargs={"input_ids": _bytes(standard_library()[1], length)})
 
 
 def _trained(name: str, script: str) -> Any:
@@ -96,7 +96,7 @@ def _trained(name: str, script: str) -> Any:
     return loaded
 
 
-def _bytes(text: Any, length: int = 256) -> torch.Tensor:
+def _bytes(text: Any, length: int) -> torch.Tensor:
     """(1, length) bytes of a text, or of anything where a machine has Python without its sources."""
     if not text.names or len(text.bytes) <= length:
         return torch.randint(32, 127, (1, length), generator=torch.Generator().manual_seed(0))

@@ -236,3 +236,12 @@ def test_constants_survive_their_text(value: float) -> None:
     expr = build("where", name("i") <= name("j"), name("s"), const(value))
     assert parse(expr.text).text == expr.text
     assert parse(expr.text).args[2].args[0] == value
+
+
+def test_whole_numbers_stay_whole_where_their_function_does() -> None:
+    assert [parse(text).text for text in ("abs(-3)", "minimum(2, 5)", "maximum(2, 5)", "sqrt(4)")] == [
+        "3",
+        "2",
+        "5",
+        "2.0",
+    ]

@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from reattend.models.training.language import LanguageRun, Phase, Plan, batch, byte_llama, loss_of
+from reattend import optimize
+from reattend.compiler.refusal import Refused
+from reattend.models import load
+from reattend.models.load import load_model
+from reattend.models.quality.language import whole
+from reattend.models.training.language import LanguageRun, Phase, Plan, batch, byte_llama, judged, loss_of
 from reattend.models.training.muon import orthogonal
-from reattend.models.training.recall import TASKS, one_passkey
+from reattend.models.training.recall import TASKS, one_passkey, pairs, passkey
+from reattend.models.training.recall_calls import recall_call
 from reattend.models.training.text import standard_library
 
 TRAIN, HELD_OUT = standard_library()
-TINY = Plan(steps=3, tokens=1024, phases=(Phase(1.0, 512, 0.5),))
+TINY = Plan(steps=3, tokens=1024, phases=(Phase(3, 512, 0.5),))
 
 
 def test_no_file_is_both_trained_on_and_held_out() -> None:
@@ -40,6 +48,35 @@ def test_one_passkey_stands_as_far_back_as_is_asked_for() -> None:
     sample = one_passkey(np.random.default_rng(0), HELD_OUT, 512, 300)
     (answer,) = sample.answers
     assert answer.distance == 300 and answer.start + answer.length == 511  # a line end follows
+
+
+def test_passkeys_stand_as_dense_as_is_asked_for() -> None:
+    few, many = (passkey(np.random.default_rng(0), TRAIN, 512, every) for every in (256, 64))
+    assert (len(few.answers), len(many.answers)) == (2, 8)
+    assert Phase(1, 512, 1.0).key == 256
+
+
+def test_the_rate_falls_twice() -> None:
+    plan = Plan()
+    rates = [plan.rate(step) for step in range(plan.steps)]
+    assert rates[plan.warmup] == 1.0 and rates[plan.turn - 1] == 0.02 and rates[plan.turn] == plan.again
+    assert rates[plan.turn :] == sorted(rates[plan.turn :], reverse=True)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_sources_of_a_call_are_where_its_answers_stand(task: str) -> None:
+    call, sources = recall_call(task, 256, samples=3, seed=4)
+    ids = call["input_ids"]
+    assert ids.shape == (3, 256) and {sample for sample, _, _ in sources} == {0, 1, 2}
+    assert all(ids[sample, row + 1] == ids[sample, place] and place <= row for sample, row, place in sources)
+    assert torch.equal(ids, recall_call(task, 256, samples=3, seed=4)[0]["input_ids"])
+
+
+def test_a_call_of_an_unknown_task_or_without_room_is_refused() -> None:
+    with pytest.raises(Refused, match=r"task 'passkeys'.*passkey"):
+        recall_call("passkeys")
+    with pytest.raises(Refused, match=r"passkey: length 32.*at least 64"):
+        recall_call("passkey", 32)
 
 
 def test_a_batch_is_decided_by_its_step() -> None:
@@ -71,6 +108,24 @@ def test_a_run_that_was_interrupted_ends_with_the_same_bits(tmp_path: Path) -> N
     assert all(torch.equal(mine[name], value) for name, value in whole.model.state_dict().items())
     with pytest.raises(SystemExit, match="another plan"):
         LanguageRun(Plan(steps=4), tmp_path / "cut")
+
+
+@pytest.mark.slow
+def test_the_shipped_model_is_as_good_as_its_file_says_and_needs_its_context() -> None:
+    said = json.loads((load.TRAINED / "byte_lm" / "training.json").read_text())
+    model = load_model("byte_lm").model
+    assert model.dtype == torch.float32 and said["plan"] == json.loads(json.dumps(asdict(Plan())))
+    found = judged(model, HELD_OUT, 2048)
+    if HELD_OUT.sha256 == said["held_out_sha256"]:
+        assert found["bpb"] == pytest.approx(said["judged"]["bpb"], abs=0.01)
+    near = optimize(model, {"version": 1, "sites": [{"match": "*", "attention": {"window": {"window": 64}}}]},
+                    {"input_ids": torch.zeros(1, 2048, dtype=torch.long)}, measure=False)  # fmt: skip
+    assert judged(near, HELD_OUT, 2048)["bpb"] > found["bpb"] + 0.1
+    sample = pairs(np.random.default_rng(3), HELD_OUT, 2048)
+    ids = torch.from_numpy(sample.bytes.astype(np.int64))[None]
+    with torch.no_grad():
+        (far, asked), (close, _) = (whole(one(input_ids=ids).logits, sample) for one in (model.eval(), near.eval()))
+    assert far / asked > close / asked + 0.3
 
 
 @pytest.mark.parametrize("sizes", [(8, 8), (6, 20), (20, 6)])

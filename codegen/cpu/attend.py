@@ -19,7 +19,7 @@ from ...compiler.refusal import Refused
 from ...compiler.symbol_text import parse
 from ...compiler.symbols import TRUE, Expr, as_expr, build
 from .memory import Rows, as_dtype, index_of, kinds_of, pointer, step, tables_of, whole_numbers
-from .printer import seen
+from .printer import box
 from .skeleton import function, skeleton
 from .toolchain import NO_COMPILER, built, toolchain
 
@@ -107,15 +107,13 @@ def _segment(number: int, keep: str, score: str, spec: AttendSpec, tables: str) 
     if spec.normaliser == "softmax":
         value = build("mul", value, as_expr(LOG2E))
     predicate = parse(keep) if keep else TRUE
-    every, none = seen(predicate)
     arguments = "int b, int h, int i, vi j, const Table* t"
     return "\n".join(
         [
             f"template <> struct Spec<{number}> {{",
             "    " + function(f"vf score(vf s, {arguments})", value, "vf", tables),
             "    " + function(f"vi keep({arguments})", predicate, "vb", tables),
-            f"    INLINE int seen(int b, int h, int i0, int i1, int j0, int j1) "
-            f"{{ return ({none}) ? 0 : ({every}) ? 2 : 1; }}",
+            f"    INLINE int seen(int b, int h, int i0, int i1, int j0, int j1) {{ return {box(predicate)}; }}",
             "};",
         ]
     )

@@ -20,7 +20,7 @@ from ...compiler.symbol_text import parse
 from ...compiler.symbols import TRUE, as_expr, build
 from . import attend
 from .memory import Rows, as_dtype, kinds_of, pointer, step, tables_of, whole_numbers
-from .printer import seen
+from .printer import box
 from .skeleton import function, skeleton
 from .toolchain import built
 
@@ -46,7 +46,6 @@ def source(text: str, tables: str) -> str:
     softmax = spec.normaliser == "softmax"
     powers = build("mul", score, as_expr(attend.LOG2E)) if softmax else score
     here = "int b, int h, int i, vi j, const Table* t"
-    every, none = seen(predicate)
     return skeleton(
         "attend_backward.cpp",
         [
@@ -58,8 +57,7 @@ def source(text: str, tables: str) -> str:
             function(f"vi keep({here})", predicate, "vb", tables),
             function("vf weight(vf s, int b, int h, int i, const Table* t)", weight, "vf", tables),
             function("vf weight_slope(vf s, int b, int h, int i, const Table* t)", slope(weight, "s"), "vf", tables),
-            f"INLINE int seen(int b, int h, int i0, int i1, int j0, int j1) "
-            f"{{ return ({none}) ? 0 : ({every}) ? 2 : 1; }}",
+            f"INLINE int seen(int b, int h, int i0, int i1, int j0, int j1) {{ return {box(predicate)}; }}",
         ],
     )
 

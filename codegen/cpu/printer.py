@@ -1,21 +1,22 @@
-"""Expressions as C++: on vectors of keys where `j` or a score is in them, on numbers where not, on ranges of indices.
+"""Expressions as C++: on vectors of keys where `j` or a score is in them, on numbers where not.
 
 >>> from ...compiler.symbol_text import parse
 >>> cpp(parse("(j <= i) & (i <= j + 7)"), "vb")
 '((vi)(all(i) <= (j + all(7))) & (vi)(j <= all(i)))'
->>> seen(parse("(j <= i) & (i <= j + 7)"))
-('(i1 <= (j0 + 7)) && (j1 <= i0)', '(i0 > (j1 + 7)) || (j0 > i1)')
+>>> box(parse("(j <= i) & (i <= j + 7)"))
+'((i1 <= (j0 + -1)) || (j1 <= (i0 + -8))) ? 0 : ((i1 <= (j0 + 7)) && (j1 <= i0)) ? 2 : 1'
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ...compiler.boxes import everywhere, nowhere
 from ...compiler.refusal import Refused
-from ...compiler.symbols import Expr
+from ...compiler.symbols import CORNER_NAMES, Expr
 
 # the type of a printed expression: s one number, v one for every key of a vector; i int32, f float, b truth
-_NAMES = {"b": "si", "h": "si", "i": "si", "j": "vi", "s": "vf", "x": "vf"}
+_NAMES = {"b": "si", "h": "si", "i": "si", "j": "vi", "s": "vf", "x": "vf"} | dict.fromkeys(CORNER_NAMES, "si")
 _COMPARE = {"le": "<=", "lt": "<", "eq": "==", "ne": "!="}
 _CALLS = ("exp", "exp2", "log", "tanh", "sigmoid", "softplus", "relu", "elu", "sqrt", "floor", "sin", "cos")
 
@@ -23,6 +24,11 @@ _CALLS = ("exp", "exp2", "log", "tanh", "sigmoid", "softplus", "relu", "elu", "s
 def cpp(e: Expr, wanted: str, tables: str = "") -> str:
     """The expression as C++ of a type ("vf", "vi", "vb", "si", ...); `tables` says "f" or "i" of each table."""
     return _Printer(tables).of(e, wanted)
+
+
+def box(predicate: Expr) -> str:
+    """Of the box of queries i0..i1 and keys j0..j1: 0 where none is kept, 2 where all are, 1 else."""
+    return f"{cpp(nowhere(predicate), 'sb')} ? 0 : {cpp(everywhere(predicate), 'sb')} ? 2 : 1"
 
 
 class _Printer:
@@ -75,6 +81,9 @@ class _Printer:
                 text, kind = parts[0]
                 return "(" + " * ".join([text] * exponent) + ")", kind
             return f"pow_({', '.join(_converted(t, k, 'vf') for t, k in parts)})", "vf"
+        if e.op in ("minimum", "maximum") and all(kind == "si" for _, kind in parts):
+            (left, _), (right, _) = parts
+            return f"({left} {'<' if e.op == 'minimum' else '>'} {right} ? {left} : {right})", "si"
         if e.op in ("minimum", "maximum"):
             kind = "v" + _number(parts)
             left, right = (_converted(t, k, kind) for t, k in parts)
@@ -101,6 +110,8 @@ class _Printer:
 
     def _where(self, e: Expr) -> tuple[str, str]:
         condition, left, right = (self.printed(a) for a in e.args)
+        if condition[1] == "sb" and left[1] == right[1] == "si":
+            return f"({condition[0]} ? {left[0]} : {right[0]})", "si"
         kind = "v" + _number([left, right])
         return (
             f"select({_converted(*condition, 'vb')}, {_converted(*left, kind)}, {_converted(*right, kind)})",
@@ -156,58 +167,3 @@ def _converted(text: str, kind: str, wanted: str) -> str:
     if to_width == "s":
         return text
     return f"all(-(int32_t)({text}))" if to_number == "b" else f"all({text})"
-
-
-def seen(e: Expr) -> tuple[str, str]:
-    """Conditions on ranges i0..i1, j0..j1: the predicate surely holds for all of them; it surely holds for none."""
-    if e.op == "const":
-        return ("true", "false") if e.args[0] else ("false", "true")
-    if e.op in ("and", "or"):
-        parts = [seen(a) for a in e.args]
-        every = _joined([yes for yes, _ in parts], "true" if e.op == "and" else "false")
-        none = _joined([no for _, no in parts], "false" if e.op == "and" else "true")
-        return every, none
-    if e.op == "not":
-        yes, no = seen(e.args[0])
-        return no, yes
-    if e.op in ("le", "lt"):
-        left, right = (_range(a) for a in e.args)
-        if left and right:
-            sure, never = ("<=", ">") if e.op == "le" else ("<", ">=")
-            return f"({left[1]} {sure} {right[0]})", f"({left[0]} {never} {right[1]})"
-    return "false", "false"
-
-
-def _joined(conditions: Sequence[str], neutral: str) -> str:
-    """All of them (neutral "true") or any of them (neutral "false")."""
-    rest = [c for c in conditions if c != neutral]
-    absorbing = "false" if neutral == "true" else "true"
-    if absorbing in rest:
-        return absorbing
-    if len(rest) < 2:
-        return rest[0] if rest else neutral
-    return (" && " if neutral == "true" else " || ").join(rest if neutral == "false" else [_inside(c) for c in rest])
-
-
-def _inside(condition: str) -> str:
-    return f"({condition})" if " || " in condition else condition
-
-
-def _range(e: Expr) -> tuple[str, str] | None:
-    """Least and greatest value of an integer expression over the ranges, as C++; None where it is not affine."""
-    if e.op == "name" and e.args[0] in ("i", "j"):
-        return f"{e.args[0]}0", f"{e.args[0]}1"
-    if e.op == "name" and e.args[0] in ("b", "h"):
-        return e.args[0], e.args[0]
-    if e.op == "const" and isinstance(e.args[0], int):
-        return str(e.args[0]), str(e.args[0])
-    if e.op == "add":
-        parts = [_range(a) for a in e.args]
-        if all(parts):
-            return tuple("(" + " + ".join(p[side] for p in parts if p) + ")" for side in (0, 1))  # type: ignore[return-value]
-    if e.op == "mul" and len(e.args) == 2 and e.args[1].op == "const" and isinstance(e.args[1].args[0], int):
-        inner, factor = _range(e.args[0]), e.args[1].args[0]
-        if inner:
-            low, high = inner if factor >= 0 else inner[::-1]
-            return f"({low} * {factor})", f"({high} * {factor})"
-    return None

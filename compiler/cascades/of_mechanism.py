@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ..case import DIM, GRIDS, PLACED, Case
 from ..mechanism import Mechanism
+from ..ports import op_name
 from ..primitives.attend_spec import AttendSpec
 from ..refusal import Refused
 from ..symbol_text import parse
-from ..tracing import Setting, trace
+from ..tiles import tiles_of
+from ..tracing import Fragment, Setting, trace
 from .analysis import Verdict, analyse
 from .attend_fragment import attend_fragment
 from .building import Builder
@@ -15,17 +19,22 @@ from .expansion import PORTS, Expanded, expand
 from .nest import LoopNest
 from .showing import math_text
 
+SHOWN = 4096  # tokens at which the share of visited tiles is told
 TOKENS = (7, 8)  # a case without and with a grid that fills it
 
 
 def cascade_of(chosen: Mechanism, *, causal: bool = False) -> Expanded:
     """What its forward computes, as equations; refused where it stands at no single place."""
+    return expand(_traced(chosen, causal).graph)
+
+
+def _traced(chosen: Mechanism, causal: bool) -> Fragment:
     case = _case(chosen, causal)
     place = case.place(case.tensors())
     values = dict(place.ports)
     values |= {f"table_{k}": t for k, t in enumerate(place.tables)}
     values |= {f"param_{name}": t for name, t in case.own().items()}
-    return expand(trace(chosen, Setting(place.site, place.spec), values).graph)
+    return trace(chosen, Setting(place.site, place.spec), values)
 
 
 def cascade_of_spec(text: str) -> Expanded:
@@ -77,12 +86,22 @@ def _case(chosen: Mechanism, causal: bool) -> Case:
 
 
 def mechanism_math(chosen: Mechanism, *, causal: bool = False) -> str:
-    return _math(cascade_of(chosen, causal=causal))
+    graph = _traced(chosen, causal).graph
+    specs = [str(node.args[-1]) for node in graph.graph.nodes if op_name(node) == "attend"]
+    return _math(expand(graph), specs)
 
 
 def spec_math(text: str) -> str:
-    return _math(cascade_of_spec(text))
+    return _math(cascade_of_spec(text), [text])
 
 
-def _math(found: Expanded) -> str:
-    return math_text(verdict_of(found), LoopNest(found.cascade, found.keys[0]))
+def _math(found: Expanded, specs: Sequence[str]) -> str:
+    told = [math_text(verdict_of(found), LoopNest(found.cascade, found.keys[0]))]
+    return "\n".join([*told, *(line for text in specs for line in _tiles(AttendSpec.of(text)))])
+
+
+def _tiles(spec: AttendSpec) -> list[str]:
+    """What a kernel has to visit of a long call, where it is the predicate that says so."""
+    if spec.tiles or not spec.conjuncts:
+        return []
+    return ["tiles", f"  at {SHOWN:,} tokens, {tiles_of(spec.keep_expr, SHOWN, SHOWN)}"]

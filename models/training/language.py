@@ -14,43 +14,53 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..load import needed
-from .recall import TASKS, one_passkey
+from .recall import TASKS, one_passkey, passkey
 from .run import Run
 from .text import SEPARATOR, Text, standard_library
 
 
 @dataclass(frozen=True)
 class Phase:
-    """Steps up to the share `until` of all see rows of `context` bytes, `tasks` of them recall tasks."""
+    """Steps before `until` see rows of `context` bytes, a share `tasks` of them recall; a passkey every `key` bytes."""
 
-    until: float
+    until: int
     context: int
     tasks: float
+    key: int = 256
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that decides the weights, apart from the text."""
+    """Everything that decides the weights, apart from the text.
 
-    steps: int = 1600
+    The rate falls twice: after the first time pairs and copies were learned and passkeys, too rare in the rows, were
+    not; so the second stretch sees many of them.
+    """
+
+    steps: int = 1900
     tokens: int = 6144  # a step
     lr: float = 3e-3
     warmup: int = 60
-    decay: float = 0.35  # of the steps, at the end, down to a fiftieth
+    turn: int = 1600  # where the rate has fallen for the first time
+    decay: int = 560  # steps over which it does
+    again: float = 0.4  # of the rate, from where it falls a second time
     seed: int = 0
     phases: tuple[Phase, ...] = (
-        Phase(0.12, 256, 0.60),
-        Phase(0.55, 256, 0.35),
-        Phase(0.82, 1024, 0.35),
-        Phase(1.00, 2048, 0.35),
+        Phase(192, 256, 0.60),
+        Phase(880, 256, 0.35),
+        Phase(1312, 1024, 0.35),
+        Phase(1600, 2048, 0.35),
+        Phase(1780, 512, 0.70, key=48),
+        Phase(1900, 2048, 0.50, key=64),
     )
 
     def phase(self, step: int) -> Phase:
-        return next(phase for phase in self.phases if step < phase.until * self.steps or phase is self.phases[-1])
+        return next(phase for phase in self.phases if step < phase.until or phase is self.phases[-1])
 
     def rate(self, step: int) -> float:
-        left = (self.steps - step) / (self.decay * self.steps)
-        return min(1.0, (step + 1) / self.warmup, max(0.02, left))
+        if step < self.turn:
+            return min(1.0, (step + 1) / self.warmup, max(0.02, (self.turn - step) / self.decay))
+        return self.again * max(0.02, (self.steps - step) / (self.steps - self.turn))
 
 
 def byte_llama() -> Any:
@@ -82,7 +92,8 @@ def batch(plan: Plan, text: Text, step: int) -> tuple[Tensor, Tensor]:
     names = list(TASKS)
     for _ in range(plan.tokens // phase.context):
         if rng.random() < phase.tasks:
-            sample = TASKS[names[int(rng.integers(len(names)))]](rng, text, phase.context)
+            task = TASKS[names[int(rng.integers(len(names)))]]
+            sample = passkey(rng, text, phase.context, phase.key) if task is passkey else task(rng, text, phase.context)
             rows.append(sample.bytes)
             weights.append(sample.weight)
         else:

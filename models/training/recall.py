@@ -36,10 +36,10 @@ class Sample:
 Task = Callable[[np.random.Generator, Text, int], Sample]
 
 
-def passkey(rng: np.random.Generator, text: Text, length: int) -> Sample:
-    """Text with lines `# key name=12345` in it; some of those lines come again, up to the whole length later."""
+def passkey(rng: np.random.Generator, text: Text, length: int, every: int = 256) -> Sample:
+    """Text with a line `# key name=12345` for `every` so many bytes; each comes again, up to the whole length on."""
     line = len(b"\n# key abcd=12345\n")
-    count = max(1, length // 256)
+    count = max(1, length // every)
     keys = [_key(rng) for _ in range(count)]
     filler = text.window(rng, length - 2 * count * line)
     return _with_lines(rng, filler, keys, length)

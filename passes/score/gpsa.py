@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ...compiler.functional import attention
 from ...compiler.mechanism import Limit, Mechanism, Param, register
+from ...compiler.on_grid import off_grid
 from ...compiler.primitives.attend import attend
 from ...compiler.problem import problem
 from ...compiler.refusal import Refused
@@ -57,12 +58,7 @@ class Gpsa(Mechanism):
     def fits(self, site: Site) -> str | None:
         if site.causal or not site.self_attention:
             return f"gpsa is noncausal self-attention, this site is {site.pattern}"
-        if site.grid is None:
-            return "gpsa needs tokens on a grid: give grid (h, w)"
-        count = site.grid.prefix + site.grid.h * site.grid.w
-        if site.queries.isdigit() and int(site.queries) != count:
-            return f"{site.queries} tokens are not a grid of {site.grid.h} x {site.grid.w} behind {site.grid.prefix}"
-        return None
+        return off_grid(site, "gpsa")
 
     def params(self, site: Site) -> Mapping[str, Param]:
         return {

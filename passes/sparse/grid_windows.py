@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...compiler.on_grid import off_grid
 from ...compiler.primitives.attend import Relative, attend
 from ...compiler.primitives.gather import gather
 from ...compiler.primitives.group import group
@@ -126,14 +127,7 @@ def no_grid(site: Site, slug: str) -> str | None:
     """Why a mechanism of pictures cannot stand at a site, or None."""
     if not site.self_attention or site.causal:
         return f"{slug} is noncausal self-attention on a picture, this site is {site.pattern}"
-    if site.grid is None:
-        return f"{slug} stands on a picture: give grid=(h, w)"
-    tokens = site.grid.prefix + site.grid.h * site.grid.w
-    if site.keys.isdigit() and int(site.keys) != tokens:
-        return (
-            f"{site.keys} tokens are not a grid of {site.grid.h} x {site.grid.w} and {site.grid.prefix} prefix tokens"
-        )
-    return None
+    return off_grid(site, slug)
 
 
 def _samples(t: Tensor) -> Tensor:
