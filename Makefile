@@ -5,7 +5,7 @@ BIN := .venv/bin
 export PYTHON
 unexport PYTHONPATH # the checkout under test is this one
 # one thread a worker: two workers with two threads each would only wait for each other
-TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=20 --durations-min=5
 
 .PHONY: help setup demo test test-all lint format types wheel clean
 help: ## what can be made
