@@ -7,7 +7,7 @@ each index stands once in each condition. Kernels print the two, and tiles.py ev
 >>> everywhere(parse("(j <= i) & (i <= j + 7)"))
 (i1 <= j0 + 7) & (j1 <= i0)
 >>> nowhere(parse("(j <= i) & (i <= j + 7)"))
-(i1 + 1 <= j0) | (j1 + 8 <= i0)
+(i1 <= j0 - 1) | (j1 <= i0 - 8)
 """
 
 from __future__ import annotations
