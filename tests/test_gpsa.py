@@ -64,7 +64,7 @@ def test_it_starts_as_the_taps_of_a_convolution(heads: int, taps: int) -> None:
 @pytest.mark.parametrize(
     ("given", "match"),
     [
-        ({}, "needs tokens on a grid"),
+        ({}, "gpsa needs the tokens' grid"),
         ({"grid": (3, 5)}, "12 tokens are not a grid of 3 x 5"),
         ({"grid": (3, 4), "causal": True}, "noncausal"),
         ({"grid": (3, 4), "locality_strength": 0.0}, "above 0"),
