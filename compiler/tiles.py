@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from .boxes import everywhere, nowhere
 from .refusal import Refused
 from .symbol_eval import evaluate
+from .symbol_text import parse
 from .symbols import Expr, build, const, linear
 
 EMPTY, PARTIAL, FULL = 0, 1, 2
@@ -98,13 +100,27 @@ def tiles_of(predicate: Expr, n: int, m: int, tile: tuple[int, int] = (64, 64), 
     first = torch.arange(rows).view(-1, 1) * tile[0]
     band = _Band(first + offset, (first + tile[0]).clamp(max=n) - 1 + offset, m, columns, tile[1])
     sized = predicate.replace({"N": const(n), "M": const(m)})
-    never, always = nowhere(sized), everywhere(sized)
-    seen, full = band.runs(build("not", never)), band.runs(always)
+    some, never, always = _corners(sized.text)
+    seen, full = band.runs(some), band.runs(always)
     if seen is not None and full is not None:
         return Tiles((rows, columns), tile, seen.apart(), full.apart())
     if rows * columns > MOST_TILES:
         raise Refused(f"{rows} x {columns} tiles of {predicate}", where="tiles", fits="a band, or larger tiles")
     return Tiles((rows, columns), tile, band.asked(never, always))
+
+
+@lru_cache(maxsize=256)
+def _corners(text: str) -> tuple[Expr, Expr, Expr]:
+    """Formulas of a box's corners: some pair may be kept, none is, all are."""
+    predicate = parse(text)
+    never = nowhere(predicate)
+    return build("not", never), never, everywhere(predicate)
+
+
+@lru_cache(maxsize=1024)
+def _affine(text: str) -> tuple[Mapping[str, tuple[Expr, int]], int]:
+    """left <= right as terms and a constant whose sum is at most 0."""
+    return linear(build("sub", *parse(text).args))
 
 
 @dataclass(frozen=True)
@@ -122,7 +138,7 @@ class _Band:
         if e.op == "const":
             return self._between(0 if e.args[0] else self.columns, self.columns - 1)
         if e.op == "le":
-            return self._half(*linear(build("sub", *e.args)))
+            return self._half(*_affine(e.text))
         if e.op not in ("and", "or"):
             return None
         total: Runs | None = None
