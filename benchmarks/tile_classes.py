@@ -85,8 +85,8 @@ def page(rows: list[dict[str, Any]]) -> str:
         "",
         f"Made by `python benchmarks/tile_classes.py docs/tile_classes.md` on {torch.get_num_threads()} threads, torch "
         f"{torch.__version__}:",
-        f"tiles of {TILE}, medians of one run; a predicate's formulas are derived once and kept. Our classes equal the lists",
-        "of `create_block_mask` tile by tile; at 1,048,576 its 2^40 pairs do not fit any memory.",
+        f"tiles of {TILE}, medians of one run; a predicate's formulas are derived once and kept. Our classes equal",
+        "the lists of `create_block_mask` tile by tile; at 1,048,576 its 2^40 pairs do not fit any memory.",
         "",
         "| mask | N | empty / cut / whole tiles | ours, ms | kept, bytes | create_block_mask, ms | ratio |",
         "|---|---|---|---|---|---|---|",
