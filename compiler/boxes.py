@@ -85,9 +85,9 @@ def bounds(e: Expr) -> Bounds | None:
 
 
 def _divided(e: Expr) -> Bounds | None:
-    """By a positive number: quotients keep the order, remainders too as long as the quotient is one."""
+    """By a positive whole number: quotients keep the order, remainders too as long as the quotient is one."""
     inner, by = bounds(e.args[0]), e.args[1]
-    if inner is None or by.op != "const" or by.args[0] < 1:
+    if inner is None or by.op != "const" or not by.is_integer or by.args[0] < 1:
         return None
     first, last = (build("floordiv", value, by) for value in inner)
     if e.op == "floordiv":

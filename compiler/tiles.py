@@ -155,7 +155,8 @@ class _Band:
         """The tiles where a sum of corners is at most 0: from the left up to one, or from one on."""
         known = {"i0": self.i0, "i1": self.i1}
         keys = [text for text in terms if text not in known]
-        if len(keys) > 1 or not {*keys} <= {"j0", "j1"}:
+        numbers = (constant, *(factor for _, factor in terms.values()))
+        if len(keys) > 1 or not {*keys} <= {"j0", "j1"} or not all(isinstance(number, int) for number in numbers):
             return None
         rest = sum((factor * known[text] for text, (_, factor) in terms.items() if text in known), constant)
         room = -torch.as_tensor(rest).expand_as(self.i0)

@@ -73,6 +73,13 @@ def test_blocks_and_strides_are_asked_tile_by_tile_and_found_exactly(text: str) 
     assert isinstance(found.seen, Tensor) and found.classes().tolist() == by_force(pairs(parse(text), 64, 48), (8, 8))
 
 
+@pytest.mark.parametrize("text", ["i % 3.9 < 3", "i // 2.5 <= j", "i * 0.5 <= j", "i <= j + 2.5"])
+def test_numbers_with_a_fraction_are_never_wrong(text: str) -> None:
+    found = tiles_of(parse(text), 40, 40, (8, 8)).classes()
+    whole = torch.tensor(by_force(pairs(parse(text), 40, 40), (8, 8)))
+    assert ((found == whole) | (found == PARTIAL)).all()
+
+
 def test_what_no_rule_knows_is_cut() -> None:
     found = tiles_of(parse("(t0[i] == t0[j]) & (j <= i)"), 64, 64, (16, 16))
     assert found.counts == (6, 10, 0)

@@ -53,7 +53,6 @@ def test_one_passkey_stands_as_far_back_as_is_asked_for() -> None:
 def test_passkeys_stand_as_dense_as_is_asked_for() -> None:
     few, many = (passkey(np.random.default_rng(0), TRAIN, 512, every) for every in (256, 64))
     assert (len(few.answers), len(many.answers)) == (2, 8)
-    assert Phase(1, 512, 1.0).key == 256
 
 
 def test_the_rate_falls_twice() -> None:

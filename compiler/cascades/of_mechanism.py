@@ -101,7 +101,7 @@ def _math(found: Expanded, specs: Sequence[str]) -> str:
 
 
 def _tiles(spec: AttendSpec) -> list[str]:
-    """What a kernel has to visit of a long call, where it is the predicate that says so."""
-    if spec.tiles or not spec.conjuncts:
+    """What a kernel has to visit of a long call, where one predicate of rows and keys in their places says so."""
+    if spec.tiles or spec.more or spec.q_positions or spec.k_positions or not spec.conjuncts:
         return []
     return ["tiles", f"  at {SHOWN:,} tokens, {tiles_of(spec.keep_expr, SHOWN, SHOWN)}"]
