@@ -76,6 +76,7 @@ ATTENDS: dict[str, dict[str, Any]] = {
         "causal": True,
     },
     "tiles": {"tiles": Tiles(whole(-1, 6, B, 1, 13, 3), 8, 24), "causal": True},
+    "tiles of no whole vector": {"tiles": Tiles(whole(-1, 7, B, 1, 17, 3), 6, 20), "causal": True},
     "a table of heads": {"kv_heads": torch.tensor([0, 0, 1, 0])},
 }  # fmt: skip
 SCANS: dict[str, dict[str, Any]] = {
@@ -165,7 +166,7 @@ def test_half_precision_in_and_out(dtype: torch.dtype, monkeypatch: pytest.Monke
 
 LEARNED = (
     "full", "causal", "causal at the end", "window", "both sides", "softcap", "alibi", "documents", "mod and div",
-    "functions", "sigmoid", "relu squared", "sink", "rows without a key", "tiles",
+    "functions", "sigmoid", "relu squared", "sink", "rows without a key", "tiles", "tiles of no whole vector",
 )  # fmt: skip
 
 
@@ -190,6 +191,15 @@ def test_gradients_of_few_heads_are_shared_out(monkeypatch: pytest.MonkeyPatch) 
     leaves = [t.double().requires_grad_() for t in (q, k, v)]
     outputs = attend_meaning([[leaves[0]], leaves[1:], []], text)
     same(list(found or ()), list(torch.autograd.grad(outputs[0].sum(), leaves[1:])), 5e-6)  # type: ignore[arg-type]
+
+
+def test_a_scan_of_no_whole_vector(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stands behind a row in memory does not matter, whatever was there before."""
+    q, k, v, held = drawn(B, H, N, 21), drawn(B, H, N, 21), drawn(B, H, N, 9), torch.full((1 << 20,), torch.nan)
+    del held
+    how: dict[str, Any] = {"feature": torch.exp, "normaliser": "sum"}
+    groups, text = said(monkeypatch, scan_front, "scan_op", lambda: scan(q, k, v, **how))
+    same(scanning.run(groups, text), scan_meaning(wide(groups), text), 1e-5)
 
 
 @pytest.mark.parametrize("name", SCANS)

@@ -2,6 +2,7 @@
 //
 //   B, H, N, D     batch, query heads, query rows, their size           Hk, M, Dv   key heads, keys, size of a value
 //   BM, BN         rows of a block of queries, keys of a tile           b, h, i, j  logical indices, as the spec has them
+//   LN             numbers from one row of a tile's scores to the next: BN up to a whole number of vectors
 //   m, l           of a row: the highest score so far, the sum of its weights (scores are in powers of 2)
 //
 // In front of this text stand BM, BN, SEGMENTS, NORMALISER, EPS, SINK, VALUES (o is asked for), BACK, AHEAD, SINKS; for every segment S
@@ -36,6 +37,7 @@ struct Call {
     Source source[SEGMENTS];
 };
 
+constexpr int64_t LN = (BN + WIDE - 1) / WIDE * WIDE;
 constexpr float LN2 = 0.69314718055994531f;
 constexpr int32_t NOWHERE = INT32_MIN;  // the position of a place at which no key stands
 // Keys of one head as tiles D x BN, values as tiles BN x Dv (or as they lie in memory); positions beside them.
@@ -54,14 +56,14 @@ static bool values_as_they_are(const Call& c, const Source& s) { return s.v.d ==
 static void pack(const Call& c, const Source& s, int64_t b, int64_t h, int64_t tile, const Packed& to) {
     const int64_t deep = rounded(c.D, DEEP), wide = rounded(c.Dv, WIDE), first = tile * BN;
     const int64_t count = smaller<int64_t>(BN, s.keys - first);
-    cell *k = to.k + tile * deep * BN, *v = to.v + tile * BN * wide;
-    if (count < BN || deep != c.D) memset(k, 0, sizeof(cell) * deep * BN);
+    cell *k = to.k + tile * deep * LN, *v = to.v + tile * BN * wide;
+    if (count < LN || deep != c.D) memset(k, 0, sizeof(cell) * deep * LN);
     if (to.v && (count < BN || wide != c.Dv)) memset(v, 0, sizeof(cell) * BN * wide);
     for (int64_t n = 0; n < count; n++) {
         const int64_t row = s.at ? s.at[b * s.at_b + h * s.at_h + first + n] : first + n, from = row < 0 ? 0 : row;
         to.j[first + n] = row < 0 ? NOWHERE : s.place ? s.place[b * s.place_b + h * s.place_h + row] : (int32_t)row;
         const cell* key = s.k.data + b * s.k.b + h * s.k.h + from * s.k.n;
-        for (int64_t d = 0; d < c.D; d++) k[at(d, n, BN)] = key[d * s.k.d];
+        for (int64_t d = 0; d < c.D; d++) k[at(d, n, LN)] = key[d * s.k.d];
         if (!to.v) continue;
         const cell* value = s.v.data + b * s.v.b + h * s.v.h + from * s.v.n;
         for (int64_t d = 0; d < c.Dv; d++) v[at(n, d, wide)] = value[d * s.v.d];
@@ -88,8 +90,8 @@ template <int S, bool WHOLE> INLINE void weigh(const Call& c, Block& x, const in
     const int64_t lanes = rounded(width, VL);
     const int b = (int)x.b, h = (int)x.h;
     for (int64_t r = 0; r < x.count; r++) {
-        float* s = x.s + r * BN;
-        cell* p = x.p + r * BN;
+        float* s = x.s + r * LN;
+        cell* p = x.p + r * LN;
         const int i = x.i[r];
         vf top = all(-INF), sum{};
         for (int64_t n = 0; n < lanes; n += VL) {
@@ -130,13 +132,13 @@ template <int S> static void tile(const Call& c, Block& x, const Packed& keys, i
     const int seen = placed ? 1 : Spec<S>::seen((int)x.b, (int)x.h, i0, i1, (int32_t)first, (int32_t)(first + width - 1));
     if (seen == 0) return;
     const int64_t deep = rounded(c.D, DEEP), rows = rounded(x.count, TALL);
-    product<false>(rows, rounded(width, WIDE), deep, x.q, deep, keys.k + number * deep * BN, across(BN), x.s, BN);
+    product<false>(rows, rounded(width, WIDE), deep, x.q, deep, keys.k + number * deep * LN, across(LN), x.s, LN);
     const int32_t* place = s.at || s.place ? keys.j + first : nullptr;
     if (seen == 2 && width % VL == 0) weigh<S, true>(c, x, place, width, (int32_t)first);
     else weigh<S, false>(c, x, place, width, (int32_t)first);
     if (!VALUES) return;
     const cell* v = keys.v ? keys.v + first * x.ldo : s.v.data + x.b * s.v.b + x.h / (c.H / s.Hk) * s.v.h + first * s.v.n;
-    product<true>(rows, x.ldo, rounded(width, DEEP), x.p, BN, v, keys.v ? across(x.ldo) : s.v.n, x.o, x.ldo);
+    product<true>(rows, x.ldo, rounded(width, DEEP), x.p, LN, v, keys.v ? across(x.ldo) : s.v.n, x.o, x.ldo);
 }
 
 // The tiles that the rows i0 ... i1 can reach: the sinks', then those of the band.
@@ -201,10 +203,10 @@ static void finish(const Call& c, const Block& x) {
 }
 
 // All keys of a segment, tile by tile; they are read by every block of queries. Cells of k, of v, places: of one head.
-struct Room { int64_t k, v, j; };
+struct Room { int64_t k, v, j, tiles; };
 static Room room(const Call& c, const Source& s) {
-    const int64_t keys = rounded(s.keys, BN);
-    return {keys * rounded(c.D, DEEP), values_as_they_are(c, s) ? 0 : keys * rounded(c.Dv, WIDE), keys};
+    const int64_t tiles = rounded(s.keys, BN) / BN, keys = tiles * BN;  // the last tile's places are read by whole vectors
+    return {tiles * LN * rounded(c.D, DEEP), values_as_they_are(c, s) ? 0 : keys * rounded(c.Dv, WIDE), keys + LN - BN, tiles};
 }
 static int64_t bytes(const Call& c, const Source& s) {
     const Room r = room(c, s);
@@ -213,7 +215,7 @@ static int64_t bytes(const Call& c, const Source& s) {
 
 static void prepare(const Call& c, const Source& s, Packed* keys, char* at) {
     const Room r = room(c, s);
-    const int64_t heads = c.B * s.Hk, tiles = r.j / BN;
+    const int64_t heads = c.B * s.Hk, tiles = r.tiles;
     for (int64_t n = 0; n < heads; n++) {
         cell* k = (cell*)at;
         keys[n] = {k, r.v ? k + r.k : nullptr, (int32_t*)(k + r.k + r.v), tiles};
@@ -241,10 +243,10 @@ extern "C" int run(const Call* call) {
     const int64_t rows = rounded(BM, TALL), deep = rounded(c.D, DEEP);
 #pragma omp parallel num_threads(c.threads)
     {
-        Workspace own(rows * (deep + BN + BN + ldo));
+        Workspace own(rows * (deep + LN + LN + ldo));
         Block x;
         x.o = own.data, x.s = x.o + rows * ldo, x.ldo = ldo;
-        x.q = (cell*)(x.s + rows * BN), x.p = sizeof(cell) == 4 ? (cell*)x.s : x.q + rows * deep;
+        x.q = (cell*)(x.s + rows * LN), x.p = sizeof(cell) == 4 ? (cell*)x.s : x.q + rows * deep;
 #ifdef HALVES
         units_begin();
 #endif

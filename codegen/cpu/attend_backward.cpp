@@ -8,6 +8,7 @@
 // In front of this text stand BM, BN, SOFTMAX, BACK, AHEAD, SINKS, and keep, seen, score (in powers of 2 for a softmax),
 // slope(s, b, h, i, j) = d score / ds, weight(s, b, h, i), weight_slope(s, b, h, i).
 
+constexpr int64_t LN = (BN + VL - 1) / VL * VL;  // from one row of a tile to the next
 struct Rows { float* data; int64_t b, h, n, d; };  // strides in elements
 struct Call {
     Rows q, k, v, go, dq, dk, dv;
@@ -34,12 +35,12 @@ INLINE void copy(const float* from, int64_t stride, int64_t count, int64_t wide,
 
 static void pack(const Call& c, int64_t b, int64_t h, int64_t tile, const Head& x) {
     const int64_t D = rounded(c.D, VL), first = tile * BN, count = smaller<int64_t>(BN, c.M - first);
-    float *kt = x.kt + tile * c.D * BN, *vt = x.vt + tile * c.Dv * BN;
-    if (count < BN) memset(kt, 0, sizeof(float) * c.D * BN), memset(vt, 0, sizeof(float) * c.Dv * BN);
+    float *kt = x.kt + tile * c.D * LN, *vt = x.vt + tile * c.Dv * LN;
+    if (count < LN) memset(kt, 0, sizeof(float) * c.D * LN), memset(vt, 0, sizeof(float) * c.Dv * LN);
     for (int64_t n = 0; n < count; n++) {
         const float *k = row(c.k, b, h, first + n), *v = row(c.v, b, h, first + n);
-        for (int64_t d = 0; d < c.D; d++) kt[d * BN + n] = k[d * c.k.d];
-        for (int64_t d = 0; d < c.Dv; d++) vt[d * BN + n] = v[d * c.v.d];
+        for (int64_t d = 0; d < c.D; d++) kt[d * LN + n] = k[d * c.k.d];
+        for (int64_t d = 0; d < c.Dv; d++) vt[d * LN + n] = v[d * c.v.d];
         copy(k, c.k.d, c.D, D, x.k + (first + n) * D);
     }
 }
@@ -49,7 +50,7 @@ template <bool WHOLE> INLINE void weigh(const Call& c, Block& x, int64_t width, 
     const int64_t lanes = rounded(width, VL), at = (x.b * c.H + x.h) * c.N + x.first;
     const int b = (int)x.b, h = (int)x.h;
     for (int64_t r = 0; r < x.count; r++) {
-        float *s = x.s + r * BN, *w = x.w + r * BN;
+        float *s = x.s + r * LN, *w = x.w + r * LN;
         const int i = (int)(x.first + r + c.shift);
         const float L = c.L[at + r], R = c.R[at + r], delta = c.delta[at + r];
         for (int64_t n = 0; n < lanes; n += VL) {
@@ -73,12 +74,12 @@ static void tile(const Call& c, Block& x, const Head& head, int64_t number, int3
     const int some = seen((int)x.b, (int)x.h, i0, i1, (int32_t)first, (int32_t)(first + width - 1));
     if (some == 0) return;
     const int64_t lanes = rounded(width, VL);
-    product<false>(x.count, lanes, c.D, x.q, D, head.kt + number * c.D * BN, BN, x.s, BN);
-    product<false>(x.count, lanes, c.Dv, x.go, Dv, head.vt + number * c.Dv * BN, BN, x.w, BN);
+    product<false>(x.count, lanes, c.D, x.q, D, head.kt + number * c.D * LN, LN, x.s, LN);
+    product<false>(x.count, lanes, c.Dv, x.go, Dv, head.vt + number * c.Dv * LN, LN, x.w, LN);
     if (some == 2 && width % VL == 0) weigh<true>(c, x, width, (int32_t)first); else weigh<false>(c, x, width, (int32_t)first);
-    product_of_columns<true>(width, Dv, x.count, x.w, BN, x.go, Dv, head.dv + first * Dv, Dv);
-    product_of_columns<true>(width, D, x.count, x.s, BN, x.q, D, head.dk + first * D, D);
-    product<true>(x.count, D, width, x.s, BN, head.k + first * D, D, x.dq, D);
+    product_of_columns<true>(width, Dv, x.count, x.w, LN, x.go, Dv, head.dv + first * Dv, Dv);
+    product_of_columns<true>(width, D, x.count, x.s, LN, x.q, D, head.dk + first * D, D);
+    product<true>(x.count, D, width, x.s, LN, head.k + first * D, D, x.dq, D);
 }
 
 // A block of query rows against every tile that they can reach.
@@ -116,17 +117,18 @@ extern "C" void run(const Call* call) {
     const int64_t D = rounded(c.D, VL), Dv = rounded(c.Dv, VL), tiles = (c.M + BN - 1) / BN, keys = tiles * BN;
     const int64_t heads = c.B * c.Hk, group = c.H / c.Hk, blocks = (c.N + BM - 1) / BM;
     const int64_t shares = heads >= c.threads ? 1 : smaller<int64_t>((c.threads + heads - 1) / heads, larger<int64_t>(blocks, 1));
-    Workspace packed(heads * keys * (c.D + c.Dv + D)), sums(heads * shares * keys * (D + Dv));
+    const int64_t wide = tiles * LN;  // keys with the room that whole vectors take in each tile
+    Workspace packed(heads * (wide * (c.D + c.Dv) + keys * D)), sums(heads * shares * keys * (D + Dv));
     memset(sums.data, 0, sizeof(float) * heads * shares * keys * (D + Dv));
     const auto head = [&](int64_t n, int64_t share) {
-        float *at = packed.data + n * keys * (c.D + c.Dv + D), *own = sums.data + (n * shares + share) * keys * (D + Dv);
-        return Head{at, at + keys * c.D, at + keys * (c.D + c.Dv), own, own + keys * D};
+        float *at = packed.data + n * (wide * (c.D + c.Dv) + keys * D), *own = sums.data + (n * shares + share) * keys * (D + Dv);
+        return Head{at, at + wide * c.D, at + wide * (c.D + c.Dv), own, own + keys * D};
     };
 #pragma omp parallel num_threads(c.threads)
     {
-        Workspace own(BM * (D + Dv + BN + BN + D));
+        Workspace own(BM * (D + Dv + LN + LN + D));
         Block x;
-        x.q = own.data, x.go = x.q + BM * D, x.s = x.go + BM * Dv, x.w = x.s + BM * BN, x.dq = x.w + BM * BN;
+        x.q = own.data, x.go = x.q + BM * D, x.s = x.go + BM * Dv, x.w = x.s + BM * LN, x.dq = x.w + BM * LN;
 #pragma omp for schedule(static)
         for (int64_t n = 0; n < heads * tiles; n++) pack(c, n / tiles / c.Hk, n / tiles % c.Hk, n % tiles, head(n / tiles, 0));
 #pragma omp for schedule(dynamic, 1)

@@ -48,6 +48,7 @@ static void read(const Call& c, Chunk& x, int64_t first, int64_t count) {
             store(x.q + t * D + d, feature_q(load(x.q + t * D + d)));
             store(line + d, feature_k(load(line + d)));
         }
+        for (int64_t d = c.D; d < D; d++) x.q[t * D + d] = 0.f;  // a product with z, which is 0 there too, stays a number
         const bool here = counts(c, x.b, first + t);
         for (int64_t d = 0; d < c.D; d++) x.kt[d * T + t] = here ? line[d] : 0.f;
         x.factor[t] = CHANNELS ? 1.f : factor(c, x.b, x.h, first + t, 0);
