@@ -194,11 +194,11 @@ class Attending:
         return [self._wide("A", f"{r} / {total}", part) for r, part in zip(raw, parts)], f"{top} + log({total})"
 
     def plain(self, parts: Sequence[Keys]) -> tuple[list[str], str]:
-        weight = self._indexed(parse(self.spec.weight or "exp(s)"))
+        weight = parse(self.spec.weight or "exp(s)")
         raw = [self._wide("SN", weight.replace({"s": name(part.scores)}), part) for part in parts]
         sums = [self._over("SD", r, part) for r, part in zip(raw, parts)]
         if self.spec.sink:
-            sums.append(weight.replace({"s": name(self._virtual(parts))}).text)
+            sums.append(self._indexed(weight).replace({"s": name(self._virtual(parts))}).text)
         total = sums[0] if len(sums) == 1 else self._row_node("SD", " + ".join(f"({s})" for s in sums), parts)
         lse = f"log({total})"
         if self.spec.normaliser == "none":

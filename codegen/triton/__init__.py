@@ -1,0 +1,1 @@
+"""Kernels for GPUs: Triton generated from a spec, readable, checked without a GPU."""

@@ -1,0 +1,239 @@
+"""`attend` as Triton: the source of one spec, from the loop skeletons and what its normaliser lets a row gather."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+from ...compiler.primitives.attend_spec import AttendSpec
+from ...compiler.refusal import Refused
+from ...compiler.spans import Reached, Span, spans
+from ...compiler.symbol_text import parse
+from ...compiler.symbols import TRUE, Expr, as_expr
+from .folding import Folding
+from .printer import triton_text
+from .skeleton import filled, text_of
+from .walking import Walk, walked
+
+SIZES = ("D", "DP", "E", "EP", "BM", "BN", "WIDE", "PRECISION")  # constants that a tile has from its block
+EVERYWHERE = (Reached(Span(as_expr(0), None)),)  # where positions are looked up, nothing is known of a tile
+
+
+@dataclass(frozen=True)
+class Attend:
+    """What a kernel of one spec is made of. `tables`: "f" or "i" and the number of axes of each, as in "f1 i3"."""
+
+    text: str
+    tables: str = ""
+    packed: bool = False  # the query heads of a key head are rows of one block
+    keeps: bool = False  # each row's number for its gradient comes out as well
+
+    @cached_property
+    def spec(self) -> AttendSpec:
+        return AttendSpec.of(self.text)
+
+    @cached_property
+    def kinds(self) -> str:
+        return "".join(table[0] for table in self.tables.split())
+
+    @cached_property
+    def folding(self) -> Folding:
+        return Folding(self.spec, self.kinds, self.packed)
+
+    @cached_property
+    def source(self) -> str:
+        """The whole module."""
+        tiles = (self._tile(n) for n in range(len(self.spec.segments)))
+        return "".join([text_of("functions"), *tiles, self._forward()])
+
+    # --- arguments ----------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def looked_up(self) -> list[str]:
+        """Arguments of the tables that expressions look up: a pointer, sizes and steps each."""
+        found: list[str] = []
+        for number in sorted(tables_in(self.spec)):
+            axes = range(int(self.tables.split()[number][1:]))
+            found += [f"t{number}", *(f"t{number}_{what}{axis}" for axis in axes for what in ("size", "step"))]
+        return found
+
+    def own(self, segment: int) -> list[str]:
+        """Arguments of a segment that its tiles read."""
+        found = ["k_n", "k_d", "v_n", "v_d"]
+        found += ["row_k", "row_k_n"] if self.spec.rows_of(segment) else []
+        return found + (["at_k", "at_k_n"] if self.spec.segments[segment][2] else [])
+
+    def of_keys(self, segment: int) -> list[str]:
+        """Arguments of a segment in the whole kernel."""
+        found = [f"{port}{segment}{step}" for port in "KV" for step in ("", "_b", "_h", "_n", "_d")] + [f"M{segment}"]
+        found += [] if self.packed or self.spec.kv_heads else [f"G{segment}"]
+        for index in ("row_k", "at_k"):
+            if index in self.own(segment):
+                found += [f"{index}{segment}{step}" for step in ("", "_b", "_h", "_n")]
+        return found
+
+    @property
+    def keys(self) -> list[str]:
+        found = [a for n in range(len(self.spec.segments)) for a in self.of_keys(n)]
+        found += ["at_q", "at_q_b", "at_q_h", "at_q_n"] if self.spec.q_positions else []
+        found += ["kv_heads"] if self.spec.kv_heads else []
+        return found + (["LIST", "COUNT", "list_b", "list_h", "LISTED", "TILES", "PARTS"] if self.spec.tiles else [])
+
+    @property
+    def values(self) -> bool:
+        return "o" in self.spec.outputs
+
+    @property
+    def state(self) -> str:
+        return ", ".join([*(name for name, _ in self.folding.state), *(["o"] if self.values else [])])
+
+    # --- text ---------------------------------------------------------------------------------------------------------
+
+    def predicate(self, segment: int = 0) -> Expr:
+        keep = self.spec.segments[segment][0]
+        return parse(keep) if keep else TRUE
+
+    def kept(self, segment: int, names: dict[str, str]) -> str:
+        """The predicate, beside what else a tile has to know of a key."""
+        predicate = self.predicate(segment)
+        return "" if predicate.text == TRUE.text else f" & {triton_text(predicate, 'b', names, tables=self.kinds)}"
+
+    def _tile(self, segment: int) -> str:
+        names = self.folding.names | {"j": "j[None, :]"}
+        flags = {
+            "NARROW": bool(self.spec.tiles) and segment == 0,
+            "GATHERED": bool(self.spec.rows_of(segment)),
+            "MOVED": bool(self.spec.segments[segment][2]),
+            "POWERS": self.folding.powers,
+            "VALUES": self.values,
+        }
+        said = {
+            "segment": str(segment),
+            "state": self.state,
+            "given": listed(self.folding.leaves),
+            "own": listed(self.own(segment)),
+            "tables": listed(self.looked_up),
+            "score": self.folding.score(parse(self.spec.segments[segment][1]), names),
+            "kept": self.kept(segment, names),
+            "weigh": self.folding.tile(),
+            "weights": self.folding.weights,
+            "correction": self.folding.correction("[:, None]"),
+            "moved": self.folding.moved,
+        }
+        return filled("attend_tile", flags, said)
+
+    def _forward(self) -> str:
+        folding = self.folding
+        results = ["O"] if self.values else []
+        results += ["LSE"] if "lse" in self.spec.outputs else []
+        results += ["KEPT"] if self.keeps and folding.kept else []
+        begin = [f"{name} = tl.full((BM,), {start}, tl.float32)" for name, start in folding.state]
+        begin += ["o = tl.zeros((BM, EP), tl.float32)"] if self.values else []
+        store = [f"tl.store(LSE + row, {folding.lse}, mask=inside)"] if "LSE" in results else []
+        store += [f"tl.store(KEPT + row, {folding.kept}, mask=inside)"] if "KEPT" in results else []
+        said = {
+            "results": listed(results),
+            "keys": listed(self.keys),
+            "group": self.group,
+            "tables": listed(self.looked_up),
+            "block": self.block,
+            "begin": [*folding.given, *begin],
+            "loops": list(self._loops()),
+            "settle": folding.settled,
+            "divisor": folding.divisor,
+            "store": store,
+        }
+        return filled("attend_forward", {"VALUES": self.values, "DIVIDED": bool(folding.divisor)}, said)
+
+    @property
+    def group(self) -> str:
+        return "G, " if self.packed else ""
+
+    @property
+    def block(self) -> list[str]:
+        """Which rows a program has."""
+        flags = {
+            "PACKED": self.packed,
+            "MAPPED": bool(self.spec.kv_heads),
+            "MOVED_QUERIES": bool(self.spec.q_positions),
+        }
+        return filled("attend_block", flags, {}).splitlines()
+
+    def _loops(self) -> Iterator[str]:
+        """Past all tiles of all segments, in the order that the normaliser wants."""
+        order = range(len(self.spec.segments))
+        for segment in reversed(order) if self.folding.backwards else order:
+            given = [self.state, *self.folding.leaves, "q", "k", "v", "b", "h", "i", "N", f"M{segment}", "jt"]
+            given += [*self.named(segment), *self.looked_up, *SIZES]
+            calls = tuple(f"{self.state} = tile{segment}({', '.join(given)}, {masked})" for masked in (True, False))
+            yield from self.pointers(segment)
+            yield from self.walk(segment, calls)  # type: ignore[arg-type]
+
+    def walk(self, segment: int, calls: tuple[str, str]) -> Iterator[str]:
+        """A block of rows past the tiles of one segment."""
+        if self.spec.tiles and segment == 0:
+            yield "tile = b * list_b + h * list_h + first // TILES"
+            yield "for t in tl.range(0, tl.load(COUNT + tile) * PARTS, num_stages=STAGES):"
+            yield "    jt = tl.load(LIST + tile * LISTED + t // PARTS) * PARTS + t % PARTS"
+            yield f"    {calls[0]}"
+            return
+        walk = Walk(str(segment), f"M{segment}", "BN").past(self._reached(segment))
+        yield from walk.lines
+        yield from walked(walk.loops, "jt", calls, backwards=self.folding.backwards)
+
+    def pointers(self, segment: int) -> Iterator[str]:
+        """Where the keys of this block's head lie."""
+        if not (self.packed or self.spec.kv_heads):
+            yield f"hk = h // G{segment}"
+        for port in "KV":
+            yield f"{port.lower()} = {port}{segment} + b_ * {port}{segment}_b + hk * {port}{segment}_h"
+        for index in ("row_k", "at_k"):
+            if index in self.own(segment):
+                name, head = f"{index}{segment}", "hk" if self.packed else "h"
+                yield f"{index} = {name} + b * {name}_b + {head} * {name}_h"
+
+    def named(self, segment: int) -> list[str]:
+        """A tile's own arguments as the whole kernel calls them."""
+        names = {"row_k": "row_k", "at_k": "at_k", "row_k_n": f"row_k{segment}_n", "at_k_n": f"at_k{segment}_n"}
+        return [names.get(a, f"{a[0].upper()}{segment}{a[1:]}") for a in self.own(segment)]
+
+    def _reached(self, segment: int) -> tuple[Reached, ...]:
+        moved = self.spec.rows_of(segment) or self.spec.segments[segment][2] or self.spec.q_positions
+        return EVERYWHERE if moved else spans(self.predicate(segment), "j")
+
+
+def listed(words: list[str]) -> str:
+    return "".join(f"{word}, " for word in words)
+
+
+@lru_cache(maxsize=1024)
+def tables_in(spec: AttendSpec) -> dict[int, int]:
+    """The tables that expressions look up, and with how many axes."""
+    texts = [part for segment in spec.segments for part in segment[:2]] + [spec.weight, spec.sink]
+    found = [e for text in texts if text for e in parse(text).walk() if e.op == "lookup"]
+    return {int(e.args[0][1:]): len(e.args) - 1 for e in found}
+
+
+@lru_cache(maxsize=1024)
+def why_not(text: str) -> str | None:
+    """Why the skeletons cannot say a spec, whatever the tensors; None where they can."""
+    spec = AttendSpec.of(text)
+    for what, given in (("weights changed after normalising", spec.after), ("relative terms", spec.relative),
+                        ("a score for empty rows", spec.empty)):  # fmt: skip
+        if given:
+            return what
+    if any(output not in ("o", "lse") for output in spec.outputs):
+        return f"outputs {', '.join(spec.outputs)}"
+    axes = tables_in(spec)
+    kernel = Attend(text, " ".join(f"f{axes.get(n, 1)}" for n in range(max(axes, default=-1) + 1)))
+    return refusal(lambda: kernel.source)
+
+
+def refusal(made: Callable[[], object]) -> str | None:
+    """Why something cannot be made."""
+    try:
+        made()
+    except Refused as refused:
+        return str(refused)
+    return None

@@ -1,0 +1,269 @@
+"""The gradient of `attend` as Triton: a kernel over rows of queries and one over tiles of keys, by differentiation alone.
+
+w = W(s, L)     the weight, by its score and one number kept of the row      g = do . v    delta = do . o
+ds = W'(s, L) (g - delta)   where a row was divided by its sum, else W'(s, L) g
+dq = sum_j ds score'(q.k) k_j      dk = sum_i ds score'(q.k) q_i      dv = sum_i w do_i      dt = sum ds d score/dt
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+from ...compiler.spans import Reached, spans
+from ...compiler.symbol_slope import slope
+from ...compiler.symbol_text import parse
+from ...compiler.symbols import Expr, build, name
+from .attend import EVERYWHERE, SIZES, Attend, listed, refusal
+from .folding import Row
+from .printer import triton_text
+from .skeleton import filled, text_of
+from .walking import Walk, walked
+
+_KEY_SIZES = ("D", "DP", "E", "EP", "BM", "PRECISION")
+
+
+@dataclass(frozen=True)
+class Looked:
+    """One lookup in a score whose table learns: what its gradient is summed over before it is stored."""
+
+    number: int
+    at: Expr  # the lookup
+
+    @property
+    def indices(self) -> frozenset[str]:
+        return frozenset(n for a in self.at.args[1:] for n in a.names)
+
+    @property
+    def by_row(self) -> bool:
+        """Whether all keys of a row meet one element."""
+        return "j" not in self.indices
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """The kernels of one spec's gradient; `learned`: the tables whose gradients are wanted."""
+
+    of: Attend
+    learned: tuple[int, ...] = ()
+
+    @cached_property
+    def source(self) -> str:
+        return "".join([text_of("functions"), self._tile(), self._queries()])
+
+    @cached_property
+    def source_of_keys(self) -> str:
+        return "".join([text_of("functions"), self._tile_of_queries(), self._keys()])
+
+    @cached_property
+    def row(self) -> Row:
+        return self.of.folding.row
+
+    @cached_property
+    def score(self) -> Expr:
+        return parse(self.of.spec.score)
+
+    @cached_property
+    def lookups(self) -> tuple[Looked, ...]:
+        """Lookups of learned tables in the score, each once."""
+        found = {e.text: e for e in self.score.walk() if e.op == "lookup" and int(e.args[0][1:]) in self.learned}
+        return tuple(Looked(int(e.args[0][1:]), e) for e in found.values())
+
+    @property
+    def grads(self) -> list[str]:
+        """Arguments of the gradients of tables."""
+        axes = self.of.tables.split()
+        return [
+            word
+            for n in sorted({looked.number for looked in self.lookups})
+            for word in (f"d{n}", *(f"d{n}_step{axis}" for axis in range(int(axes[n][1:]))))
+        ]
+
+    # --- statements ---------------------------------------------------------------------------------------------------
+
+    def _weight(self, names: dict[str, str], kept: str, when: str = "") -> list[str]:
+        """From the products q . k to the weights, -inf or 0 where nothing is kept; `when`: a tile may be whole."""
+        folding = self.of.folding
+        hidden = 's = tl.where(kept, s, float("-inf"))' if folding.powers else "w = tl.where(kept, w, 0.0)"
+        lines = [f"s = {folding.score(self.score, names | {'s': 'raw'})}", *_under(when, f"kept = {kept}")]
+        weight = f"w = {self._printed(self.row.weight, names)}"
+        return [*lines, *_under(when, hidden), weight] if folding.powers else [*lines, weight, *_under(when, hidden)]
+
+    def _printed(self, e: Expr, names: dict[str, str]) -> str:
+        folding = self.of.folding
+        return triton_text(folding.renamed(e), "f", names, tables=self.of.kinds, powers=folding.powers)
+
+    def _slope(self, names: dict[str, str], when: str = "") -> list[str]:
+        """From weights and g to the gradients of the scores."""
+        up = self.row.slope
+        text = "w" if up.text == self.row.weight.text else self._printed(up, names)
+        against = f"(g - {names['delta']})" if self.row.divided else "g"
+        hidden = [] if self.of.folding.powers else _under(when, "up = tl.where(kept, up, 0.0)")
+        return [f"up = {text} * {against}", *hidden]
+
+    def _of_products(self, names: dict[str, str]) -> str:
+        own = triton_text(slope(self.score, "s"), "f", names | {"s": "raw"}, tables=self.of.kinds)
+        return f"ds = up * {own}"
+
+    def _of_tables(self, names: dict[str, str]) -> list[str]:
+        """What learned tables gather: a row's share in a sum of its own, a pair's at once."""
+        lines: list[str] = []
+        for place, looked in enumerate(self.lookups):
+            share = self._share(looked, names)
+            if looked.by_row:
+                lines.append(f"sum{place} += tl.sum({share}, 1)")
+            else:
+                target = self._target(looked, names)
+                pairs = "here[None, :] & inside[:, None] & (up != 0.0)"
+                lines.append(f"tl.atomic_add({target}, {share}, mask={pairs}, sem='relaxed')")
+        return lines
+
+    def _share(self, looked: Looked, names: dict[str, str]) -> str:
+        """up times the derivative of the score by what was looked up."""
+        by = slope(_put(self.score, looked.at.text, name("x")), "x")
+        by = _put(by, "x", looked.at)
+        return f"up * {triton_text(by, 'f', names | {'s': 'raw'}, tables=self.of.kinds)}"
+
+    def _target(self, looked: Looked, names: dict[str, str]) -> str:
+        n = looked.number
+        steps = [
+            f"at({triton_text(index, 'i', names, tables=self.of.kinds)}, t{n}_size{axis}) * d{n}_step{axis}"
+            for axis, index in enumerate(looked.at.args[1:])
+        ]
+        return f"d{n} + {' + '.join(steps)}"
+
+    @property
+    def _guarded(self) -> str:
+        """A row that kept nothing has no number of its own."""
+        return 'tl.where(L == float("-inf"), 0.0, L)' if self.of.folding.powers else "tl.where(L == 0.0, 1.0, L)"
+
+    @property
+    def keeps(self) -> bool:
+        return self.row.kept is not None
+
+    # --- over rows of queries -----------------------------------------------------------------------------------------
+
+    @property
+    def sums(self) -> str:
+        return ", ".join(["dq", *(f"sum{k}" for k, looked in enumerate(self.lookups) if looked.by_row)])
+
+    def _tile(self) -> str:
+        names = self.of.folding.names | {"j": "j[None, :]", "L": "L[:, None]", "delta": "delta[:, None]"}
+        kept = f"here[None, :]{self.of.kept(0, names)}"
+        gradient = [*self._weight(names, kept, "MASKED"), *self._slope(names, "MASKED")]
+        gradient += [*self._of_tables(names), self._of_products(names)]
+        flags = {"NARROW": bool(self.of.spec.tiles), "MOVED": bool(self.of.spec.k_positions)}
+        said = {
+            "sums": self.sums,
+            "own": listed(self.of.own(0)),
+            "tables": listed(self.of.looked_up),
+            "grads": listed(self.grads),
+            "gradient": gradient,
+        }
+        return filled("attend_back_queries_tile", flags, said)
+
+    def _queries(self) -> str:
+        begin = ["dq = tl.zeros((BM, DP), tl.float32)"]
+        begin += [f"{word} = tl.zeros((BM,), tl.float32)" for word in self.sums.split(", ")[1:]]
+        given = [self.sums, "q", "go", "k", "v", "L", "delta", "b", "h", "i", "inside", "N", "M0", "jt"]
+        given += [*self.of.named(0), *self.of.looked_up, *self.grads, *SIZES]
+        calls = tuple(f"{self.sums} = tile({', '.join(given)}, {masked})" for masked in (True, False))
+        said = {
+            "keys": listed(self.of.keys),
+            "tables": listed(self.of.looked_up),
+            "grads": listed(self.grads),
+            "group": self.of.group,
+            "block": self.of.block,
+            "guarded": self._guarded,
+            "begin": begin,
+            "loops": [*self.of.pointers(0), *self.of.walk(0, calls)],  # type: ignore[arg-type]
+            "store": list(self._stored()),
+        }
+        return filled("attend_back_queries", {"KEEPS": self.keeps}, said)
+
+    def _stored(self) -> Iterator[str]:
+        """The rows' own sums, where they belong: at one place for all rows of a head, or each at its own."""
+        for k, looked in enumerate(self.lookups):
+            if not looked.by_row:
+                continue
+            if "i" in looked.indices or (self.of.packed and "h" in looked.indices):
+                yield f"tl.atomic_add({self._target(looked, {})}, sum{k}, mask=inside, sem='relaxed')"
+            else:
+                yield f"tl.atomic_add({self._target(looked, {})}, tl.sum(sum{k}), sem='relaxed')"
+
+    # --- over tiles of keys -------------------------------------------------------------------------------------------
+
+    @property
+    def _key_own(self) -> list[str]:
+        return ["at_q", "at_q_n"] if self.of.spec.q_positions else []
+
+    def _tile_of_queries(self) -> str:
+        names = {"i": "i[None, :]", "j": "j[:, None]", "L": "L[None, :]", "delta": "delta[None, :]"}
+        kept = f"here[:, None] & inside[None, :]{self.of.kept(0, names)}"
+        said = {
+            "own": listed(self._key_own),
+            "tables": listed(self.of.looked_up),
+            "guarded": self._guarded,
+            "weight": self._weight(names, kept),
+            "gradient": [*self._slope(names), self._of_products(names)],
+        }
+        flags = {"KEEPS": self.keeps, "MOVED_QUERIES": bool(self.of.spec.q_positions)}
+        return filled("attend_back_keys_tile", flags, said)
+
+    def _keys(self) -> str:
+        walk = Walk("", "N", "BM", "shift").past(self._reached, always_cut=True)
+        given = ["dk, dv", "k", "v", "q", "go", "kept", "delta", "b", "h", "j", "here", "N", "M0", "shift", "it"]
+        given += ["Q_n", "Q_d", "GO_n", "GO_d", *(["at_q", "at_q0_n"] if self._key_own else [])]
+        call = f"dk, dv = tile({', '.join([*given, *self.of.looked_up, *_KEY_SIZES])})"
+        pointers = ["kept = KEPT + (b_ * H + h) * N", "delta = DELTA + (b_ * H + h) * N"]
+        if self._key_own:
+            pointers.append("at_q = at_q0 + b * at_q0_b + h * at_q0_h")
+        said = {
+            "keys": listed(self._key_arguments()),
+            "tables": listed(self.of.looked_up),
+            "bounds": walk.lines,
+            "pointers": pointers,
+            "loops": list(walked(walk.loops, "it", (call, call))),
+        }
+        return filled("attend_back_keys", {"MOVED": bool(self.of.spec.k_positions)}, said)
+
+    def _key_arguments(self) -> list[str]:
+        found = [a for a in self.of.of_keys(0) if a not in ("G0",)]
+        return found + (["at_q0", "at_q0_b", "at_q0_h", "at_q0_n"] if self._key_own else [])
+
+    @property
+    def _reached(self) -> tuple[Reached, ...]:
+        moved = self.of.spec.k_positions or self.of.spec.q_positions
+        return EVERYWHERE if moved else spans(self.of.predicate(), "i")
+
+
+def _under(condition: str, line: str) -> list[str]:
+    return [f"if {condition}:", f"    {line}"] if condition else [line]
+
+
+def _put(e: Expr, text: str, value: Expr) -> Expr:
+    """An expression with one of its parts replaced."""
+    if e.text == text:
+        return value
+    if e.op in ("name", "const"):
+        return e
+    if e.op == "lookup":
+        return Expr("lookup", (e.args[0], *(_put(a, text, value) for a in e.args[1:])))
+    return build(e.op, *(_put(a, text, value) for a in e.args))
+
+
+@lru_cache(maxsize=1024)
+def why_no_gradient(of: Attend, learned: Sequence[int] = ()) -> str | None:
+    """Why there is no kernel for a spec's gradient; None where there is."""
+    spec = of.spec
+    for what, given in (("several segments", spec.more), ("gathered rows of keys", any(spec.rows)),
+                        ("a table of key heads", spec.kv_heads), ("listed tiles", spec.tiles)):  # fmt: skip
+        if given:
+            return f"the gradient of {what}"
+    outside = {int(e.args[0][1:]) for text in (spec.weight, spec.sink, spec.keep) if text
+               for e in parse(text).walk() if e.op == "lookup"}  # fmt: skip
+    if outside & set(learned):
+        return "the gradient of a table that a weight or a sink looks up"
+    made = Gradient(of, tuple(learned))
+    return refusal(lambda: (made.source, made.source_of_keys))

@@ -1,0 +1,48 @@
+"""How large the blocks of a kernel are, by head size and device: what fits without spills, from compiled kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Rows of queries and keys of a block, warps that share it, tiles in flight."""
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+
+
+@lru_cache(maxsize=256)
+def forward_blocks(dim: int, values: int, rows: int, bits: int, target: str = "cuda:90") -> Blocks:
+    """For heads of `dim` and `values` channels, as many rows as there are, numbers of `bits`."""
+    widest = max(padded(dim), padded(values))
+    tall = min(128, max(16, padded(rows)))
+    if bits == 32:  # products of float32 take twice the registers and the shared memory
+        return Blocks(min(tall, 64), 32 if widest > 64 else 64, 4, 2)
+    if target.startswith("hip"):
+        return Blocks(tall, 64 if widest <= 64 else 32, 4, 1)
+    if widest > 128:
+        return Blocks(min(tall, 64), 32, 8 if tall >= 64 else 4, 2)
+    return Blocks(tall, 64, 8 if tall == 128 else 4, 3 if widest <= 64 else 2)
+
+
+def padded(size: int) -> int:
+    """The power of two that holds a size; products want 16 at least."""
+    return max(16, 1 << (size - 1).bit_length())
+
+
+def gradient_blocks(dim: int, values: int, bits: int, target: str = "cuda:90") -> tuple[Blocks, Blocks]:
+    """Of the gradient over rows of queries, and of that over tiles of keys."""
+    widest = max(padded(dim), padded(values))
+    if bits == 32 or widest > 128:
+        return Blocks(32, 32, 4, 1), Blocks(32, 32, 4, 1)
+    if target.startswith("hip"):
+        return Blocks(64, 64, 4, 1), Blocks(32 if widest > 64 else 64, 64, 4, 1)
+    if target.startswith(("cuda:9", "cuda:1")):
+        return Blocks(64, 64, 4 if widest <= 64 else 8, 2), Blocks(64, 64, 8, 2)
+    rows = 64 if widest <= 64 else 32
+    return Blocks(64, rows, 8, 2), Blocks(32, 64, 4 if widest <= 64 else 8, 2)

@@ -1,0 +1,340 @@
+"""What a row gathers while tiles of keys pass by it, as statements of a kernel: read off the loop nest of its cascade.
+
+The nest says which values run along the keys, how one made with old values is put right, and what may be divided out at
+the end. So a maximum, a sum under it, a plain sum and a scan from the last key on are all the same few lines here, and
+no normaliser is known by its name. Scores are in powers of two wherever only exponentials and logarithms follow.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+from ...compiler.cascades.change import POWER
+from ...compiler.cascades.einsum import Node
+from ...compiler.cascades.nest import LoopNest
+from ...compiler.cascades.of_mechanism import cascade_of_spec
+from ...compiler.primitives.attend_spec import AttendSpec
+from ...compiler.refusal import Refused
+from ...compiler.symbol_slope import slope
+from ...compiler.symbol_text import parse
+from ...compiler.symbols import Expr, as_expr, build, name
+from .printer import triton_text
+
+LOG2E = 1 / math.log(2)
+START = {"max": 'float("-inf")', "sum": "0.0"}
+SCORE = "s"  # how a score is called in a tile
+
+
+@dataclass(frozen=True)
+class Row:
+    """A weight as a function of its score and of one number kept of the row, and what becomes of it in a gradient."""
+
+    kept: Expr | None  # that number, from the settled values; None: none is needed
+    weight: Expr  # of s and `kept`
+    divided: bool  # whether the weights of a row were divided by their sum: then a gradient has a second term
+
+    @property
+    def slope(self) -> Expr:
+        return slope(self.weight, "s")
+
+
+@dataclass(frozen=True)
+class Folding:
+    """The statements of one spec; tables are those that its own expressions look up."""
+
+    spec: AttendSpec
+    tables: str
+    packed: bool = False  # each row has a head of its own
+
+    @property
+    def names(self) -> dict[str, str]:
+        """How the indices of a row are written beside every key."""
+        return {"i": "i[:, None]"} | ({"h": "h[:, None]"} if self.packed else {})
+
+    @cached_property
+    def nest(self) -> LoopNest:
+        found = cascade_of_spec(_bare(self.spec).text)
+        nest = LoopNest(found.cascade, found.keys[0])
+        if nest.passes > 1:
+            raise Refused(f"{nest.passes} passes over the keys", fits="a normaliser that needs one")
+        return nest
+
+    @property
+    def powers(self) -> bool:
+        return not self.spec.weight
+
+    @property
+    def backwards(self) -> bool:
+        """Whether tiles pass from the last key on."""
+        return self.nest.reverse
+
+    @cached_property
+    def _nodes(self) -> tuple[Node, ...]:
+        return self.nest.cascade.needed(self.nest.cascade.outputs)
+
+    def _along(self, node: Node) -> bool:
+        return self.nest.rank in node.ranks
+
+    @cached_property
+    def _product(self) -> Node:
+        """The products q . k, which a tile has already."""
+        return next(n for n in self._nodes if n.kind == "reduce" and self.nest.rank not in n.over)
+
+    @cached_property
+    def _values(self) -> Node:
+        """The sum of values under the weights."""
+        return self.nest.cascade.by_name[self.nest.cascade.outputs[0]]
+
+    @cached_property
+    def _divisors(self) -> tuple[str, ...]:
+        """What every weight of a row is divided by, and what can be divided by once at the end."""
+        of = self.nest.sums[self._values.name].change.of
+        late = [(g, power) for g, power in of if not g.startswith(POWER) and not g.endswith("_carry")]
+        if any(power != -1 for _, power in late):
+            raise Refused(f"weights that change by {late}", fits="a division by a sum")
+        return tuple(g for g, _ in late)
+
+    # --- statements ---------------------------------------------------------------------------------------------------
+
+    @property
+    def state(self) -> tuple[tuple[str, str], ...]:
+        """What runs along the keys, and what it starts from."""
+        sums = [s.node for s in self.nest.sums.values() if s.node is not self._values]
+        return (*((n.name, START[n.monoid]) for n in sums), *((n.name, "0.0") for n in self.nest.scans))
+
+    @property
+    def leaves(self) -> list[str]:
+        return [n.name for n in self._nodes if self._is_leaf(n)]
+
+    @property
+    def given(self) -> list[str]:
+        """Values of a row that no key has a part in, before the first tile."""
+        return [f"{n.name} = whole({self._leaf(n)}, BM)" for n in self._nodes if self._is_leaf(n)]
+
+    def _is_leaf(self, node: Node) -> bool:
+        return (
+            not self._along(node) and node.kind == "map" and not any(w in self.nest.cascade.by_name for w in node.named)
+        )
+
+    def _leaf(self, node: Node) -> str:
+        return self._in_powers(self.renamed(node.expr), {})
+
+    def _in_powers(self, e: Expr, names: Mapping[str, str]) -> str:
+        e = build("mul", e, as_expr(LOG2E)) if self.powers else e
+        return triton_text(e, "f", names, tables=self.tables)
+
+    def score(self, score: Expr, names: Mapping[str, str]) -> str:
+        return self._in_powers(score, names)
+
+    def tile(self) -> list[str]:
+        """From the scores of a tile to its weights; what runs along the keys follows."""
+        lines: list[str] = []
+        now: dict[str, str] = {}
+        for node in self._nodes:
+            if node is self._product or node is self._values or node.name in self.nest.cascade.outputs[1:]:
+                continue
+            if self._along(node) and node.kind == "scan":
+                summed = self._text(node.expr, now)
+                lines.append(
+                    f"{node.name}_tile = {node.name}[:, None] + tl.cumsum({summed}, 1, reverse={node.reverse})"
+                )
+                lines.append(f"{node.name} += tl.sum({summed}, 1)")
+            elif self._along(node):
+                if self._element(node.name) == node.name:
+                    lines.append(f"{node.name} = {self._text(self._undivided(node.expr), now)}")
+                    if not self.powers:  # a score of -inf is not sure to weigh nothing
+                        lines += ["if MASKED:", f"    {node.name} = tl.where(kept, {node.name}, 0.0)"]
+            elif node.kind == "reduce":
+                lines += self._summed(node, now)
+            elif not self._is_leaf(node) and self._needed_in_a_tile(node):
+                lines += self._settled(node, now)
+        return lines
+
+    @property
+    def weights(self) -> str:
+        """The tile's weights, as they meet the values."""
+        return self._text(self._values_weight, {})
+
+    @property
+    def _values_weight(self) -> Expr:
+        terms = [a for a in self._values.expr.args if isinstance(a, Expr) and self._is_element(a)]
+        return terms[0]
+
+    def _is_element(self, e: Expr) -> bool:
+        return e.op == "name" and e.args[0] in self.nest.cascade.by_name
+
+    def _element(self, word: str) -> str:
+        """The variable that holds a value of the tile: one that only names another is that other."""
+        node = self.nest.cascade.by_name[word]
+        if node is self._product:
+            return SCORE
+        same = self._undivided(node.expr)
+        return self._element(same.args[0]) if node.kind == "map" and same.op == "name" else word
+
+    def _summed(self, node: Node, now: dict[str, str]) -> list[str]:
+        value = self._text(node.expr, now)
+        if node.monoid == "max":
+            now[node.name] = f"{node.name}_now"
+            lines = [f"{node.name}_now = tl.maximum({node.name}, tl.max({value}, 1))"]
+            return [*lines, *self._guarded(node.name, now)] if self._corrects(node.name) else lines
+        return [f"{node.name} = {node.name}{self.correction(node=node)} + tl.sum({value}, 1)"]
+
+    def _settled(self, node: Node, now: dict[str, str]) -> list[str]:
+        """A value of the row that follows from those that run: before this tile, and with it."""
+        old = triton_text(self.renamed(node.expr), "f", {}, tables=self.tables, powers=self.powers)
+        new = triton_text(self.renamed(node.expr), "f", now, tables=self.tables, powers=self.powers)
+        now[node.name] = f"{node.name}_now"
+        return [f"{node.name} = {old}", f"{node.name}_now = {new}", *self._guarded(node.name, now)]
+
+    def _guarded(self, word: str, now: dict[str, str]) -> list[str]:
+        """Where nothing has been kept so far a maximum is -inf: scores are measured against 0 then."""
+        now[word] = f"{word}_now"
+        safe = f'{word}_at = tl.where({word}_now == float("-inf"), 0.0, {word}_now)'
+        return [
+            safe,
+            f"{word}_less = tl.exp2({word} - {word}_at)"
+            if self.powers
+            else f"{word}_less = tl.exp({word} - {word}_at)",
+        ]
+
+    def _corrects(self, word: str) -> bool:
+        return any(g == f"{POWER}{word}" for s in self.nest.sums.values() for g, _ in s.change.of)
+
+    def _needed_in_a_tile(self, node: Node) -> bool:
+        return self._corrects(node.name)
+
+    def correction(self, beside: str = "", node: Node | None = None) -> str:
+        """The factor that puts a sum right, written `beside` it; "" where there is none."""
+        sum_ = self.nest.sums[(node or self._values).name]
+        words = [(g.removeprefix(POWER), power) for g, power in sum_.change.of if g.startswith(POWER)]
+        words = [(word, power) for word, power in words if not word.endswith("_carry")]
+        if any(power != -1 for _, power in words):
+            raise Refused(f"a sum that changes by {sum_.change}", fits="one factor of an exponential")
+        return "".join(f" * {word}_less{beside}" for word, _ in words)
+
+    @property
+    def moved(self) -> list[str]:
+        """The running maxima, at the end of a tile."""
+        running = [s.node.name for s in self.nest.sums.values() if s.node.monoid == "max"]
+        return [f"{word} = {word}_now" for word in running]
+
+    @property
+    def settled(self) -> list[str]:
+        """Behind the last tile: everything that follows from what has run."""
+        lines: list[str] = []
+        at: dict[str, str] = {}
+        for node in self._nodes:
+            if self._along(node) or node.kind not in ("map", "reduce") or self._is_leaf(node):
+                continue
+            if node is self._values or node.name in self.nest.cascade.outputs[1:]:
+                continue
+            if node.kind == "map":
+                text = triton_text(self.renamed(node.expr), "f", at, tables=self.tables, powers=self.powers)
+                lines.append(f"{node.name} = {text}")
+            if self._corrects(node.name):
+                lines.append(f'{node.name}_at = tl.where({node.name} == float("-inf"), 0.0, {node.name})')
+                at[node.name] = f"{node.name}_at"
+        return lines
+
+    def _at(self) -> dict[str, str]:
+        return {n.name: f"{n.name}_at" for n in self._nodes if self._corrects(n.name)}
+
+    @property
+    def divisor(self) -> str:
+        """What the sum of values is divided by; "" where by nothing."""
+        texts = [triton_text(self.renamed(parse(g)), "f", self._at(), tables=self.tables) for g in self._divisors]
+        return " * ".join(texts)
+
+    @property
+    def lse(self) -> str:
+        node = self.nest.cascade.by_name[self.nest.cascade.outputs[1]]
+        text = triton_text(self.renamed(node.expr), "f", self._at(), tables=self.tables, powers=self.powers)
+        return f"{text} * {1 / LOG2E!r}" if self.powers else text
+
+    # --- a row, once it is whole --------------------------------------------------------------------------------------
+
+    @cached_property
+    def row(self) -> Row:
+        """exp(s - X) / D is exp(s - L), L = X + log(D); any other quotient keeps its divisor."""
+        whole = self._expanded(self._values_weight)
+        if not self._divisors:
+            return Row(None, whole, False)
+        divisor = parse(self._divisors[0])
+        over = whole.args[0] if whole.op == "truediv" else whole
+        if over.op == "exp":
+            rest = build("sub", over.args[0], name("s"))
+            if "s" not in rest.names:
+                kept = build("sub", build("log", divisor), rest)
+                return Row(kept, build("exp", build("sub", name("s"), name("L"))), True)
+        return Row(divisor, build("truediv", over, name("L")), True)
+
+    @property
+    def kept(self) -> str:
+        """The number of a row that its gradient is made from; "" where it needs none."""
+        e = self.row.kept
+        return (
+            "" if e is None else triton_text(self.renamed(e), "f", self._at(), tables=self.tables, powers=self.powers)
+        )
+
+    def _expanded(self, e: Expr) -> Expr:
+        """A weight in terms of its score and of the row."""
+        by = self.nest.cascade.by_name
+        while True:
+            inner = {w: by[w].expr for w in e.names if w in by and self._along(by[w]) and w != self._product.name}
+            if not inner:
+                return e.replace({self._product.name: name("s")})
+            scans = [w for w in inner if by[w].kind == "scan"]
+            if scans:
+                raise Refused(f"a gradient through {by[scans[0]]}", fits="weights of a score and its row")
+            e = e.replace(inner)
+
+    # --- names --------------------------------------------------------------------------------------------------------
+
+    def _text(self, e: Expr, now: Mapping[str, str]) -> str:
+        """An expression of a tile: values of a row stand beside every key."""
+        names = dict(self.names)
+        for word in e.names:
+            node = self.nest.cascade.by_name.get(word)
+            if node is None:
+                continue
+            if node.kind == "scan":
+                names[word] = f"{word}_tile"
+            elif self._along(node):
+                names[word] = self._element(word)
+            else:
+                names[word] = f"{word}_at[:, None]" if word in now else f"{word}[:, None]"
+        return triton_text(self.renamed(e), "f", names, tables=self.tables, powers=self.powers)
+
+    def _undivided(self, e: Expr) -> Expr:
+        return _without(e, self._divisors)
+
+    def renamed(self, e: Expr) -> Expr:
+        """Tables by their numbers in the spec."""
+        return _tables(e)
+
+
+def _bare(spec: AttendSpec) -> AttendSpec:
+    """The normaliser alone: one segment, everything kept, its own score."""
+    outputs = ("o", "lse") if "lse" in spec.outputs else ("o",)
+    return AttendSpec(
+        "s", weight=spec.weight, normaliser=spec.normaliser, eps=spec.eps, sink=spec.sink, outputs=outputs
+    )
+
+
+def _without(e: Expr, divisors: tuple[str, ...]) -> Expr:
+    if e.op == "truediv" and e.args[1].text in divisors:
+        return _without(e.args[0], divisors)
+    if e.op in ("name", "const", "lookup"):
+        return e
+    return build(e.op, *(_without(a, divisors) for a in e.args))
+
+
+def _tables(e: Expr) -> Expr:
+    """Tables as the spec calls them, t0, t1, ...; a cascade calls them T, T2, ..."""
+    if e.op == "lookup":
+        number = int(e.args[0][1:] or 1) - 1
+        return Expr("lookup", (f"t{number}", *map(_tables, e.args[1:])))
+    return e if e.op in ("name", "const") else build(e.op, *map(_tables, e.args))

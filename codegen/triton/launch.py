@@ -1,0 +1,192 @@
+"""`attend` on a GPU: a call's tensors handed to the kernel of its spec."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...compiler.primitives.attend_spec import AttendSpec
+from ...compiler.primitives.operator import Groups
+from ...compiler.primitives.rows import repeat_heads
+from .arguments import Arguments, index, kinds, looked_up, named, port
+from .attend import Attend, tables_in, why_not
+from .blocks import Blocks, forward_blocks, padded
+from .module import loaded
+
+_MOST_D = 256
+_MOST_TABLE = 1 << 31  # elements that an offset of 32 bits reaches
+_MOST_LISTED = 128  # keys or queries of a listed tile that is not cut into blocks
+
+
+def refuses(groups: Groups, text: str) -> str | None:
+    """Why a call is not handed to the kernel."""
+    (q,), kv, tables = groups
+    reason = why_not(text)
+    if reason:
+        return reason
+    spec = AttendSpec.of(text)
+    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return f"{q.dtype}"
+    if any(t.dtype != q.dtype for t in kv):
+        return "keys or values of another dtype than the queries"
+    if max(q.shape[-1], kv[1].shape[-1]) > _MOST_D:
+        return f"a head of {max(q.shape[-1], kv[1].shape[-1])}, at most {_MOST_D}"
+    if any(t.numel() == 0 or t.numel() >= _MOST_TABLE for t in tables):
+        return "a table without elements, or of more than 2 ** 31"
+    if any(tables[int(rows[1:])].ndim > 3 for rows in spec.rows if rows):
+        return "rows of keys of each query's own"
+    if q.numel() == 0 or kv[1].shape[-1] == 0 or not all(k.shape[2] for k in kv[::2]):
+        return "no rows"
+    return _tiles_refused(spec, groups)
+
+
+def _tiles_refused(spec: AttendSpec, groups: Groups) -> str | None:
+    if not spec.tiles:
+        return None
+    table, queries, keys = spec.tiles
+    if groups[2][int(table[1:])].shape[2] * queries < groups[0][0].shape[2]:
+        return "tiles for fewer queries than there are"
+    if _block(queries, 128) is None or _block(keys, 64) is None:
+        return f"tiles of {queries} x {keys}"
+    if AttendSpec.of(spec.text).normaliser == "stick":
+        return "listed tiles have no order"
+    return None
+
+
+def _block(size: int, most: int) -> tuple[int, int] | None:
+    """(rows of a block, blocks of a tile): a block is a power of two that divides the tile, or holds it."""
+    fitting = [b for b in (128, 64, 32, 16) if b <= most and size % b == 0]
+    if fitting:
+        return fitting[0], size // fitting[0]
+    return (padded(size), 1) if size <= _MOST_LISTED else None
+
+
+def run(groups: Groups, text: str, *, keeps: bool = False, blocks: Blocks | None = None) -> list[Tensor]:
+    """The outputs that a spec asks for; with `keeps` also each row's number for its gradient."""
+    (q,), kv, tables = groups
+    spec = AttendSpec.of(text)
+    kernel = Attend(text, kinds(tables), _packs(spec, groups), keeps)
+    heads, group = q.shape[1], q.shape[1] // kv[0].shape[1] if not spec.kv_heads else 1
+    rows = q.shape[2] * (group if kernel.packed else 1)
+    blocks = blocks or forward_blocks(q.shape[-1], kv[1].shape[-1], rows, q.element_size() * 8, target(q))
+    step, parts, wide, blocks = _steps(spec, blocks)
+    made = _results(kernel, q, kv[1])
+    given: Arguments = {**port("Q", q), **made, "H": heads, "N": q.shape[2]} | ({"G": group} if kernel.packed else {})
+    for number, (k, v) in enumerate(zip(kv[::2], kv[1::2], strict=True)):
+        given |= _segment(kernel, number, k, v, q, named(groups))
+    given |= _placed(spec, q, kv, named(groups), parts)
+    for number in tables_in(spec):
+        given |= looked_up(number, tables[number])
+    given |= {"D": q.shape[-1], "DP": padded(q.shape[-1]), "E": kv[1].shape[-1], "EP": padded(kv[1].shape[-1])}
+    given |= {"BM": blocks.rows, "BN": blocks.keys, "STEP": step, "WIDE": wide, "STAGES": blocks.stages}
+    given |= {"PRECISION": precision(q), "num_warps": blocks.warps, "num_stages": blocks.stages}
+    programs = (-(-rows // step), q.shape[0] * (kv[0].shape[1] if kernel.packed else heads))
+    launched(kernel.source, "forward", programs, given)
+    found = {"o": made.get("O"), "lse": made.get("LSE")}
+    return [found[which] for which in spec.outputs] + ([made["KEPT"]] if "KEPT" in made else [])
+
+
+def launched(source: str, name: str, grid: tuple[int, ...], given: Arguments) -> None:
+    """One kernel, on its arguments by name."""
+    getattr(loaded(source), name)[grid](**given)
+
+
+def precision(q: Tensor) -> str:
+    """How products of float32 are made: as torch's own are, or closer."""
+    if q.dtype != torch.float32 or torch.version.hip:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+
+
+def target(q: Tensor) -> str:
+    if q.device.type != "cuda":
+        return "cuda:90"
+    major, minor = torch.cuda.get_device_capability(q.device)
+    return f"hip:{major}{minor}" if torch.version.hip else f"cuda:{major}{minor}"
+
+
+def _packs(spec: AttendSpec, groups: Groups) -> bool:
+    """Whether query heads share a block: where nothing but the queries themselves tells them apart."""
+    (q,), kv, tables = groups
+    if spec.kv_heads or spec.tiles or any(k.shape[1] != kv[0].shape[1] for k in kv[::2]):
+        return False
+    heads = [tables[int(rows[1:])].shape[1] for rows in spec.rows if rows]
+    heads += [tables[int(at[1:])].shape[1] for _, _, at in spec.segments if at and tables[int(at[1:])].ndim == 3]
+    return q.shape[1] > kv[0].shape[1] and all(count in (1, kv[0].shape[1]) for count in heads)
+
+
+def _steps(spec: AttendSpec, blocks: Blocks) -> tuple[int, int, int, Blocks]:
+    """Rows from one block to the next, blocks of keys in a listed tile, keys from one to the next, the blocks."""
+    if not spec.tiles:
+        return blocks.rows, 1, blocks.keys, blocks
+    _, queries, keys = spec.tiles
+    (rows, parts_q), (wide, parts) = _block(queries, blocks.rows) or (0, 0), _block(keys, blocks.keys) or (0, 0)
+    fitted = replace(blocks, rows=rows, keys=wide)
+    return (
+        (rows if parts_q > 1 or rows == queries else queries),
+        parts,
+        (wide if wide * parts == keys else keys),
+        fitted,
+    )
+
+
+def _results(kernel: Attend, q: Tensor, v: Tensor) -> Arguments:
+    made: Arguments = {}
+    if kernel.values:
+        made["O"] = q.new_empty(*q.shape[:3], v.shape[-1])
+    if "lse" in kernel.spec.outputs:
+        made["LSE"] = q.new_empty(q.shape[:3], dtype=torch.float32)
+    if kernel.keeps and kernel.folding.kept:
+        made["KEPT"] = q.new_empty(q.shape[:3], dtype=torch.float32)
+    return made
+
+
+def _segment(kernel: Attend, number: int, k: Tensor, v: Tensor, q: Tensor, tables: Any) -> Arguments:
+    spec = kernel.spec
+    k, v = (t.expand(q.shape[0], *t.shape[1:]) for t in (k, v))
+    rows, places = tables.get(spec.rows_of(number)), tables.get(spec.segments[number][2])
+    given: Arguments = {**port(f"K{number}", k), **port(f"V{number}", v), f"M{number}": k.shape[2]}
+    given |= {} if kernel.packed or spec.kv_heads else {f"G{number}": q.shape[1] // k.shape[1]}
+    if rows is not None:
+        rows = torch.where(rows < k.shape[2], rows, -1)
+        given |= {
+            **index(f"row_k{number}", rows if kernel.packed else of_heads(rows, q, k)),
+            f"M{number}": rows.shape[-1],
+        }
+    if places is not None:
+        given |= index(f"at_k{number}", places if kernel.packed else of_heads(places, q, k))
+    return given
+
+
+def of_heads(t: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    """An index with heads of keys, for every query head."""
+    shared = t.ndim == 3 and t.shape[1] == k.shape[1] != q.shape[1] and t.shape[1] > 1
+    return repeat_heads(t, q) if shared else t
+
+
+def _placed(spec: AttendSpec, q: Tensor, kv: Any, tables: Any, parts: int) -> Arguments:
+    """Where queries stand, which head of keys they read, which tiles."""
+    given: Arguments = {"shift": kv[0].shape[2] - q.shape[2] if spec.align == "end" else 0}
+    if spec.q_positions:
+        given |= index("at_q", tables[spec.q_positions])
+    if spec.kv_heads:
+        given["kv_heads"] = tables[spec.kv_heads]
+    if spec.tiles:
+        table, queries, keys = spec.tiles
+        lists, counts = _in_order(tables[table], -(-kv[0].shape[2] // keys))
+        steps = [0 if size == 1 else step for size, step in zip(counts.shape, counts.stride(), strict=True)]
+        given |= {"LIST": lists, "COUNT": counts, "list_b": steps[0], "list_h": steps[1], "TILES": queries}
+        given |= {"LISTED": lists.shape[-1], "PARTS": parts}
+    return given
+
+
+def _in_order(table: Tensor, tiles: int) -> tuple[Tensor, Tensor]:
+    """Each list's tiles in order, none twice, and how many they are."""
+    wanted = torch.where((table >= 0) & (table < tiles), table, tiles).sort(-1).values
+    fresh = torch.ones_like(wanted, dtype=torch.bool)
+    fresh[..., 1:] = wanted[..., 1:] != wanted[..., :-1]
+    wanted = torch.where(fresh, wanted, tiles).sort(-1).values
+    return wanted.to(torch.int32).contiguous(), (wanted < tiles).sum(-1).to(torch.int32)
