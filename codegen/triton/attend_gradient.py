@@ -1,4 +1,4 @@
-"""The gradient of `attend` as Triton: a kernel over rows of queries and one over tiles of keys, by differentiation alone.
+"""The gradient of `attend` as Triton: a kernel over query rows and one over tiles of keys, by differentiation alone.
 
 w = W(s, L)     the weight, by its score and one number kept of the row      g = do . v    delta = do . o
 ds = W'(s, L) (g - delta)   where a row was divided by its sum, else W'(s, L) g

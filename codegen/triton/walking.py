@@ -1,4 +1,4 @@
-"""The loops of a kernel past the tiles that a predicate can keep: tiles that it cuts ask it, those in between do not."""
+"""The loops of a kernel past the tiles that a predicate can keep: those it cuts ask it, those in between do not."""
 
 from __future__ import annotations
 
