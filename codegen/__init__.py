@@ -3,3 +3,4 @@
 from . import cpu as cpu
 from . import sdpa as sdpa
 from . import sdpa_call as sdpa_call
+from . import triton as triton  # behind sdpa: its place among the kernels of a GPU follows the order here

@@ -10,6 +10,7 @@ os.environ |= {
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # deterministic products on a GPU, where there is one
+    "TRITON_INTERPRET": "1",  # Triton reads it once, when it is first imported: its kernels run in Python here
 }
 
 import random

@@ -27,6 +27,8 @@ def forward_blocks(dim: int, values: int, rows: int, bits: int, target: str = "c
         return Blocks(tall, 64 if widest <= 64 else 32, 4, 1)
     if widest > 128:
         return Blocks(min(tall, 64), 32, 8 if tall >= 64 else 4, 2)
+    if widest > 64 and target == "cuda:80":  # with 64 keys registers spill there
+        return Blocks(tall, 32, 8 if tall == 128 else 4, 3)
     return Blocks(tall, 64, 8 if tall == 128 else 4, 3 if widest <= 64 else 2)
 
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -24,7 +29,7 @@ _MOST_LISTED = 128  # keys or queries of a listed tile that is not cut into bloc
 def refuses(groups: Groups, text: str) -> str | None:
     """Why a call is not handed to the kernel."""
     (q,), kv, tables = groups
-    reason = why_not(text)
+    reason = why_not(text) if has_triton() else "no triton"
     if reason:
         return reason
     spec = AttendSpec.of(text)
@@ -41,6 +46,11 @@ def refuses(groups: Groups, text: str) -> str | None:
     if q.numel() == 0 or kv[1].shape[-1] == 0 or not all(k.shape[2] for k in kv[::2]):
         return "no rows"
     return _tiles_refused(spec, groups)
+
+
+@cache
+def has_triton() -> bool:
+    return find_spec("triton") is not None
 
 
 def _tiles_refused(spec: AttendSpec, groups: Groups) -> str | None:
@@ -89,21 +99,51 @@ def run(groups: Groups, text: str, *, keeps: bool = False, blocks: Blocks | None
     return [found[which] for which in spec.outputs] + ([made["KEPT"]] if "KEPT" in made else [])
 
 
+Launch = tuple[str, str, tuple[int, ...], Arguments]  # a source, the kernel's name in it, programs, arguments
+
+
+@dataclass(frozen=True)
+class Recording:
+    """A target that is not there, and what would have been launched on it."""
+
+    target: str
+    launches: list[Launch]
+
+
+_RECORDING: ContextVar[Recording | None] = ContextVar("_RECORDING", default=None)
+
+
+@contextmanager
+def recorded(target: str) -> Iterator[list[Launch]]:
+    """Nothing runs inside: what would be launched on a target is kept."""
+    recording = Recording(target, [])
+    token = _RECORDING.set(recording)
+    try:
+        yield recording.launches
+    finally:
+        _RECORDING.reset(token)
+
+
 def launched(source: str, name: str, grid: tuple[int, ...], given: Arguments) -> None:
     """One kernel, on its arguments by name."""
-    getattr(loaded(source), name)[grid](**given)
+    recording = _RECORDING.get()
+    if recording is not None:
+        recording.launches.append((source, name, grid, given))
+    else:
+        getattr(loaded(source), name)[grid](**given)
 
 
 def precision(q: Tensor) -> str:
     """How products of float32 are made: as torch's own are, or closer."""
-    if q.dtype != torch.float32 or torch.version.hip:
+    if q.dtype != torch.float32 or target(q).startswith("hip"):
         return "ieee"
     return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
 
 
 def target(q: Tensor) -> str:
-    if q.device.type != "cuda":
-        return "cuda:90"
+    recording = _RECORDING.get()
+    if recording is not None or q.device.type != "cuda":
+        return recording.target if recording else "cuda:90"
     major, minor = torch.cuda.get_device_capability(q.device)
     return f"hip:{major}{minor}" if torch.version.hip else f"cuda:{major}{minor}"
 

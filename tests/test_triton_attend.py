@@ -1,0 +1,199 @@
+"""Generated Triton means what `attend` means: values and gradients against float64, in Triton's interpreter.
+
+Every feature of a spec once; then combinations, of which each pair of choices occurs; the whole product is slow.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import triton_interpreter  # noqa: F401 (kernels run in Python)
+from kernel_calls import ATTENDS, B, D, Dv, H, M, N, drawn, said, same, whole, wide
+from torch import Tensor
+
+from reattend.codegen.triton import launch, launch_gradient
+from reattend.codegen.triton.arguments import kinds
+from reattend.codegen.triton.attend import Attend, why_not
+from reattend.codegen.triton.attend_gradient import why_no_gradient
+from reattend.compiler.primitives import attend as attend_front
+from reattend.compiler.primitives.attend import Segment, attend
+from reattend.compiler.primitives.attend_meaning import attend_meaning
+from reattend.compiler.symbols import table
+
+# an interpreted logarithm of 0 is -inf, as on a GPU, and numpy says so
+pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning", "ignore:overflow:RuntimeWarning",
+                                        "ignore:invalid value:RuntimeWarning")  # fmt: skip
+
+
+def asked(monkeypatch: pytest.MonkeyPatch, q: Tensor, k: Tensor, v: Tensor, how: dict[str, Any]) -> tuple[Any, str]:
+    groups, text = said(monkeypatch, attend_front, "attend_op", lambda: attend(q, k, v, **how))
+    assert launch.refuses(groups, text) is None
+    return groups, text
+
+
+@pytest.mark.parametrize("name", ATTENDS)
+def test_attend(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = drawn(B, H, N, D), drawn(B, M, 2, D).transpose(1, 2), drawn(B, 2, M, Dv)
+    groups, text = asked(monkeypatch, q, k, v, ATTENDS[name])
+    same(launch.run(groups, text), attend_meaning(wide(groups), text), 4e-6)
+
+
+def gradients_agree(groups: Any, text: str, tolerance: float) -> None:
+    """Of q, k, v and of every table that a score looks up, from random gradients of all outputs."""
+    tables = [t for t in groups[2] if t.is_floating_point()]
+    wanted = (0, 1, 2, *(3 + n for n, t in enumerate(groups[2]) if t.is_floating_point()))
+    exact = wide(groups)
+    leaves = [t.requires_grad_() for group in exact for t in group if t.is_floating_point()]
+    outputs = attend_meaning(exact, text)
+    up = [torch.where(t.isfinite(), drawn(*t.shape), 0.0).to(t.dtype) for t in outputs]
+    results = launch.run(groups, text)
+    given = {n: g.to(r.dtype) for n, (g, r) in enumerate(zip(up, results, strict=True))}
+    found = launch_gradient.gradients(groups, text, results, given, wanted)
+    assert found is not None and len(found) == 3 + len(tables)
+    total = sum((torch.where(t.isfinite(), t, 0.0) * given[n].double()).sum() for n, t in enumerate(outputs))
+    same(list(found), list(torch.autograd.grad(total, leaves)), tolerance)  # type: ignore[arg-type]
+
+
+LEARNED = ("causal at the end", "window", "softcap", "slopes", "documents", "relu squared", "sigmoid", "moved keys",
+           "rows without a key", "sink", "moved queries")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LEARNED)
+def test_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = drawn(1, H, 65, D), drawn(1, 70, 2, D).transpose(1, 2), drawn(1, 2, 70, Dv)
+    how = {key: (t[:1, :65] if t.shape[0] == B else t[:70]) if isinstance(t, Tensor) else t
+           for key, t in ATTENDS[name].items()}  # fmt: skip
+    gradients_agree(*asked(monkeypatch, q, k, v, how), 8e-6)
+
+
+# --- combinations -----------------------------------------------------------------------------------------------------
+
+SLOPES, BIAS, LIMIT = drawn(4) / 9, drawn(4, 200), whole(5, 60, 4)
+NORMALISERS: dict[str, dict[str, Any]] = {
+    "softmax": {},
+    "softmax and lse": {"outputs": ("o", "lse")},
+    "sink": {"sink": lambda h: h * 0.5 - 1.0},
+    "sigmoid": {"weight": torch.sigmoid, "normaliser": "none"},
+    "relu squared": {"weight": lambda s: torch.relu(s) ** 2, "normaliser": "sum", "eps": 0.1},
+    "stick": {"normaliser": "stick"},
+}
+MASKS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "causal": {"causal": True},
+    "window": {"causal": True, "keep": lambda i, j: (i - j < 20) | (j < 4)},
+    "both sides": {"keep": lambda i, j: abs(i - j) <= 9},
+    "blocks": {"keep": lambda i, j: i // 16 == j // 16},
+    "every third": {"keep": lambda i, j: (i - j) % 3 == 0},
+}
+SCORES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "softcap": {"score": lambda s: torch.tanh(s / 3) * 3},
+    "slopes": {"score": lambda s, h, i, j: s + table(SLOPES)[h] * (j - i)},
+    "relative bias": {"score": lambda s, h, i, j: s + table(BIAS)[h, i - j + 100]},
+}
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "normaliser": tuple(NORMALISERS),
+    "mask": tuple(MASKS),
+    "score": tuple(SCORES),
+    "group": (1, 2),
+    "dim": (16, 32, 60, 64, 128),
+    "length": (1, 33, 65),
+    "segments": (1, 2),
+    "dtype": (torch.float32, torch.bfloat16),
+}
+
+
+def combinations() -> Iterator[tuple[Any, ...]]:
+    """Rows in which each pair of choices of two kinds occurs, each row the one of some that covers most new pairs."""
+    kinds_ = list(CHOICES)
+    draw = torch.Generator().manual_seed(1)
+    left = {(a, x, b, y) for a, b in itertools.combinations(range(len(kinds_)), 2)
+            for x in CHOICES[kinds_[a]] for y in CHOICES[kinds_[b]]}  # fmt: skip
+
+    def random_row(first: tuple[int, Any, int, Any]) -> tuple[Any, ...]:
+        row = [options[int(torch.randint(len(options), (), generator=draw))] for options in CHOICES.values()]
+        row[first[0]], row[first[2]] = first[1], first[3]
+        return tuple(row)
+
+    def pairs(row: tuple[Any, ...]) -> set[tuple[int, Any, int, Any]]:
+        return {(a, row[a], b, row[b]) for a, b in itertools.combinations(range(len(row)), 2)}
+
+    while left:
+        first = min(left, key=repr)
+        best = max((random_row(first) for _ in range(60)), key=lambda row: len(pairs(row) & left))
+        left -= pairs(best)
+        yield best
+
+
+def spelled(row: tuple[Any, ...]) -> str:
+    return "-".join(str(part).removeprefix("torch.") for part in row)
+
+
+def asks(row: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    normaliser, mask, score, group, dim, length, segments, dtype = row
+    keys = length + 7
+    q, k, v = (
+        t.to(dtype)
+        for t in (drawn(1, 4, length, dim), drawn(1, 4 // group, keys, dim), drawn(1, 4 // group, keys, dim))
+    )
+    how = {"align": "end", **NORMALISERS[normaliser], **MASKS[mask], **SCORES[score]}
+    if segments == 2:
+        more = (t.to(dtype) for t in (drawn(1, 4 // group, 20, dim), drawn(1, 4 // group, 20, dim)))
+        how["segments"] = [Segment(*more, keep=lambda i, j: j <= i % 7)]
+    groups, text = asked(monkeypatch, q, k, v, how)
+    rounded = dtype == torch.bfloat16
+    same(launch.run(groups, text), attend_meaning(wide(groups), text), 1e-2 if rounded else 5e-6)
+    learned = tuple(n for n, t in enumerate(groups[2]) if t.is_floating_point())
+    if why_no_gradient(Attend(text, kinds(groups[2])), learned) is None:
+        gradients_agree(groups, text, 3e-2 if rounded else 2e-5)
+
+
+PAIRS = list(combinations())
+
+
+@pytest.mark.parametrize("row", PAIRS, ids=map(spelled, PAIRS))
+def test_combinations(row: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    asks(row, monkeypatch)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("normaliser", NORMALISERS)
+def test_all_combinations(normaliser: str, mask: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for rest in itertools.product(*(CHOICES[kind] for kind in list(CHOICES)[2:])):
+        asks((normaliser, mask, *rest), monkeypatch)
+
+
+def test_what_cannot_be_said_is_refused_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert why_not('{"outputs": ["weights"], "score": "s"}') == "outputs weights"
+    assert (
+        why_not('{"normaliser": "grouped", "leader": "j // 4 * 4", "score": "s"}')
+        == "2 passes over the keys: a normaliser that needs one"
+    )
+    for size, reason in ((300, "a head of 300, at most 256"), (0, "no rows")):
+        q = drawn(1, 1, 4, size)
+        groups, text = said(monkeypatch, attend_front, "attend_op", lambda q=q: attend(q, q, q, scale=1.0))
+        assert launch.refuses(groups, text) == reason
+    q = drawn(1, 1, 4, 8).double()
+    groups, text = said(monkeypatch, attend_front, "attend_op", lambda: attend(q, q, q))
+    assert launch.refuses(groups, text) == "torch.float64"
+
+
+def test_rows_that_keep_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    q = drawn(1, 2, 40, 16)
+    how: dict[str, Any] = {"keep": lambda i, j: j > i + 20, "outputs": ("o", "lse")}
+    groups, text = asked(monkeypatch, q, q, q, how)
+    o, lse = launch.run(groups, text)
+    assert bool((o[:, :, 20:] == 0).all()) and bool((lse[:, :, 20:] == -math.inf).all())
+
+
+def test_a_source_does_not_change_from_run_to_run() -> None:
+    text = '{"keep":"j <= i","score":"s * 0.125"}'
+    first, again = Attend(text).source, Attend(text, packed=False).source
+    assert first == again and "softmax" not in first
