@@ -13,9 +13,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from tqdm import tqdm
 
 from . import codegen as codegen
 from . import passes as passes
+from .codegen.triton.ahead import Compiled
+from .codegen.used import Used, built, calls_of, used
 from .compiler.bench import Bench, measure
 from .compiler.capture import Captured, capture
 from .compiler.cascades.of_mechanism import mechanism_math, spec_math
@@ -353,6 +356,25 @@ def explain(model: Any, example_inputs: Inputs = None) -> Explanation:
         parts = _islands(inner, whole, args, kwargs)
         notes = (*notes, f"captured in {len(parts)} islands, not whole: {whole}")
         return together(_explained(captured, notes, path) for path, captured in parts.items())
+
+
+def kernels(model: Any, recipe: Any, example_inputs: Inputs = None, *, target: str = "cpu") -> tuple[Used, ...]:
+    """The sources that the rewritten model's primitives run on a target: "cpu", "cuda:90", "hip:gfx942", ..."""
+    return tuple(used(call, target) for call in _calls(model, recipe, example_inputs))
+
+
+def build(model: Any, recipe: Any, example_inputs: Inputs = None, *, target: str) -> tuple[Compiled, ...]:
+    """Compile those kernels for a GPU, there or not, so that the first call there need not."""
+    calls = _calls(model, recipe, example_inputs)
+    return tuple(made for call in tqdm(calls, desc=f"building for {target}") for made in built(call, target))
+
+
+def _calls(model: Any, recipe: Any, example_inputs: Inputs) -> list[Any]:
+    """What the rewritten model calls on its example inputs."""
+    fast = optimize(model, recipe, example_inputs, measure=False)
+    args, kwargs = _inputs(unwrap(model), example_inputs)
+    with torch.no_grad():
+        return calls_of(lambda: fast(*args, **kwargs))
 
 
 def math_of(chosen: str | Mechanism, *, causal: bool = False, **knobs: Any) -> str:

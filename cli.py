@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
 
@@ -378,6 +379,43 @@ def _fitting(place: str) -> tuple[str, ...]:
     if not chosen:
         raise Refused(f"site {path!r}", fits=", ".join(s.path for s in found.sites))
     return fitting(chosen[0])
+
+
+@app.command()
+def kernels(
+    model: ModelName,
+    recipe: RecipeName,
+    target: Annotated[str, typer.Option(help="cpu, cuda:80, cuda:90, cuda:100 or hip:gfx942")] = "cpu",
+    as_json: AsJson = False,
+) -> None:
+    """The source of every kernel that a rewritten model runs on a target."""
+    with _answers(as_json=as_json):
+        from . import api
+        from .models.load import load_model
+
+        loaded = load_model(model)
+        work = lambda: api.kernels(loaded.model, recipe, loaded.example_inputs, target=target)
+        found = _working(f"optimizing {model}", work, quiet=as_json)
+        told = [{"call": str(k.call), "sources": k.sources, "refused": k.refused} for k in found]
+        print(json.dumps(told) if as_json else "\n\n".join(map(str, found)) or "no primitive is called")
+
+
+@app.command()
+def build(
+    model: ModelName,
+    recipe: RecipeName,
+    target: Annotated[str, typer.Option(help="cuda:80, cuda:90, cuda:100 or hip:gfx942")],
+    as_json: AsJson = False,
+) -> None:
+    """Compile a rewritten model's kernels for a GPU, there or not, and say what became of them."""
+    with _answers(as_json=as_json):
+        from . import api
+        from .models.load import load_model
+
+        loaded = load_model(model)
+        found = api.build(loaded.model, recipe, loaded.example_inputs, target=target)
+        told = [asdict(made) for made in found]
+        print(json.dumps(told) if as_json else "\n".join(map(str, found)) or "no generated kernel is called")
 
 
 @app.command()

@@ -49,6 +49,11 @@ def source(text: str, channels: bool) -> str:
     return skeleton("scan.cpp", head)
 
 
+def source_of(groups: Groups, text: str) -> str:
+    """The source that a call runs."""
+    return source(text, _channels(ScanSpec.of(text), groups[2]))
+
+
 def _channels(spec: ScanSpec, tables: Sequence[Tensor]) -> bool:
     return bool(spec.decay) and tables[int(spec.decay[1:])].shape[-1] > 1
 

@@ -1,0 +1,132 @@
+"""The kernels that a model's calls would run on a target: what they are as source, and built before the first call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from ..compiler.primitives.operator import PRIMITIVES, Groups, Kernel
+from ..compiler.refusal import Refused, nearest
+from .cpu import attend as cpu_attend
+from .cpu import scan as cpu_scan
+from .cpu.memory import kinds_of
+from .triton import launch
+from .triton.ahead import TARGETS, Compiled, compiled
+
+CPU = "cpu"
+
+
+@dataclass(frozen=True)
+class Call:
+    """A primitive called with tensors of some shapes."""
+
+    primitive: str
+    groups: Groups
+    text: str
+
+    def __str__(self) -> str:
+        shapes = ", ".join("x".join(map(str, t.shape)) for group in self.groups for t in group)
+        return f"{self.primitive} of {shapes}: {self.text}"
+
+    @property
+    def key(self) -> str:
+        return str(self)
+
+
+@dataclass(frozen=True)
+class Used:
+    """A call's kernels on a target by name, or why torch's operations run in their place."""
+
+    call: Call
+    sources: dict[str, str]
+    refused: str = ""
+
+    def __str__(self) -> str:
+        said = "\n".join(f"\n{source}" for source in self.sources.values())
+        return f"# {self.call}\n{said or f'# no kernel: {self.refused}'}"
+
+
+def calls_of(run: Callable[[], object]) -> list[Call]:
+    """The primitives that are called, each spec and shape once."""
+    with _watching() as found:
+        run()
+    return list({call.key: call for call in found}.values())
+
+
+@contextmanager
+def _watching() -> Iterator[list[Call]]:
+    """A kernel in front of all others that takes nothing and remembers what it was asked."""
+    found: list[Call] = []
+
+    def watcher(primitive: str) -> Kernel:
+        def refuses(groups: Groups, text: str) -> str:
+            found.append(Call(primitive, groups, text))
+            return "watching"
+
+        return Kernel("watching", refuses, lambda groups, text: [])
+
+    placed = {name: watcher(name) for name in PRIMITIVES}
+    for name, primitive in PRIMITIVES.items():
+        primitive.kernels.setdefault(CPU, []).insert(0, placed[name])
+    try:
+        yield found
+    finally:
+        for name, primitive in PRIMITIVES.items():
+            primitive.kernels[CPU].remove(placed[name])
+
+
+def used(call: Call, target: str) -> Used:
+    """The sources of one call."""
+    if target == CPU:
+        return _on_cpu(call)
+    if target not in TARGETS:
+        raise Refused(f"target {target!r}", where="kernels", fits=nearest(target, (CPU, *TARGETS)))
+    return _on_gpu(call, target)
+
+
+def _on_cpu(call: Call) -> Used:
+    match call.primitive:
+        case "attend":
+            reason = cpu_attend.refuses(call.groups, call.text)
+            made = lambda: cpu_attend.source(call.text, kinds_of(call.groups[2]))
+        case "scan":
+            reason = cpu_scan.refuses(call.groups, call.text)
+            made = lambda: cpu_scan.source_of(call.groups, call.text)
+        case _:
+            return Used(call, {}, "plain torch operations")
+    return Used(call, {}, reason) if reason else Used(call, {call.primitive: made()})
+
+
+def _on_gpu(call: Call, target: str) -> Used:
+    reason = _why_not(call)
+    if reason:
+        return Used(call, {}, reason)
+    with launch.recorded(target) as launches:
+        _run(call)
+    return Used(call, {name: source for source, name, _, _ in launches})
+
+
+def _why_not(call: Call) -> str | None:
+    kernel = _generated(call)
+    return "plain torch operations" if kernel is None else kernel.refuses(call.groups, call.text)
+
+
+def _generated(call: Call) -> Kernel | None:
+    """The kernel for GPUs that is generated here."""
+    from .triton import NAME
+
+    return next((k for k in PRIMITIVES[call.primitive].kernels.get("cuda", []) if k.name == NAME), None)
+
+
+def _run(call: Call) -> None:
+    kernel = _generated(call)
+    assert kernel is not None
+    kernel.run(call.groups, call.text)
+
+
+def built(call: Call, target: str) -> list[Compiled]:
+    """A call's kernels compiled for a GPU, into Triton's own cache: its first launch there finds them."""
+    if _why_not(call):
+        return []
+    return compiled(target, lambda: _run(call))
