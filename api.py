@@ -372,7 +372,7 @@ def build(model: Any, recipe: Any, example_inputs: Inputs = None, *, target: str
 def _calls(model: Any, recipe: Any, example_inputs: Inputs) -> list[Any]:
     """What the rewritten model calls on its example inputs."""
     fast = optimize(model, recipe, example_inputs, measure=False)
-    args, kwargs = _inputs(unwrap(model), example_inputs)
+    args, kwargs = _inputs(unwrap(model)[0], example_inputs)
     with torch.no_grad():
         return calls_of(lambda: fast(*args, **kwargs))
 

@@ -11,8 +11,8 @@ from ..compiler.refusal import Refused, nearest
 from .cpu import attend as cpu_attend
 from .cpu import scan as cpu_scan
 from .cpu.memory import kinds_of
-from .triton import launch
 from .triton.ahead import TARGETS, Compiled, compiled
+from .triton.launching import recorded
 
 CPU = "cpu"
 
@@ -86,23 +86,24 @@ def used(call: Call, target: str) -> Used:
 
 
 def _on_cpu(call: Call) -> Used:
-    match call.primitive:
-        case "attend":
-            reason = cpu_attend.refuses(call.groups, call.text)
-            made = lambda: cpu_attend.source(call.text, kinds_of(call.groups[2]))
-        case "scan":
-            reason = cpu_scan.refuses(call.groups, call.text)
-            made = lambda: cpu_scan.source_of(call.groups, call.text)
-        case _:
-            return Used(call, {}, "plain torch operations")
-    return Used(call, {}, reason) if reason else Used(call, {call.primitive: made()})
+    if call.primitive == "attend":
+        reason = cpu_attend.refuses(call.groups, call.text)
+        return _made(call, reason, lambda: cpu_attend.source(call.text, kinds_of(call.groups[2])))
+    if call.primitive == "scan":
+        reason = cpu_scan.refuses(call.groups, call.text)
+        return _made(call, reason, lambda: cpu_scan.source_of(call.groups, call.text))
+    return Used(call, {}, "plain torch operations")
+
+
+def _made(call: Call, reason: str | None, source: Callable[[], str]) -> Used:
+    return Used(call, {}, reason) if reason else Used(call, {call.primitive: source()})
 
 
 def _on_gpu(call: Call, target: str) -> Used:
     reason = _why_not(call)
     if reason:
         return Used(call, {}, reason)
-    with launch.recorded(target) as launches:
+    with recorded(target) as launches:
         _run(call)
     return Used(call, {name: source for source, name, _, _ in launches})
 

@@ -30,13 +30,13 @@ def make():
 
 def prepared(folder: Path) -> None:
     (folder / "recipe.yaml").write_text(RECIPE)
-    (folder / "mine.py").write_text(MODEL)
+    (folder / "recovered_words.py").write_text(MODEL)
     drawn = torch.randint(1, 60, (20, 12), generator=torch.Generator().manual_seed(0)).tolist()
     (folder / "rows.jsonl").write_text("\n".join(json.dumps({"input_ids": row}) for row in drawn))
 
 
 def arguments(folder: Path, *more: str) -> list[str]:
-    asked = ["recover", "py:mine:make", str(folder / "recipe.yaml"), "--data", str(folder / "rows.jsonl")]
+    asked = ["recover", "py:recovered_words:make", str(folder / "recipe.yaml"), "--data", str(folder / "rows.jsonl")]
     return [*asked, "--save", str(folder / "saved"), *more]
 
 
@@ -60,7 +60,7 @@ def test_a_killed_command_ends_at_the_same_bits(tmp_path: Path) -> None:
         folder = tmp_path / name
         folder.mkdir()
         prepared(folder)
-        (tmp_path / "mine.py").write_text(MODEL)
+        (tmp_path / "recovered_words.py").write_text(MODEL)
         more = ("--steps", "200", "--lr", "0.003", "--folder", str(folder / "run"))
         command = [sys.executable, "-m", "reattend", *arguments(folder, *more)]
         environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from ...compiler.refusal import Refused, nearest
-from . import launch
+from .launching import recorded
 from .module import loaded
 
 
@@ -78,7 +78,7 @@ def device(name: str) -> Device:
 
 def compiled(target: str, call: Callable[[], object]) -> list[Compiled]:
     """What a call would launch on a target, compiled: nothing runs."""
-    with launch.recorded(target) as launches:
+    with recorded(target) as launches:
         call()
     with _standing_in(device(target)):
         return [_compile(device(target), *each) for each in launches]

@@ -85,6 +85,10 @@ class Attend:
         return "o" in self.spec.outputs
 
     @property
+    def name(self) -> str:
+        return "forward" if self.values else "rows_alone"
+
+    @property
     def state(self) -> str:
         return ", ".join([*(name for name, _ in self.folding.state), *(["o"] if self.values else [])])
 
@@ -133,6 +137,7 @@ class Attend:
         store = [f"tl.store(LSE + row, {folding.lse}, mask=inside)"] if "LSE" in results else []
         store += [f"tl.store(KEPT + row, {folding.kept}, mask=inside)"] if "KEPT" in results else []
         said = {
+            "name": self.name,
             "results": listed(results),
             "keys": listed(self.keys),
             "group": self.group,

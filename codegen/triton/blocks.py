@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 
@@ -35,6 +36,18 @@ def forward_blocks(dim: int, values: int, rows: int, bits: int, target: str = "c
 def padded(size: int) -> int:
     """The power of two that holds a size; products want 16 at least."""
     return max(16, 1 << (size - 1).bit_length())
+
+
+def smaller(blocks: Blocks) -> Iterator[Blocks]:
+    """The same with fewer tiles in flight, then with fewer keys and rows, down to what a product takes."""
+    while blocks.stages > 1 or blocks.keys > 16 or blocks.rows > 16:
+        if blocks.stages > 1:
+            blocks = replace(blocks, stages=1)
+        elif blocks.keys > 16:
+            blocks = replace(blocks, keys=blocks.keys // 2)
+        else:
+            blocks = replace(blocks, rows=blocks.rows // 2)
+        yield blocks
 
 
 def gradient_blocks(dim: int, values: int, bits: int, target: str = "cuda:90") -> tuple[Blocks, Blocks]:

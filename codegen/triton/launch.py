@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
-from dataclasses import dataclass, replace
+import logging
+from dataclasses import replace
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -13,14 +11,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...compiler.primitives.attend_meaning import attend_meaning
 from ...compiler.primitives.attend_spec import AttendSpec
 from ...compiler.primitives.operator import Groups
 from ...compiler.primitives.rows import repeat_heads
+from ...compiler.refusal import Refused
 from .arguments import Arguments, index, kinds, looked_up, named, port
 from .attend import Attend, tables_in, why_not
-from .blocks import Blocks, forward_blocks, padded
-from .module import loaded
+from .blocks import Blocks, forward_blocks, padded, smaller
+from .launching import TooLargeError, launched, precision, target
 
+log = logging.getLogger("reattend")
 _MOST_D = 256
 _MOST_TABLE = 1 << 31  # elements that an offset of 32 bits reaches
 _MOST_LISTED = 128  # keys or queries of a listed tile that is not cut into blocks
@@ -75,13 +76,34 @@ def _block(size: int, most: int) -> tuple[int, int] | None:
 
 
 def run(groups: Groups, text: str, *, keeps: bool = False, blocks: Blocks | None = None) -> list[Tensor]:
-    """The outputs that a spec asks for; with `keeps` also each row's number for its gradient."""
+    """The outputs that a spec asks for; with `keeps` also each row's number for its gradient.
+
+    Blocks that a device has no room for become smaller; a device without room for the smallest runs the plain meaning.
+    """
+    chosen = blocks or _blocks(groups, text)
+    for tried in (chosen, *smaller(chosen)):
+        try:
+            return _run(groups, text, keeps, tried)
+        except TooLargeError as error:
+            log.info("attend in blocks of %d x %d: %s", tried.rows, tried.keys, error)
+    if keeps:
+        raise Refused("a block of 16 x 16 does not fit this device", where="attend")
+    return attend_meaning(groups, text)
+
+
+def _blocks(groups: Groups, text: str) -> Blocks:
+    (q,), kv, _ = groups
+    spec = AttendSpec.of(text)
+    rows = q.shape[2] * (q.shape[1] // kv[0].shape[1] if _packs(spec, groups) else 1)
+    return forward_blocks(q.shape[-1], kv[1].shape[-1], rows, q.element_size() * 8, target(q))
+
+
+def _run(groups: Groups, text: str, keeps: bool, blocks: Blocks) -> list[Tensor]:
     (q,), kv, tables = groups
     spec = AttendSpec.of(text)
     kernel = Attend(text, kinds(tables), _packs(spec, groups), keeps)
     heads, group = q.shape[1], q.shape[1] // kv[0].shape[1] if not spec.kv_heads else 1
     rows = q.shape[2] * (group if kernel.packed else 1)
-    blocks = blocks or forward_blocks(q.shape[-1], kv[1].shape[-1], rows, q.element_size() * 8, target(q))
     step, parts, wide, blocks = _steps(spec, blocks)
     made = _results(kernel, q, kv[1])
     given: Arguments = {**port("Q", q), **made, "H": heads, "N": q.shape[2]} | ({"G": group} if kernel.packed else {})
@@ -94,58 +116,9 @@ def run(groups: Groups, text: str, *, keeps: bool = False, blocks: Blocks | None
     given |= {"BM": blocks.rows, "BN": blocks.keys, "STEP": step, "WIDE": wide, "STAGES": blocks.stages}
     given |= {"PRECISION": precision(q), "num_warps": blocks.warps, "num_stages": blocks.stages}
     programs = (-(-rows // step), q.shape[0] * (kv[0].shape[1] if kernel.packed else heads))
-    launched(kernel.source, "forward", programs, given)
+    launched(kernel.source, kernel.name, programs, given)
     found = {"o": made.get("O"), "lse": made.get("LSE")}
     return [found[which] for which in spec.outputs] + ([made["KEPT"]] if "KEPT" in made else [])
-
-
-Launch = tuple[str, str, tuple[int, ...], Arguments]  # a source, the kernel's name in it, programs, arguments
-
-
-@dataclass(frozen=True)
-class Recording:
-    """A target that is not there, and what would have been launched on it."""
-
-    target: str
-    launches: list[Launch]
-
-
-_RECORDING: ContextVar[Recording | None] = ContextVar("_RECORDING", default=None)
-
-
-@contextmanager
-def recorded(target: str) -> Iterator[list[Launch]]:
-    """Nothing runs inside: what would be launched on a target is kept."""
-    recording = Recording(target, [])
-    token = _RECORDING.set(recording)
-    try:
-        yield recording.launches
-    finally:
-        _RECORDING.reset(token)
-
-
-def launched(source: str, name: str, grid: tuple[int, ...], given: Arguments) -> None:
-    """One kernel, on its arguments by name."""
-    recording = _RECORDING.get()
-    if recording is not None:
-        recording.launches.append((source, name, grid, given))
-    else:
-        getattr(loaded(source), name)[grid](**given)
-
-
-def precision(q: Tensor) -> str:
-    """How products of float32 are made: as torch's own are, or closer."""
-    if q.dtype != torch.float32 or target(q).startswith("hip"):
-        return "ieee"
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
-
-
-def target(q: Tensor) -> str:
-    recording = _RECORDING.get()
-    if recording is not None or q.device.type != "cuda":
-        return recording.target if recording else "cuda:90"
-    major, minor = torch.cuda.get_device_capability(q.device)
-    return f"hip:{major}{minor}" if torch.version.hip else f"cuda:{major}{minor}"
 
 
 def _packs(spec: AttendSpec, groups: Groups) -> bool:

@@ -15,6 +15,7 @@ from .arguments import Arguments, index, kinds, looked_up, named, port
 from .attend import Attend, tables_in
 from .attend_gradient import Gradient, why_no_gradient
 from .blocks import Blocks, gradient_blocks, padded
+from .launching import TooLargeError, launched, precision, target
 
 FIRST_TABLE = 3  # of the tensors of a call with one segment: q, k, v, then tables
 
@@ -36,8 +37,11 @@ def gradients(
     missing = replace(spec, outputs=tuple(which for which in ("o",) if which not in known and "o" in named_grads))
     if missing.outputs:
         known |= dict(zip(missing.outputs, launch.run(groups, missing.text), strict=True))
-    rows = _rows(groups, spec, known, named_grads, kernel)
-    return _launched(groups, Gradient(kernel, learned), rows, named_grads.get("o"), wanted)
+    try:
+        rows = _rows(groups, spec, known, named_grads, kernel)
+        return _launched(groups, Gradient(kernel, learned), rows, named_grads.get("o"), wanted)
+    except TooLargeError:
+        return None
 
 
 def _rows(
@@ -65,7 +69,7 @@ def _launched(
     found |= {n: t.new_empty(t.shape) for n, t in ((1, k_all), (2, v_all))}
     found |= {FIRST_TABLE + n: torch.zeros(tables[n].shape, device=q.device) for n in gradient.learned}
     base = _base(groups, gradient, k_all, v_all, go, rows)
-    over_queries, over_keys = gradient_blocks(q.shape[-1], v.shape[-1], q.element_size() * 8, launch.target(q))
+    over_queries, over_keys = gradient_blocks(q.shape[-1], v.shape[-1], q.element_size() * 8, target(q))
     grads: Arguments = {}
     for n in sorted({looked.number for looked in gradient.lookups}):
         into = found[FIRST_TABLE + n]
@@ -83,7 +87,7 @@ def _launched(
         if spec.k_positions:
             own |= index("at_k0", launch.of_heads(named(groups)[spec.k_positions], q, k))
         programs = (-(-q.shape[2] // over_queries.rows), batch * q.shape[1])
-        launch.launched(gradient.source, "back_queries", programs, base | own | grads | _sizes(over_queries))
+        launched(gradient.source, "back_queries", programs, base | own | grads | _sizes(over_queries))
     if 1 in wanted or 2 in wanted:
         own = {"DK": found[1], "DV": found[2], "G": q.shape[1] // heads}
         if spec.q_positions:
@@ -91,7 +95,7 @@ def _launched(
         if spec.k_positions:
             own |= index("at_k0", named(groups)[spec.k_positions])
         programs = (-(-k.shape[2] // over_keys.keys), batch * heads)
-        launch.launched(gradient.source_of_keys, "back_keys", programs, base | own | _sizes(over_keys))
+        launched(gradient.source_of_keys, "back_keys", programs, base | own | _sizes(over_keys))
     shapes = [q.shape, k.shape, v.shape, *(t.shape for t in tables)]
     return [found[n].sum_to_size(shapes[n]) for n in wanted]
 
@@ -111,4 +115,4 @@ def _base(
     for number in tables_in(gradient.of.spec):
         given |= looked_up(number, tables[number])
     given |= {"D": q.shape[-1], "DP": padded(q.shape[-1]), "E": v.shape[-1], "EP": padded(v.shape[-1])}
-    return given | {"PRECISION": launch.precision(q)}
+    return given | {"PRECISION": precision(q)}

@@ -11,17 +11,22 @@ from pathlib import Path
 from types import ModuleType
 
 
-@lru_cache(maxsize=1024)
 def loaded(source: str) -> ModuleType:
     """The module of a text. Triton reads the source of its functions back from the file."""
-    digest = hashlib.sha256(source.encode()).hexdigest()[:32]
-    path = folder() / f"kernel_{digest}.py"
-    if not _whole(path, source):
-        _write(path, source)
-    found = importlib.util.spec_from_file_location(f"reattend_{path.stem}", path)
+    return _load(source)
+
+
+@lru_cache(maxsize=1024)
+def _load(source: str) -> ModuleType:
+    name = f"kernel_{hashlib.sha256(source.encode()).hexdigest()[:32]}"
+    try:
+        path = _file(folder() / f"{name}.py", source)
+    except OSError:  # a home that cannot be written to
+        path = _file(Path(tempfile.mkdtemp(prefix="reattend-")) / f"{name}.py", source)
+    found = importlib.util.spec_from_file_location(f"reattend_{name}", path)
     assert found is not None and found.loader is not None
     module = importlib.util.module_from_spec(found)
-    found.loader.exec_module(module)
+    exec(compile(source, str(path), "exec"), module.__dict__)
     return module
 
 
@@ -32,17 +37,19 @@ def folder() -> Path:
     return base / "triton"
 
 
-def _whole(path: Path, source: str) -> bool:
+def _file(path: Path, source: str) -> Path:
+    """The text in its place; one atomic rename publishes it, and what a torn file holds is not it."""
+    if _content(path) != source:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, draft = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(source)
+        os.replace(draft, path)
+    return path
+
+
+def _content(path: Path) -> str | None:
     try:
-        return path.read_text(encoding="utf-8") == source
+        return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
-        return False
-
-
-def _write(path: Path, source: str) -> None:
-    """One atomic rename publishes a file; a home that cannot be written to is replaced by a temporary one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, draft = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        file.write(source)
-    os.replace(draft, path)
+        return None
