@@ -426,43 +426,12 @@ def check(
     """Ask a mechanism the questions that our own must answer; exit 1 and the smallest failing case where one fails."""
     with _answers(as_json=as_json):
         from . import api
+        from .compiler.named import named
 
-        result = api.check(_mechanism_class(mechanism), show=False)
+        result = api.check(named(mechanism), show=False)
         print(json.dumps(result.to_dict()) if as_json else str(result))
         if not result.ok:
             raise typer.Exit(1)
-
-
-def _mechanism_class(text: str) -> Any:
-    import importlib
-
-    if text.endswith(".py"):
-        return _registered_by(Path(text))
-    module, colon, name = text.partition(":")
-    if not colon:
-        return text
-    try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise Refused(f"mechanism {text!r}", fits=str(error)) from None
-
-
-def _registered_by(path: Path) -> Any:
-    """The one mechanism that a file registers when it is run."""
-    import runpy
-
-    from . import api
-    from .compiler.mechanism import Mechanism
-
-    if not path.is_file():
-        raise Refused(f"file {path}", fits="a python file that registers a mechanism")
-    before = api.mechanisms()
-    runpy.run_path(str(path), run_name=path.stem)
-    made: list[type[Mechanism]] = [cls for slug, cls in api.mechanisms().items() if before.get(slug) is not cls]
-    if len(made) != 1:
-        names = ", ".join(cls.slug for cls in made) or "none"
-        raise Refused(f"{path} registers {names}", fits="a file that registers one mechanism")
-    return made[0]
 
 
 @app.command()
