@@ -77,7 +77,7 @@ def language(checkpoint: Path | None) -> Any:
 
 def half_window(bench: Bench) -> dict[str, Any]:
     """Every second site sees the 64 latest bytes."""
-    return bench_language(bench, "half-window", everywhere(WINDOW, "odd"), train="all", lr=5e-4, transfer=0.2)
+    return bench_language(bench, "half-window", everywhere(WINDOW, "odd"), train="all", lr=2e-4, transfer=0.5)
 
 
 def all_linear(bench: Bench) -> dict[str, Any]:
