@@ -53,8 +53,9 @@ def main() -> None:
     given = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("no GPU here: `python benchmarks/triton_table.py` compiles the kernels for those that are elsewhere")
-    began, found = time.monotonic(), {"device": device(), "ceilings": ceilings(), "rows": list[dict[str, Any]]()}
-    print(json.dumps(found["device"] | found["ceilings"]))
+    began, rows = time.monotonic(), list[dict[str, Any]]()
+    about, most = device(), ceilings()
+    print(json.dumps(about | most))
     for case in given.cases:
         for dim in given.dim:
             wrong = check(case, dim)
@@ -63,11 +64,11 @@ def main() -> None:
                     print("the time is up: the rest is left out")
                     return
                 row = {"case": case, "dim": dim, "tokens": tokens, "wrong": wrong}
-                row |= {} if wrong else measured(case, dim, tokens, found["ceilings"]["TFLOP/s"])
-                found["rows"].append(row)
+                row |= {} if wrong else measured(case, dim, tokens, most["TFLOP/s"])
+                rows.append(row)
                 print(json.dumps(row), flush=True)
                 given.out.parent.mkdir(parents=True, exist_ok=True)
-                given.out.write_text(json.dumps(found, indent=1))
+                given.out.write_text(json.dumps({"device": about, "ceilings": most, "rows": rows}, indent=1))
 
 
 def device() -> dict[str, Any]:
@@ -105,8 +106,9 @@ def check(case: str, dim: int) -> str:
     slopes = torch.autograd.grad(expected, leaves, up)
     (o,) = launch.run(small, call.text)
     found = launch_gradient.gradients(small, call.text, [o], {0: up.to(o.dtype)}, (0, 1, 2))
-    pairs = [("o", o, expected)] + list(zip(("dq", "dk", "dv"), found or (), slopes))
-    for name, a, b in pairs:
+    assert found is not None
+    for name, a, b in zip(("o", "dq", "dk", "dv"), (o, *found), (expected, *slopes)):
+        assert a is not None
         apart = float((a.float() - b).abs().max() / b.abs().max())
         if not apart < TOLERANCE:
             return f"{name} is {apart:.2g} apart"
@@ -142,9 +144,9 @@ def peers(case: str, q: Tensor, k: Tensor, v: Tensor) -> Timed:
 def backwards(case: str, q: Tensor, k: Tensor, v: Tensor) -> Timed:
     if case not in ("full", "causal"):
         return {}
-    leaves = [t.detach().requires_grad_() for t in (q, k, v)]
-    o = F.scaled_dot_product_attention(*leaves, is_causal=case == "causal")
-    return {"sdpa": lambda: torch.autograd.grad(o, leaves, o.detach(), retain_graph=True)}
+    q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
+    o = F.scaled_dot_product_attention(q, k, v, is_causal=case == "causal")
+    return {"sdpa": lambda: torch.autograd.grad(o, (q, k, v), o.detach(), retain_graph=True)}
 
 
 def flexed(case: str, q: Tensor) -> Callable[..., Tensor] | None:

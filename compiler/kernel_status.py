@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from .case import Case, cases
 from .mechanism import Mechanism
-from .primitives.attend import attend_op
 from .primitives.operator import Ran, watched
 
 _LENGTH = 33  # tokens of the problem that is run
@@ -19,16 +18,13 @@ def kernel_status(m: Mechanism) -> tuple[str, ...]:
     >>> print(kernel_status(mechanism("softmax"))[0])
     eager   everywhere, differentiable
     """
-    found = [(case.pattern, _roads(case)) for case in _asked(m)]
+    found = [(case.pattern, _calls(case)) for case in _asked(m)]
     if not found:
         return ("eager   a whole-model pass: what it writes into the graph decides",)
-    roads = dict.fromkeys(road for _, road in found)
-    lines = [f"cpu     {road}{_where(road, found)}" for road in roads]
-    generated = any(kernel.name.startswith("triton") for kernel in attend_op.kernels.get("cuda", []))
     return (
         "eager   everywhere, differentiable",
-        *lines,
-        f"triton  {'generated' if generated else 'not generated yet'}",
+        *_lines("cpu     ", [(pattern, _together(_on_cpu, calls)) for pattern, calls in found]),
+        *_lines("triton  ", [(pattern, _together(_on_gpu, calls)) for pattern, calls in found]),
     )
 
 
@@ -40,18 +36,33 @@ def _asked(m: Mechanism) -> Iterator[Case]:
             yield case
 
 
-def _roads(case: Case) -> str:
+def _calls(case: Case) -> list[Ran]:
     with watched() as ran:
         case.answer()
-    calls = list(dict.fromkeys(map(_road, ran)))
-    return "; ".join(calls) or "plain torch operations"
+    return ran
 
 
-def _road(ran: Ran) -> str:
-    if ran.kernel:
-        return f"{ran.primitive} by {ran.kernel}"
-    why = ", ".join(dict.fromkeys(reason for _, reason in ran.refused))
-    return f"{ran.primitive} in plain torch ({why or 'no kernel yet'})"
+def _together(road: Callable[[Ran], str], calls: list[Ran]) -> str:
+    return "; ".join(dict.fromkeys(map(road, calls))) or "plain torch operations"
+
+
+def _on_cpu(ran: Ran) -> str:
+    return _road(ran.primitive, ran.kernel, ran.refused)
+
+
+def _on_gpu(ran: Ran) -> str:
+    return _road(ran.primitive, ran.on_gpu, ran.refused_there)
+
+
+def _road(primitive: str, kernel: str, refused: tuple[tuple[str, str], ...]) -> str:
+    if kernel:
+        return f"{primitive} by {kernel}"
+    why = ", ".join(dict.fromkeys(reason for _, reason in refused))
+    return f"{primitive} in plain torch ({why or 'no kernel yet'})"
+
+
+def _lines(target: str, found: list[tuple[str, str]]) -> list[str]:
+    return [f"{target}{road}{_where(road, found)}" for road in dict.fromkeys(road for _, road in found)]
 
 
 def _where(road: str, found: list[tuple[str, str]]) -> str:

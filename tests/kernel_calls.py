@@ -63,6 +63,10 @@ ATTENDS: dict[str, dict[str, Any]] = {
     "tiles of no whole vector": {"tiles": Tiles(whole(-1, 7, B, 1, 17, 3), 6, 20), "causal": True},
     "a table of heads": {"kv_heads": torch.tensor([0, 0, 1, 0])},
 }  # fmt: skip
+AFTERWARDS: dict[str, dict[str, Any]] = {  # what a weight becomes once it is normalised
+    "changed afterwards": {"weight": torch.sigmoid, "normaliser": "none", "after": lambda w, i: w / (i + 1.0)},
+    "scaled afterwards": {"after": lambda w, h: w * (h + 0.5), "causal": True},
+}
 SCANS: dict[str, dict[str, Any]] = {
     "plain": {},
     "features": {"feature": (lambda x: F.elu(x) + 1, torch.relu), "normaliser": "sum", "eps": 1e-4},

@@ -270,8 +270,9 @@ def test_the_report_ends_with_the_kernels_and_the_smallest_case() -> None:
     assert kernel_status(mechanism("softmax")) == (
         "eager   everywhere, differentiable",
         "cpu     attend by sdpa",
-        "triton  not generated yet",
+        "triton  attend by sdpa",
     )
+    assert "triton  attend by generated Triton" in kernel_status(mechanism("window", window=3))
     assert "cpu     attend by sdpa in blocks of rows" in kernel_status(mechanism("window", window=3))
     assert "attend in plain torch (fewer than 262144 scores, normaliser none)" in kernel_status(mechanism("sigmoid"))[1]
     once = next(question for question in QUESTIONS if question.name == "batch")
@@ -287,4 +288,4 @@ def test_the_report_ends_with_the_kernels_and_the_smallest_case() -> None:
 def test_all_questions_are_asked_and_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert check("softmax").ok
     shown = capsys.readouterr().out
-    assert all(f"  {question.name}" in shown for question in QUESTIONS) and "kernel triton  not generated yet" in shown
+    assert all(f"  {question.name}" in shown for question in QUESTIONS) and "kernel triton  attend by sdpa" in shown

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import triton_interpreter  # noqa: F401 (kernels run in Python)
-from kernel_calls import ATTENDS, B, D, Dv, H, M, N, drawn, said, same, whole, wide
+from kernel_calls import AFTERWARDS, ATTENDS, B, D, Dv, H, M, N, drawn, said, same, whole, wide
 from torch import Tensor
 
 from reattend.codegen.triton import launch, launch_gradient
@@ -36,10 +36,10 @@ def asked(monkeypatch: pytest.MonkeyPatch, q: Tensor, k: Tensor, v: Tensor, how:
     return groups, text
 
 
-@pytest.mark.parametrize("name", ATTENDS)
+@pytest.mark.parametrize("name", (*ATTENDS, *AFTERWARDS))
 def test_attend(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = drawn(B, H, N, D), drawn(B, M, 2, D).transpose(1, 2), drawn(B, 2, M, Dv)
-    groups, text = asked(monkeypatch, q, k, v, ATTENDS[name])
+    groups, text = asked(monkeypatch, q, k, v, (ATTENDS | AFTERWARDS)[name])
     same(launch.run(groups, text), attend_meaning(wide(groups), text), 4e-6)
 
 
@@ -60,14 +60,14 @@ def gradients_agree(groups: Any, text: str, tolerance: float) -> None:
 
 
 LEARNED = ("causal at the end", "window", "softcap", "slopes", "documents", "relu squared", "sigmoid", "moved keys",
-           "rows without a key", "sink", "moved queries")  # fmt: skip
+           "rows without a key", "sink", "moved queries", "changed afterwards")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", LEARNED)
 def test_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = drawn(1, H, 65, D), drawn(1, 70, 2, D).transpose(1, 2), drawn(1, 2, 70, Dv)
     how = {key: (t[:1, :65] if t.shape[0] == B else t[:70]) if isinstance(t, Tensor) else t
-           for key, t in ATTENDS[name].items()}  # fmt: skip
+           for key, t in (ATTENDS | AFTERWARDS)[name].items()}  # fmt: skip
     gradients_agree(*asked(monkeypatch, q, k, v, how), 8e-6)
 
 

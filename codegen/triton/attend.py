@@ -215,7 +215,7 @@ def listed(words: list[str]) -> str:
 @lru_cache(maxsize=1024)
 def tables_in(spec: AttendSpec) -> dict[int, int]:
     """The tables that expressions look up, and with how many axes."""
-    texts = [part for segment in spec.segments for part in segment[:2]] + [spec.weight, spec.sink]
+    texts = [part for segment in spec.segments for part in segment[:2]] + [spec.weight, spec.sink, spec.after]
     found = [e for text in texts if text for e in parse(text).walk() if e.op == "lookup"]
     return {int(e.args[0][1:]): len(e.args) - 1 for e in found}
 
@@ -224,8 +224,7 @@ def tables_in(spec: AttendSpec) -> dict[int, int]:
 def why_not(text: str) -> str | None:
     """Why the skeletons cannot say a spec, whatever the tensors; None where they can."""
     spec = AttendSpec.of(text)
-    for what, given in (("weights changed after normalising", spec.after), ("relative terms", spec.relative),
-                        ("a score for empty rows", spec.empty)):  # fmt: skip
+    for what, given in (("relative terms", spec.relative), ("a score for empty rows", spec.empty)):
         if given:
             return what
     if any(output not in ("o", "lse") for output in spec.outputs):

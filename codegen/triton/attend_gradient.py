@@ -261,7 +261,7 @@ def why_no_gradient(of: Attend, learned: Sequence[int] = ()) -> str | None:
                         ("a table of key heads", spec.kv_heads), ("listed tiles", spec.tiles)):  # fmt: skip
         if given:
             return f"the gradient of {what}"
-    outside = {int(e.args[0][1:]) for text in (spec.weight, spec.sink, spec.keep) if text
+    outside = {int(e.args[0][1:]) for text in (spec.weight, spec.sink, spec.keep, spec.after) if text
                for e in parse(text).walk() if e.op == "lookup"}  # fmt: skip
     if outside & set(learned):
         return "the gradient of a table that a weight or a sink looks up"

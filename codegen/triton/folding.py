@@ -263,7 +263,9 @@ class Folding:
         if not self._divisors:
             return Row(None, whole, False)
         divisor = parse(self._divisors[0])
-        over = whole.args[0] if whole.op == "truediv" else whole
+        if whole.op != "truediv":
+            raise Refused(f"a gradient through {whole}", fits="weights that are divided last")
+        over = whole.args[0]
         if over.op == "exp":
             rest = build("sub", over.args[0], name("s"))
             if "s" not in rest.names:
@@ -295,7 +297,7 @@ class Folding:
 
     def _text(self, e: Expr, now: Mapping[str, str]) -> str:
         """An expression of a tile: values of a row stand beside every key."""
-        names = dict(self.names)
+        names = self.names | {"j": "j[None, :]"}
         for word in e.names:
             node = self.nest.cascade.by_name.get(word)
             if node is None:
@@ -320,7 +322,13 @@ def _bare(spec: AttendSpec) -> AttendSpec:
     """The normaliser alone: one segment, everything kept, its own score."""
     outputs = ("o", "lse") if "lse" in spec.outputs else ("o",)
     return AttendSpec(
-        "s", weight=spec.weight, normaliser=spec.normaliser, eps=spec.eps, sink=spec.sink, outputs=outputs
+        "s",
+        after=spec.after,
+        weight=spec.weight,
+        normaliser=spec.normaliser,
+        eps=spec.eps,
+        sink=spec.sink,
+        outputs=outputs,
     )
 
 

@@ -44,6 +44,8 @@ class Ran:
     primitive: str
     kernel: str
     refused: tuple[tuple[str, str], ...]
+    on_gpu: str = ""  # the kernel that a GPU would take for the same call
+    refused_there: tuple[tuple[str, str], ...] = ()
 
 
 _WATCHED: ContextVar[list[Ran] | None] = ContextVar("_WATCHED", default=None)
@@ -100,12 +102,11 @@ class Primitive:
         return result
 
     def choose(
-        self, groups: Groups, spec: str, *, only: Callable[[Kernel], bool] | None = None
+        self, groups: Groups, spec: str, *, only: Callable[[Kernel], bool] | None = None, device: str = ""
     ) -> tuple[Kernel | None, list[tuple[str, str]]]:
         """The kernel that will run (None: the eager meaning) and why those before it do not fit."""
         refused: list[tuple[str, str]] = []
-        device = next(t.device.type for group in groups for t in group)
-        for kernel in self.kernels.get(device, []):
+        for kernel in self.kernels.get(device or next(t.device.type for group in groups for t in group), []):
             if only is not None and not only(kernel):
                 continue
             reason = kernel.refuses(groups, spec)
@@ -130,7 +131,9 @@ class Primitive:
         kernel, refused = self.choose(groups, spec)
         watching = _WATCHED.get()
         if watching is not None:
-            watching.append(Ran(self.name, kernel.name if kernel else "", tuple(refused)))
+            there, refused_there = self.choose(groups, spec, device="cuda")
+            names = [k.name if k else "" for k in (kernel, there)]
+            watching.append(Ran(self.name, names[0], tuple(refused), names[1], tuple(refused_there)))
         taken = {t.untyped_storage()._cdata for group in groups for t in group}
         return [_own(r, taken) for r in (kernel.run if kernel else self.meaning)(groups, spec)]
 
