@@ -36,7 +36,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, q: Tensor, k: Tensor, v: Tensor, how:
     return groups, text
 
 
-@pytest.mark.parametrize("name", (*ATTENDS, *AFTERWARDS))
+@pytest.mark.parametrize("name", [*ATTENDS, *AFTERWARDS])
 def test_attend(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = drawn(B, H, N, D), drawn(B, M, 2, D).transpose(1, 2), drawn(B, 2, M, Dv)
     groups, text = asked(monkeypatch, q, k, v, (ATTENDS | AFTERWARDS)[name])
