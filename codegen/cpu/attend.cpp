@@ -53,27 +53,48 @@ INLINE int64_t across(int64_t columns) { return columns; }
 static bool values_as_they_are(const Call& c, const Source& s) { return s.v.d == 1 && c.Dv % VL == 0 && !s.at; }
 #endif
 
+// A key as column n of its tile; one or two rows of values, the first of them row n.
+#ifdef HALVES
+INLINE void put_key(const cell* key, int64_t step, int64_t D, cell* k, int64_t n) {
+    int64_t d = 0;
+    if (step == 1) for (; d + 2 <= D; d += 2) memcpy(k + at(d, n, LN), key + d, 2 * sizeof(cell));
+    for (; d < D; d++) k[at(d, n, LN)] = key[d * step];
+}
+INLINE void put_values(const cell* const* rows, int64_t count, int64_t step, int64_t Dv, cell* v, int64_t n, int64_t wide) {
+    cell* to = v + n * wide;
+    if (count == 2 && step == 1) for (int64_t d = 0; d < Dv; d++) to[2 * d] = rows[0][d], to[2 * d + 1] = rows[1][d];
+    else for (int64_t r = 0; r < count; r++) for (int64_t d = 0; d < Dv; d++) to[2 * d + r] = rows[r][d * step];
+}
+#else
+INLINE void put_key(const cell* key, int64_t step, int64_t D, cell* k, int64_t n) {
+    for (int64_t d = 0; d < D; d++) k[at(d, n, LN)] = key[d * step];
+}
+INLINE void put_values(const cell* const* rows, int64_t count, int64_t step, int64_t Dv, cell* v, int64_t n, int64_t wide) {
+    for (int64_t r = 0; r < count; r++) for (int64_t d = 0; d < Dv; d++) v[at(n + r, d, wide)] = rows[r][d * step];
+}
+#endif
+
 static void pack(const Call& c, const Source& s, int64_t b, int64_t h, int64_t tile, const Packed& to) {
     const int64_t deep = rounded(c.D, DEEP), wide = rounded(c.Dv, WIDE), first = tile * BN;
     const int64_t count = smaller<int64_t>(BN, s.keys - first);
     cell *k = to.k + tile * deep * LN, *v = to.v + tile * BN * wide;
     if (count < LN || deep != c.D) memset(k, 0, sizeof(cell) * deep * LN);
     if (to.v && (count < BN || wide != c.Dv)) memset(v, 0, sizeof(cell) * BN * wide);
+    const cell* rows[2] = {};  // of values, one after the other
     for (int64_t n = 0; n < count; n++) {
         const int64_t row = s.at ? s.at[b * s.at_b + h * s.at_h + first + n] : first + n, from = row < 0 ? 0 : row;
         to.j[first + n] = row < 0 ? NOWHERE : s.place ? s.place[b * s.place_b + h * s.place_h + row] : (int32_t)row;
-        const cell* key = s.k.data + b * s.k.b + h * s.k.h + from * s.k.n;
-        for (int64_t d = 0; d < c.D; d++) k[at(d, n, LN)] = key[d * s.k.d];
+        put_key(s.k.data + b * s.k.b + h * s.k.h + from * s.k.n, s.k.d, c.D, k, n);
         if (!to.v) continue;
-        const cell* value = s.v.data + b * s.v.b + h * s.v.h + from * s.v.n;
-        for (int64_t d = 0; d < c.Dv; d++) v[at(n, d, wide)] = value[d * s.v.d];
+        rows[n % 2] = s.v.data + b * s.v.b + h * s.v.h + from * s.v.n;
+        if (n % 2 || n + 1 == count) put_values(rows, 1 + n % 2, s.v.d, c.Dv, v, n / 2 * 2, wide);
     }
 }
 
 struct Block {  // one block of query rows, and what it has gathered so far
     int64_t b, h, first, count;
     int32_t i[BM];
-    float m[BM], l[BM];
+    float m[BM], l[BM * VL];  // l in lanes, which come together at the end
     cell *q, *p;  // the rows, their weights
     float *s, *o;
     int64_t ldo;
@@ -107,21 +128,21 @@ template <int S, bool WHOLE> INLINE void weigh(const Call& c, Block& x, const in
             else put(p + n, y), sum += y;
         }
         if (NORMALISER == SOFTMAX) {
-            const float m = larger(highest(top), x.m[r]), from = m == -INF ? 0.f : m;
+            if (any_above(top, x.m[r])) {  // what was gathered so far was weighed against a lower score
+                const float m = highest(top), less = x.m[r] == -INF ? 0.f : exp2f(x.m[r] - m);
+                store(x.l + r * VL, load(x.l + r * VL) * less);
+                for (int64_t d = 0; d < x.ldo; d += VL) store(x.o + r * x.ldo + d, load(x.o + r * x.ldo + d) * less);
+                x.m[r] = m;
+            }
+            const float from = x.m[r] == -INF ? 0.f : x.m[r];
             for (int64_t n = 0; n < lanes; n += VL) {
                 const vf w = exp2_(load(s + n) - from);
                 put(p + n, w);
                 sum += w;
             }
-            if (m != x.m[r]) {  // what was gathered so far was weighed against a lower score
-                const float less = x.m[r] == -INF ? 0.f : exp2f(x.m[r] - m);
-                x.l[r] *= less;
-                for (int64_t d = 0; d < x.ldo; d += VL) store(x.o + r * x.ldo + d, load(x.o + r * x.ldo + d) * less);
-                x.m[r] = m;
-            }
         }
         for (int64_t n = lanes; n < rounded(width, DEEP); n += VL) put(p + n, vf{});
-        x.l[r] += total(sum);
+        store(x.l + r * VL, load(x.l + r * VL) + sum);
     }
 }
 
@@ -175,11 +196,12 @@ static void begin(const Call& c, Block& x, int32_t& i0, int32_t& i1) {
         const int64_t n = x.first + r;
         x.i[r] = c.q_place ? c.q_place[x.b * c.q_place_b + x.h * c.q_place_h + n] : (int32_t)(n + c.shift);
         i0 = smaller(i0, x.i[r]), i1 = larger(i1, x.i[r]);
-        x.m[r] = -INF, x.l[r] = 0;
+        x.m[r] = -INF;
+        store(x.l + r * VL, vf{});
         if (SINK) {  // one key more, whose value is 0
             const vf s = sink((int)x.b, (int)x.h, x.i[r], c.t);
-            if (NORMALISER == SOFTMAX) x.m[r] = s[0], x.l[r] = s[0] == -INF ? 0.f : 1.f;
-            else x.l[r] = weight(s, (int)x.b, (int)x.h, x.i[r], c.t)[0];
+            if (NORMALISER == SOFTMAX) x.m[r] = s[0], x.l[r * VL] = s[0] == -INF ? 0.f : 1.f;
+            else x.l[r * VL] = weight(s, (int)x.b, (int)x.h, x.i[r], c.t)[0];
         }
         const int64_t deep = rounded(c.D, DEEP);
         const cell* query = c.q.data + x.b * c.q.b + x.h * c.q.h + n * c.q.n;
@@ -191,10 +213,11 @@ static void begin(const Call& c, Block& x, int32_t& i0, int32_t& i1) {
 static void finish(const Call& c, const Block& x) {
     for (int64_t r = 0; r < x.count; r++) {
         const int64_t n = x.first + r;
-        float divisor = NORMALISER == NONE ? 1.f : NORMALISER == SUM ? x.l[r] + EPS : x.l[r];
+        const float l = total(load(x.l + r * VL));
+        float divisor = NORMALISER == NONE ? 1.f : NORMALISER == SUM ? l + EPS : l;
         if (divisor == 0.f) divisor = 1.f;
         if (c.lse) {
-            const float log = x.l[r] == 0.f ? -INF : logf(x.l[r]);
+            const float log = l == 0.f ? -INF : logf(l);
             c.lse[(x.b * c.H + x.h) * c.N + n] = NORMALISER == SOFTMAX && x.m[r] != -INF ? x.m[r] * LN2 + log : log;
         }
         float* o = c.o.data + x.b * c.o.b + x.h * c.o.h + n * c.o.n;

@@ -32,8 +32,8 @@ INLINE void store(float* p, vf x) { *(vf*)p = x; }
 INLINE vi count() { vi x; for (int l = 0; l < VL; l++) x[l] = l; return x; }
 INLINE vf floats(vi x) { return __builtin_convertvector(x, vf); }
 INLINE vi ints(vf x) { return __builtin_convertvector(x, vi); }
-INLINE vf select(vi m, vf a, vf b) { return (vf)((m & (vi)a) | (~m & (vi)b)); }
-INLINE vi select(vi m, vi a, vi b) { return (m & a) | (~m & b); }
+INLINE vf select(vi m, vf a, vf b) { return m ? a : b; }
+INLINE vi select(vi m, vi a, vi b) { return m ? a : b; }
 INLINE vf least(vf a, vf b) { return a < b ? a : b; }
 INLINE vf most(vf a, vf b) { return a > b ? a : b; }
 INLINE vf lasting(vf x, vf y) { return select(x == x, y, x); }  // what is no number stays none: y may have lost it
@@ -45,10 +45,47 @@ INLINE vi minimum_(vi a, vi b) { return least(a, b); }
 INLINE vi maximum_(vi a, vi b) { return most(a, b); }
 INLINE vf absolute(vf x) { return (vf)((vi)x & 0x7fffffff); }
 INLINE vi absolute(vi x) { return select(x < 0, -x, x); }
-INLINE float highest(vf x) { float m = x[0]; for (int l = 1; l < VL; l++) m = x[l] > m ? x[l] : m; return m; }
-INLINE float total(vf x) { float s = 0; for (int l = 0; l < VL; l++) s += x[l]; return s; }
+#ifdef __clang__
+INLINE vf turned(vf x, int by) { vf y; for (int l = 0; l < VL; l++) y[l] = x[(l + by) & (VL - 1)]; return y; }
+#else
+INLINE vf turned(vf x, int by) { return __builtin_shuffle(x, (count() + by) & (VL - 1)); }
+#endif
+INLINE float highest(vf x) { for (int by = VL / 2; by; by /= 2) x = most(x, turned(x, by)); return x[0]; }
+INLINE float total(vf x) { for (int by = VL / 2; by; by /= 2) x += turned(x, by); return x[0]; }
+#ifdef __AVX512F__
+INLINE bool any_above(vf x, float m) {
+    uint32_t lanes;
+    asm("vcmpps $30, %2, %1, %%k1\n\tkmovw %%k1, %0" : "=r"(lanes) : "v"(x), "v"(all(m)) : "k1");
+    return lanes;
+}
+#elif defined(__AVX2__)
+INLINE bool any_above(vf x, float m) { return __builtin_ia32_movmskps256((vf)(x > all(m))); }
+#else
+INLINE bool any_above(vf x, float m) { return highest(x) > m; }
+#endif
 
 // 2 ** x for every float, 1e-7 apart at most: below -126 it is 0, from 128 on infinite.
+#ifdef __AVX512F__
+// Two instructions that no vector type says: the nearest integer, and a product with a power of two, whatever its size.
+INLINE vf nearest(vf x) { vf y; asm("vrndscaleps $0, %1, %0" : "=v"(y) : "v"(x)); return y; }
+INLINE vf times_power(vf x, vf power) { vf y; asm("vscalefps %2, %1, %0" : "=v"(y) : "v"(x), "v"(power)); return y; }
+INLINE vf exp2_(vf x) {
+    const vf bounded = x < -126.f ? all(-126.f) : x > 129.f ? all(129.f) : x;  // what is no number stays none
+    const vf whole = nearest(bounded), f = bounded - whole;                    // in [-1/2, 1/2]
+#ifdef HALVES  // 4e-6 apart: what becomes of it has eight bits
+    vf p = all(9.6734924e-3f);
+#else
+    vf p = all(1.5337577e-4f);
+    p = p * f + 1.3399860e-3f;
+    p = p * f + 9.6185198e-3f;
+#endif
+    p = p * f + 5.5503290e-2f;
+    p = p * f + 2.4022646e-1f;
+    p = p * f + 6.9314718e-1f;
+    p = p * f + 1.f;
+    return x < -126.f ? vf{} : times_power(p, whole);  // results too small for a float are slow: they are not made
+}
+#else
 INLINE vf exp2_(vf x) {
     const vf bounded = most(least(x, all(127.5f)), all(-126.f));
     const vf whole = (bounded + 12582912.f) - 12582912.f;  // the nearest integer, by where a float's last bit stands
@@ -64,15 +101,28 @@ INLINE vf exp2_(vf x) {
     const vf scaled = (vf)((vi)p + (e << 23));
     return lasting(x, select(x < -126.f, all(0.f), select(x >= 128.f, all(INF), scaled)));
 }
+#endif
 INLINE vf exp_(vf x) { return exp2_(x * 1.44269504088896341f); }
+#ifdef __AVX512F__
+INLINE vf about_one_over(vf x) { vf y; asm("vrcp14ps %1, %0" : "=v"(y) : "v"(x)); return y; }  // to 14 bits
+#endif
+#if defined(__AVX512F__) && defined(HALVES)
+INLINE vf over(vf a, vf b) { return a * about_one_over(b); }
+INLINE vf sigmoid_(vf x) { return about_one_over(1.f + exp_(-x)); }
+#elif defined(__AVX512F__)
+INLINE vf over(vf a, vf b) { const vf y = about_one_over(b); return a * (y * (2.f - b * y)); }  // b far from 0 and infinity
 INLINE vf sigmoid_(vf x) { return 1.f / (1.f + exp_(-x)); }
+#else
+INLINE vf over(vf a, vf b) { return a / b; }
+INLINE vf sigmoid_(vf x) { return 1.f / (1.f + exp_(-x)); }
+#endif
 INLINE vf relu_(vf x) { return select(x < 0.f, all(0.f), x); }
 // A quotient of polynomials, 3e-7 apart at most relative to the value; from 9 on it is 1.
 INLINE vf tanh_(vf x) {
     const vf y = most(least(x, all(9.f)), all(-9.f)), z = y * y;
     const vf p = (((1.33546400e-8f * z + 2.06091208e-5f) * z + 3.49559309e-3f) * z + 1.33810312e-1f) * z + 1.f;
     const vf q = (((7.77656510e-7f * z + 3.28564085e-4f) * z + 2.58770026e-2f) * z + 4.67143476e-1f) * z + 1.f;
-    return lasting(x, y * p / q);
+    return lasting(x, over(y * p, q));
 }
 #define LANEWISE(name, call) INLINE vf name(vf x) { vf y; for (int l = 0; l < VL; l++) y[l] = call(x[l]); return y; }
 LANEWISE(log_, logf)
