@@ -15,7 +15,7 @@ from reattend.compiler.primitives.attend import Segment, Tiles
 from reattend.compiler.symbols import as_expr, build, table
 
 B, H, N, M, D, Dv = 2, 4, 97, 130, 24, 40
-DRAWN = torch.Generator().manual_seed(0)
+torch.manual_seed(0)  # what is drawn here is the same in every run; every test starts from its own seed
 
 
 def minimum(a: Any, b: Any) -> Any:
@@ -23,11 +23,11 @@ def minimum(a: Any, b: Any) -> Any:
 
 
 def drawn(*sizes: int) -> Tensor:
-    return torch.randn(sizes, generator=DRAWN)
+    return torch.randn(sizes)
 
 
 def whole(low: int, high: int, *sizes: int) -> Tensor:
-    return torch.randint(low, high, sizes, generator=DRAWN)
+    return torch.randint(low, high, sizes)
 
 
 DOC, BIAS, SLOPE, LIMIT = whole(0, 3, B, M), drawn(H, M + N), drawn(H) / 9, whole(0, M, B, 1, N, 1)
@@ -65,6 +65,8 @@ ATTENDS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 AFTERWARDS: dict[str, dict[str, Any]] = {  # what a weight becomes once it is normalised
     "changed afterwards": {"weight": torch.sigmoid, "normaliser": "none", "after": lambda w, i: w / (i + 1.0)},
+    "a logarithm afterwards": {"weight": torch.exp, "normaliser": "none", "after": lambda w: torch.log(w + 1)},
+    "an exponential afterwards": {"normaliser": "none", "after": lambda w: torch.exp(-w) * w},
     "scaled afterwards": {"after": lambda w, h: w * (h + 0.5), "causal": True},
 }
 SCANS: dict[str, dict[str, Any]] = {

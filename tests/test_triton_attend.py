@@ -146,11 +146,11 @@ def asks(row: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
         more = (t.to(dtype) for t in (drawn(1, 4 // group, 20, dim), drawn(1, 4 // group, 20, dim)))
         how["segments"] = [Segment(*more, keep=lambda i, j: j <= i % 7)]
     groups, text = asked(monkeypatch, q, k, v, how)
-    rounded = dtype == torch.bfloat16
-    same(launch.run(groups, text), attend_meaning(wide(groups), text), 1e-2 if rounded else 5e-6)
+    rounded = dtype == torch.bfloat16  # the interpreter cuts bits off instead: a weight is wrong by up to 2 ** -8
+    same(launch.run(groups, text), attend_meaning(wide(groups), text), 2e-2 if rounded else 5e-6)
     learned = tuple(n for n, t in enumerate(groups[2]) if t.is_floating_point())
     if why_no_gradient(Attend(text, kinds(groups[2])), learned) is None:
-        gradients_agree(groups, text, 3e-2 if rounded else 2e-5)
+        gradients_agree(groups, text, 4e-2 if rounded else 2e-5)
 
 
 PAIRS = list(combinations())

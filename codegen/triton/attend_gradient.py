@@ -91,8 +91,7 @@ class Gradient:
         return [*lines, *_under(when, hidden), weight] if folding.powers else [*lines, weight, *_under(when, hidden)]
 
     def _printed(self, e: Expr, names: dict[str, str]) -> str:
-        folding = self.of.folding
-        return triton_text(folding.renamed(e), "f", names, tables=self.of.kinds, powers=folding.powers)
+        return self.of.folding.printed(e, names)
 
     def _slope(self, names: dict[str, str], when: str = "") -> list[str]:
         """From weights and g to the gradients of the scores."""

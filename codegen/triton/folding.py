@@ -112,22 +112,16 @@ class Folding:
     @property
     def given(self) -> list[str]:
         """Values of a row that no key has a part in, before the first tile."""
-        return [f"{n.name} = whole({self._leaf(n)}, BM)" for n in self._nodes if self._is_leaf(n)]
+        return [f"{n.name} = whole({self.score(numbered(n.expr))}, BM)" for n in self._nodes if self._is_leaf(n)]
 
     def _is_leaf(self, node: Node) -> bool:
-        return (
-            not self._along(node) and node.kind == "map" and not any(w in self.nest.cascade.by_name for w in node.named)
-        )
+        computed = any(word in self.nest.cascade.by_name for word in node.named)
+        return node.kind == "map" and not computed and not self._along(node)
 
-    def _leaf(self, node: Node) -> str:
-        return self._in_powers(self.renamed(node.expr), {})
-
-    def _in_powers(self, e: Expr, names: Mapping[str, str]) -> str:
-        e = build("mul", e, as_expr(LOG2E)) if self.powers else e
+    def score(self, score: Expr, names: Mapping[str, str] = {}) -> str:
+        """What a spec's own expression gives, in powers of two where the rest is."""
+        e = build("mul", score, as_expr(LOG2E)) if self.powers else score
         return triton_text(e, "f", names, tables=self.tables)
-
-    def score(self, score: Expr, names: Mapping[str, str]) -> str:
-        return self._in_powers(score, names)
 
     def tile(self) -> list[str]:
         """From the scores of a tile to its weights; what runs along the keys follows."""
@@ -138,9 +132,8 @@ class Folding:
                 continue
             if self._along(node) and node.kind == "scan":
                 summed = self._text(node.expr, now)
-                lines.append(
-                    f"{node.name}_tile = {node.name}[:, None] + tl.cumsum({summed}, 1, reverse={node.reverse})"
-                )
+                running = f"tl.cumsum({summed}, 1, reverse={node.reverse})"
+                lines.append(f"{node.name}_tile = {node.name}[:, None] + {running}")
                 lines.append(f"{node.name} += tl.sum({summed}, 1)")
             elif self._along(node):
                 if self._element(node.name) == node.name:
@@ -149,7 +142,7 @@ class Folding:
                         lines += ["if MASKED:", f"    {node.name} = tl.where(kept, {node.name}, 0.0)"]
             elif node.kind == "reduce":
                 lines += self._summed(node, now)
-            elif not self._is_leaf(node) and self._needed_in_a_tile(node):
+            elif not self._is_leaf(node) and self._corrects(node.name):
                 lines += self._settled(node, now)
         return lines
 
@@ -160,11 +153,8 @@ class Folding:
 
     @property
     def _values_weight(self) -> Expr:
-        terms = [a for a in self._values.expr.args if isinstance(a, Expr) and self._is_element(a)]
-        return terms[0]
-
-    def _is_element(self, e: Expr) -> bool:
-        return e.op == "name" and e.args[0] in self.nest.cascade.by_name
+        """The weight among the factors of that sum: the one that the cascade computes."""
+        return next(a for a in self._values.expr.args if a.text in self.nest.cascade.by_name)
 
     def _element(self, word: str) -> str:
         """The variable that holds a value of the tile: one that only names another is that other."""
@@ -184,27 +174,18 @@ class Folding:
 
     def _settled(self, node: Node, now: dict[str, str]) -> list[str]:
         """A value of the row that follows from those that run: before this tile, and with it."""
-        old = triton_text(self.renamed(node.expr), "f", {}, tables=self.tables, powers=self.powers)
-        new = triton_text(self.renamed(node.expr), "f", now, tables=self.tables, powers=self.powers)
-        now[node.name] = f"{node.name}_now"
+        old, new = self.printed(node.expr), self.printed(node.expr, now)
         return [f"{node.name} = {old}", f"{node.name}_now = {new}", *self._guarded(node.name, now)]
 
     def _guarded(self, word: str, now: dict[str, str]) -> list[str]:
         """Where nothing has been kept so far a maximum is -inf: scores are measured against 0 then."""
         now[word] = f"{word}_now"
+        exp = "tl.exp2" if self.powers else "tl.exp"
         safe = f'{word}_at = tl.where({word}_now == float("-inf"), 0.0, {word}_now)'
-        return [
-            safe,
-            f"{word}_less = tl.exp2({word} - {word}_at)"
-            if self.powers
-            else f"{word}_less = tl.exp({word} - {word}_at)",
-        ]
+        return [safe, f"{word}_less = {exp}({word} - {word}_at)"]
 
     def _corrects(self, word: str) -> bool:
         return any(g == f"{POWER}{word}" for s in self.nest.sums.values() for g, _ in s.change.of)
-
-    def _needed_in_a_tile(self, node: Node) -> bool:
-        return self._corrects(node.name)
 
     def correction(self, beside: str = "", node: Node | None = None) -> str:
         """The factor that puts a sum right, written `beside` it; "" where there is none."""
@@ -232,26 +213,25 @@ class Folding:
             if node is self._values or node.name in self.nest.cascade.outputs[1:]:
                 continue
             if node.kind == "map":
-                text = triton_text(self.renamed(node.expr), "f", at, tables=self.tables, powers=self.powers)
-                lines.append(f"{node.name} = {text}")
+                lines.append(f"{node.name} = {self.printed(node.expr, at)}")
             if self._corrects(node.name):
                 lines.append(f'{node.name}_at = tl.where({node.name} == float("-inf"), 0.0, {node.name})')
                 at[node.name] = f"{node.name}_at"
         return lines
 
+    @cached_property
     def _at(self) -> dict[str, str]:
         return {n.name: f"{n.name}_at" for n in self._nodes if self._corrects(n.name)}
 
     @property
     def divisor(self) -> str:
         """What the sum of values is divided by; "" where by nothing."""
-        texts = [triton_text(self.renamed(parse(g)), "f", self._at(), tables=self.tables) for g in self._divisors]
-        return " * ".join(texts)
+        return " * ".join(self.printed(parse(g), self._at) for g in self._divisors)
 
     @property
     def lse(self) -> str:
         node = self.nest.cascade.by_name[self.nest.cascade.outputs[1]]
-        text = triton_text(self.renamed(node.expr), "f", self._at(), tables=self.tables, powers=self.powers)
+        text = self.printed(node.expr, self._at)
         return f"{text} * {1 / LOG2E!r}" if self.powers else text
 
     # --- a row, once it is whole --------------------------------------------------------------------------------------
@@ -263,7 +243,7 @@ class Folding:
         if not self._divisors:
             return Row(None, whole, False)
         divisor = parse(self._divisors[0])
-        if whole.op != "truediv":
+        if whole.op != "truediv" or whole.args[1].text != divisor.text:
             raise Refused(f"a gradient through {whole}", fits="weights that are divided last")
         over = whole.args[0]
         if over.op == "exp":
@@ -276,10 +256,7 @@ class Folding:
     @property
     def kept(self) -> str:
         """The number of a row that its gradient is made from; "" where it needs none."""
-        e = self.row.kept
-        return (
-            "" if e is None else triton_text(self.renamed(e), "f", self._at(), tables=self.tables, powers=self.powers)
-        )
+        return "" if self.row.kept is None else self.printed(self.row.kept, self._at)
 
     def _expanded(self, e: Expr) -> Expr:
         """A weight in terms of its score and of the row."""
@@ -308,14 +285,19 @@ class Folding:
                 names[word] = self._element(word)
             else:
                 names[word] = f"{word}_at[:, None]" if word in now else f"{word}[:, None]"
-        return triton_text(self.renamed(e), "f", names, tables=self.tables, powers=self.powers)
+        return self.printed(e, names)
+
+    def printed(self, e: Expr, names: Mapping[str, str] = {}) -> str:
+        """An expression of the cascade. What a weight becomes afterwards is no power of two any more."""
+        powers = self.powers and not (self.spec.after and e.text == self._afterwards.text)
+        return triton_text(numbered(e), "f", names, tables=self.tables, powers=powers)
+
+    @cached_property
+    def _afterwards(self) -> Expr:
+        return self._undivided(self.nest.cascade.by_name[self._values_weight.text].expr)
 
     def _undivided(self, e: Expr) -> Expr:
         return _without(e, self._divisors)
-
-    def renamed(self, e: Expr) -> Expr:
-        """Tables by their numbers in the spec."""
-        return _tables(e)
 
 
 def _bare(spec: AttendSpec) -> AttendSpec:
@@ -340,9 +322,9 @@ def _without(e: Expr, divisors: tuple[str, ...]) -> Expr:
     return build(e.op, *(_without(a, divisors) for a in e.args))
 
 
-def _tables(e: Expr) -> Expr:
+def numbered(e: Expr) -> Expr:
     """Tables as the spec calls them, t0, t1, ...; a cascade calls them T, T2, ..."""
     if e.op == "lookup":
         number = int(e.args[0][1:] or 1) - 1
-        return Expr("lookup", (f"t{number}", *map(_tables, e.args[1:])))
-    return e if e.op in ("name", "const") else build(e.op, *map(_tables, e.args))
+        return Expr("lookup", (f"t{number}", *map(numbered, e.args[1:])))
+    return e if e.op in ("name", "const") else build(e.op, *map(numbered, e.args))
