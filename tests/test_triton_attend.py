@@ -44,9 +44,8 @@ def test_attend(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def gradients_agree(groups: Any, text: str, tolerance: float) -> None:
-    """Of q, k, v and of every table that a score looks up, from random gradients of all outputs."""
-    tables = [t for t in groups[2] if t.is_floating_point()]
-    wanted = (0, 1, 2, *(3 + n for n, t in enumerate(groups[2]) if t.is_floating_point()))
+    """Of q, every k and v, and every table that a score looks up, from random gradients of all outputs."""
+    wanted = tuple(n for n, t in enumerate(t for group in groups for t in group) if t.is_floating_point())
     exact = wide(groups)
     leaves = [t.requires_grad_() for group in exact for t in group if t.is_floating_point()]
     outputs = attend_meaning(exact, text)
@@ -54,7 +53,7 @@ def gradients_agree(groups: Any, text: str, tolerance: float) -> None:
     results = launch.run(groups, text)
     given = {n: g.to(r.dtype) for n, (g, r) in enumerate(zip(up, results, strict=True))}
     found = launch_gradient.gradients(groups, text, results, given, wanted)
-    assert found is not None and len(found) == 3 + len(tables)
+    assert found is not None and len(found) == len(leaves)
     total = sum((torch.where(t.isfinite(), t, 0.0) * given[n].double()).sum() for n, t in enumerate(outputs))
     same(list(found), list(torch.autograd.grad(total, leaves)), tolerance)  # type: ignore[arg-type]
 
@@ -65,10 +64,17 @@ LEARNED = ("causal at the end", "window", "softcap", "slopes", "documents", "rel
 
 @pytest.mark.parametrize("name", LEARNED)
 def test_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    q, k, v = drawn(1, H, 65, D), drawn(1, 70, 2, D).transpose(1, 2), drawn(1, 2, 70, Dv)
-    how = {key: (t[:1, :65] if t.shape[0] == B else t[:70]) if isinstance(t, Tensor) else t
+    q, k, v = drawn(1, H, 40, D), drawn(1, 45, 2, D).transpose(1, 2), drawn(1, 2, 45, Dv)
+    how = {key: (t[:1, :40] if t.shape[0] == B else t[:45]) if isinstance(t, Tensor) else t
            for key, t in (ATTENDS | AFTERWARDS)[name].items()}  # fmt: skip
     gradients_agree(*asked(monkeypatch, q, k, v, how), 8e-6)
+
+
+@pytest.mark.parametrize("name", ["two segments", "gathered rows", "gathered by head", "a table of heads"])
+def test_gradients_of_parts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Segments and gathered keys, each a call of its own under rows that are known."""
+    q, k, v = drawn(B, H, 30, D), drawn(B, M, 2, D).transpose(1, 2), drawn(B, 2, M, Dv)
+    gradients_agree(*asked(monkeypatch, q, k, v, {"align": "end", **ATTENDS[name]}), 8e-6)
 
 
 # --- combinations -----------------------------------------------------------------------------------------------------

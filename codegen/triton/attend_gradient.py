@@ -256,10 +256,8 @@ def _put(e: Expr, text: str, value: Expr) -> Expr:
 def why_no_gradient(of: Attend, learned: Sequence[int] = ()) -> str | None:
     """Why there is no kernel for a spec's gradient; None where there is."""
     spec = of.spec
-    for what, given in (("several segments", spec.more), ("gathered rows of keys", any(spec.rows)),
-                        ("a table of key heads", spec.kv_heads), ("listed tiles", spec.tiles)):  # fmt: skip
-        if given:
-            return f"the gradient of {what}"
+    if spec.tiles:
+        return "the gradient of listed tiles"
     outside = {int(e.args[0][1:]) for text in (spec.weight, spec.sink, spec.keep, spec.after) if text
                for e in parse(text).walk() if e.op == "lookup"}  # fmt: skip
     if outside & set(learned):

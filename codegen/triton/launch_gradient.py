@@ -16,8 +16,7 @@ from .attend import Attend, tables_in
 from .attend_gradient import Gradient, why_no_gradient
 from .blocks import Blocks, gradient_blocks, padded
 from .launching import TooLargeError, launched, precision, target
-
-FIRST_TABLE = 3  # of the tensors of a call with one segment: q, k, v, then tables
+from .parts import parts
 
 
 def gradients(
@@ -26,7 +25,8 @@ def gradients(
     """Gradients from those of o and lse; None where the kernels cannot give what is wanted."""
     (q,), kv, tables = groups
     spec = AttendSpec.of(text)
-    learned = tuple(k - FIRST_TABLE for k in wanted if k >= FIRST_TABLE)
+    first_table = 1 + len(kv)
+    learned = tuple(k - first_table for k in wanted if k >= first_table)
     kernel = Attend(text, kinds(tables))
     if launch.refuses(groups, text) or why_no_gradient(kernel, learned):
         return None
@@ -39,9 +39,26 @@ def gradients(
         known |= dict(zip(missing.outputs, launch.run(groups, missing.text), strict=True))
     try:
         rows = _rows(groups, spec, known, named_grads, kernel)
-        return _launched(groups, Gradient(kernel, learned), rows, named_grads.get("o"), wanted)
+        found = _summed(groups, text, rows, named_grads.get("o"), learned)
     except TooLargeError:
         return None
+    shapes = [q.shape, *(t.shape for t in (*kv, *tables))]
+    return [found[n].sum_to_size(shapes[n]) for n in wanted]
+
+
+def _summed(
+    groups: Groups, text: str, rows: tuple[Tensor, Tensor], go: Tensor | None, learned: tuple[int, ...]
+) -> dict[int, Tensor]:
+    """The gradients of q, of every k and v, and of the learned tables, over all segments."""
+    found: dict[int, Tensor] = {}
+    first_table = 1 + len(groups[1])
+    for number, part in enumerate(parts(groups, text)):
+        kernel = Attend(part.text, kinds(part.groups[2]))
+        dq, dk, dv, *of_tables = _launched(part.groups, Gradient(kernel, learned), rows, go)
+        found |= {1 + 2 * number: part.back(dk), 2 + 2 * number: part.back(dv)}
+        for n, gradient in ((0, dq), *((first_table + n, t) for n, t in zip(learned, of_tables))):
+            found[n] = found[n] + gradient if n in found else gradient
+    return found
 
 
 def _rows(
@@ -58,46 +75,38 @@ def _rows(
     return launch.run(groups, alone.text, keeps=True)[-1], delta.contiguous()
 
 
-def _launched(
-    groups: Groups, gradient: Gradient, rows: tuple[Tensor, Tensor], go: Tensor | None, wanted: Sequence[int]
-) -> list[Tensor | None]:
+def _launched(groups: Groups, gradient: Gradient, rows: tuple[Tensor, Tensor], go: Tensor | None) -> list[Tensor]:
+    """dq, dk, dv and the gradients of learned tables, of a plain call."""
     (q,), (k, v), tables = groups
-    spec, batch = gradient.of.spec, q.shape[0]
-    k_all, v_all = (t.expand(batch, *t.shape[1:]) for t in (k, v))
+    heads, batch = k.shape[1], q.shape[0]
     go = q.new_zeros(*q.shape[:3], v.shape[-1]) if go is None else go.to(q.dtype)
-    found: dict[int, Tensor] = {0: torch.empty_like(q, memory_format=torch.contiguous_format)}
-    found |= {n: t.new_empty(t.shape) for n, t in ((1, k_all), (2, v_all))}
-    found |= {FIRST_TABLE + n: torch.zeros(tables[n].shape, device=q.device) for n in gradient.learned}
-    base = _base(groups, gradient, k_all, v_all, go, rows)
+    dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
+    of_tables = {n: torch.zeros(tables[n].shape, device=q.device) for n in gradient.learned}
+    base = _base(groups, gradient, go, rows)
     over_queries, over_keys = gradient_blocks(q.shape[-1], v.shape[-1], q.element_size() * 8, target(q))
-    grads: Arguments = {}
+    own: Arguments = {"DQ": dq, "G0": q.shape[1] // heads, "STEP": over_queries.rows, "WIDE": over_queries.keys}
     for n in sorted({looked.number for looked in gradient.lookups}):
-        into = found[FIRST_TABLE + n]
-        grads |= {f"d{n}": into, **{f"d{n}_step{axis}": step for axis, step in enumerate(into.stride())}}
-    heads = k.shape[1]
-    if 0 in wanted or gradient.learned:
-        own: Arguments = {
-            "DQ": found[0],
-            "G0": q.shape[1] // heads,
-            "STEP": over_queries.rows,
-            "WIDE": over_queries.keys,
-        }
-        if spec.q_positions:
-            own |= index("at_q", named(groups)[spec.q_positions])
-        if spec.k_positions:
-            own |= index("at_k0", launch.of_heads(named(groups)[spec.k_positions], q, k))
-        programs = (-(-q.shape[2] // over_queries.rows), batch * q.shape[1])
-        launched(gradient.source, "back_queries", programs, base | own | grads | _sizes(over_queries))
-    if 1 in wanted or 2 in wanted:
-        own = {"DK": found[1], "DV": found[2], "G": q.shape[1] // heads}
-        if spec.q_positions:
-            own |= index("at_q0", launch.of_heads(named(groups)[spec.q_positions], q, k))
-        if spec.k_positions:
-            own |= index("at_k0", named(groups)[spec.k_positions])
-        programs = (-(-k.shape[2] // over_keys.keys), batch * heads)
-        launched(gradient.source_of_keys, "back_keys", programs, base | own | _sizes(over_keys))
-    shapes = [q.shape, k.shape, v.shape, *(t.shape for t in tables)]
-    return [found[n].sum_to_size(shapes[n]) for n in wanted]
+        own |= {f"d{n}": of_tables[n]} | {f"d{n}_step{axis}": step for axis, step in enumerate(of_tables[n].stride())}
+    own |= _placed(groups, gradient, "at_q", "at_k0", of_keys=False)
+    programs = (-(-q.shape[2] // over_queries.rows), batch * q.shape[1])
+    launched(gradient.source, "back_queries", programs, base | own | _sizes(over_queries))
+    own = {"DK": dk, "DV": dv, "G": q.shape[1] // heads, **_placed(groups, gradient, "at_q0", "at_k0", of_keys=True)}
+    programs = (-(-k.shape[2] // over_keys.keys), batch * heads)
+    launched(gradient.source_of_keys, "back_keys", programs, base | own | _sizes(over_keys))
+    return [dq, dk, dv, *of_tables.values()]
+
+
+def _placed(groups: Groups, gradient: Gradient, queries: str, keys: str, *, of_keys: bool) -> Arguments:
+    """Where queries and keys stand, by heads of queries; keys by their own heads where a block is one of keys."""
+    (q,), (k, _), _ = groups
+    spec, tables = gradient.of.spec, named(groups)
+    found: Arguments = {}
+    if spec.q_positions:
+        found |= index(queries, launch.of_heads(tables[spec.q_positions], q, k))
+    if spec.k_positions:
+        stand = tables[spec.k_positions]
+        found |= index(keys, stand if of_keys else launch.of_heads(stand, q, k))
+    return found
 
 
 def _sizes(blocks: Blocks) -> Arguments:
@@ -105,10 +114,8 @@ def _sizes(blocks: Blocks) -> Arguments:
             "num_stages": blocks.stages}  # fmt: skip
 
 
-def _base(
-    groups: Groups, gradient: Gradient, k: Tensor, v: Tensor, go: Tensor, rows: tuple[Tensor, Tensor]
-) -> Arguments:
-    (q,), _, tables = groups
+def _base(groups: Groups, gradient: Gradient, go: Tensor, rows: tuple[Tensor, Tensor]) -> Arguments:
+    (q,), (k, v), tables = groups
     given: Arguments = {**port("Q", q), **port("K0", k), **port("V0", v), **port("GO", go)}
     given |= {"KEPT": rows[0], "DELTA": rows[1], "H": q.shape[1], "N": q.shape[2], "M0": k.shape[2]}
     given["shift"] = k.shape[2] - q.shape[2] if gradient.of.spec.align == "end" else 0
