@@ -16,6 +16,10 @@ from .linear import linear as linear
 from .linear import rat as rat
 from .linear import slab as slab
 from .mixers import poolformer as poolformer
+from .quant import reorder as reorder
+from .quant import rotate as rotate
+from .quant import smooth_attention as smooth_attention
+from .quant import smooth_proj as smooth_proj
 from .score import complexformer as complexformer
 from .score import gpsa as gpsa
 from .score import lssar as lssar

@@ -27,7 +27,7 @@ class Rewrite:
         """Refuses a group of other sizes, or one whose structure the values would break."""
 
     def act(self, x: Tensor, *, dual: bool) -> Tensor:
-        raise NotImplementedError
+        raise Refused(f"{type(self).__name__} does not say how", fits="define it")
 
     def inverse(self) -> Rewrite:
         raise Refused(f"{self} has no inverse", fits="the weights as they were")
