@@ -1,5 +1,6 @@
 """What changes a graph: one file per published mechanism or rewrite, in families."""
 
+from .heads import head_order as head_order
 from .heads import kd_gqa as kd_gqa
 from .heads import moh as moh
 from .kv import duo as duo

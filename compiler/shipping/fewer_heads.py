@@ -64,6 +64,8 @@ def with_fewer_heads(fast: Any, changes: tuple[Change, ...]) -> nn.Module:
     setattr(config, CONFIG, count)
     made: nn.Module = type(stock)(config).to(next(stock.parameters()).dtype)
     made.load_state_dict(state)
+    if hasattr(stock, "generation_config"):
+        made.generation_config = stock.generation_config
     return made.train(stock.training)
 
 
