@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,10 +14,12 @@ import transformers as hf
 from torch import Tensor, nn
 from torch.func import functional_call
 
+import reattend
 from reattend.compiler.algebra.groups import Group, find_groups, group
 from reattend.compiler.algebra.hadamard import hadamard, rotation
 from reattend.compiler.algebra.moves import Absorb, Move, low_rank
 from reattend.compiler.algebra.rewrites import Average, Mix, Permute, Rewrite, Rotate, Scale, Turn
+from reattend.compiler.algebra.table import group_table
 from reattend.compiler.capture import capture
 from reattend.compiler.pipeline import raise_program
 from reattend.compiler.program import Store
@@ -131,6 +134,12 @@ def test_every_rewrite_that_is_allowed_is_exact_and_can_be_undone(family: str) -
     expected |= {("residual", "rotate")} if family != "bert" else set()
     expected |= {("keys", "turn"), ("ffn", "scale")} if family == "llama" else {("keys", "mix")}
     assert expected <= done
+
+
+def test_the_page_shows_what_is_found() -> None:
+    page = Path(reattend.__path__[0]) / "docs" / "weights.md"
+    table = group_table({family: groups_in(family) for family in FAMILIES})
+    assert table in page.read_text(encoding="utf-8"), table
 
 
 def test_a_group_prints() -> None:
