@@ -110,6 +110,7 @@ def optimize(
     work = Rewriting(recipes, called, notes=list(notes))
     if earlier is not None:
         work.store = earlier.store
+        work.weights_of = len(earlier.recipes) if earlier.settled is not None else 0
     work.batches, work.described = batches, described
     try:
         args, kwargs = _inputs(inner, example_inputs)

@@ -359,10 +359,12 @@ def _keep_extras(model: Any, state: Hosting, captured: Captured, flat: tuple[Any
 
 def _mount(captured: Captured, model: nn.Module) -> None:
     """Graph and model name the same objects: what is new in the graph joins the model, all else is the model's."""
+    named = {n.target for n in captured.graph.graph.find_nodes(op="get_attr") if n.target.startswith(f"{CONSTANTS}.")}
+    values = {target: _find(captured.graph, target) for target in named}  # before one takes the name of another
     for node in captured.graph.graph.nodes:
         if node.op in ("get_attr", "call_module"):
-            if node.target.startswith(f"{CONSTANTS}."):
-                node.target = _constant(node.target, captured.graph, model)
+            if node.target in values:
+                node.target = _constant(node.target, values[node.target], captured.graph, model)
             _share(node.target, captured.graph, model)
     for name in captured.buffers:
         _share(name, captured.graph, model)
@@ -377,9 +379,8 @@ def _share(target: str, graph: fx.GraphModule, model: nn.Module) -> None:
         place_at(graph, target, mine)
 
 
-def _constant(target: str, graph: fx.GraphModule, model: nn.Module) -> str:
+def _constant(target: str, value: Any, graph: fx.GraphModule, model: nn.Module) -> str:
     """A name for a constant of this graph: that of an equal one, or the next free one."""
-    value = _find(graph, target)
     known = _find(model, CONSTANTS)
     held: dict[str, Any] = dict(known.named_buffers()) if known is not None else {}
     same = next((n for n, other in held.items() if other is value or _equal(other, value)), None)

@@ -76,6 +76,7 @@ class Mechanism:
     """
 
     slug: ClassVar[str] = ""
+    stage: ClassVar[str] = ""  # of whole-model mechanisms: weights, tokens; "" is that of the recipe's key
     part: ClassVar[str] = "core"
     kind: ClassVar[str] = "needs recovery"
     honours: ClassVar[frozenset[str] | set[str]] = frozenset()
@@ -107,6 +108,14 @@ class Mechanism:
     def explains(self, site: Site) -> Iterable[str]:
         """What its knobs can be worth at a site, by counting alone; shown by `explain` and in the report."""
         return ()
+
+    def key_heads(self, site: Site) -> int | None:
+        """How many key heads are left where it is plain attention with W_k and W_v shrunk to them; None elsewhere."""
+        return None
+
+    def picked(self, groups: int, size: int) -> tuple[int, ...] | None:
+        """Which of `size` joined key heads each group keeps; None: their mean."""
+        return None
 
     def forward(self, site: Any, p: Any, **ports: Tensor) -> Any:
         raise Refused(f"{self.slug} has no forward", fits="define forward(self, site, p, q, k, v)")

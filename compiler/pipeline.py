@@ -64,10 +64,14 @@ def shown_misses(misses: Iterable[Any], prefix: str = "") -> tuple[str, ...]:
 
 
 def rewrite(raised: Program, steps: Iterable[Step], *, without: frozenset[str] = frozenset()) -> Outcome:
-    """Replay the steps on a copy of the raised program; a refused step leaves its site as it was."""
+    """Replay the steps on a copy of the raised program; a refused step leaves its site as it was.
+
+    Steps of the stage `weights` are not replayed: they changed the model's own weights (compiler/algebra/stage.py).
+    """
     program = raised.copy()
     outcome = Outcome(raised, program)
-    wanted = sorted((s for s in steps if s.path not in without), key=lambda s: ORDER.index(s.mechanism.part))
+    again = (s for s in steps if s.path not in without and s.mechanism.stage != "weights")
+    wanted = sorted(again, key=lambda s: ORDER.index(s.mechanism.part))
     for part, stage in groupby(wanted, key=lambda s: s.mechanism.part):
         for step in stage:
             try:

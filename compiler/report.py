@@ -65,6 +65,7 @@ class Report:
     recipe: str
     rows: tuple[Row, ...] = ()
     passes: tuple[str, ...] = ()
+    weights: tuple[str, ...] = ()  # exact rewrites of weights
     misses: tuple[str, ...] = ()
     output: Deviation | None = None
     captured: Deviation | None = None  # of the graph before any rewrite, from the model itself
@@ -79,9 +80,11 @@ class Report:
         """One line: sites, deviation and on what, time measured here, cost predicted."""
         count = Counter(row.status for row in self.rows)
         parts = [f"{count['rewritten']} of {len(self.rows)} sites rewritten"]
+        if self.weights:
+            parts.append(f"{len(self.weights)} exact rewrite" + "s" * (len(self.weights) > 1) + " of weights")
         if self.passes:
             parts.append(f"{len(self.passes)} whole-model pass" + "es" * (len(self.passes) > 1))
-        elif not count["rewritten"]:
+        elif not count["rewritten"] and not self.weights:
             parts[0] += ", NOTHING CHANGED"
         parts += [f"{count[s]} {s}" for s in ("refused", "rolled back") if count[s]]
         if self.output is not None:
@@ -115,6 +118,7 @@ class Report:
 
     def _lists(self) -> list[tuple[str, Sequence[str]]]:
         named = [
+            ("exact rewrites of weights", self.weights),
             ("whole-model passes", self.passes),
             ("places that look like attention and were not raised", self.misses),
             ("warnings", (*self.warnings, *self._slower())),
@@ -196,6 +200,7 @@ def joined(reports: Sequence[Report]) -> Report:
         first,
         rows=tuple(row for report in reports for row in report.rows),
         passes=tuple(dict.fromkeys(p for report in reports for p in report.passes)),
+        weights=tuple(w for report in reports for w in report.weights),
         misses=tuple(m for report in reports for m in report.misses),
         output=worst,
         predicted=(before, after),

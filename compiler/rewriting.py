@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .algebra.stage import Moved, move_weights
 from .capture import Captured, capture
 from .cost import Cost, graph_cost, site_costs
 from .draft import drafting
 from .fidelity import against_model, too_far
-from .held_out import Batch
+from .held_out import Batch, calibration
 from .lowering import lower_calls
 from .mechanism import KINDS
 from .pipeline import Checked, Outcome, Step, checked_rewrite, lower, raise_program, rewrite
@@ -58,6 +59,9 @@ class Rewriting:
     declined: dict[str, str] = field(default_factory=dict)  # sites at which a split cannot stand
     report: Report | None = None
     faithful: Deviation | None = None  # the raised graph against the model itself
+
+    moved: Moved = field(default_factory=Moved)  # weights that exact rewrites have changed
+    weights_of: int = 0  # recipes whose rewrites of weights stand in the model already
 
     batches: tuple[Batch, ...] = ()  # held-out calls that quality is judged on
     described: str = ""  # how the report names them
@@ -121,8 +125,10 @@ class Rewriting:
         for number, recipe in enumerate(self.recipes):
             steps, decisions = steps_of(recipe, raised.sites)
             for step in steps:
+                if step.mechanism.stage == "weights" and number < self.weights_of:
+                    continue
                 part = "core" if step.mechanism.part == "region" else step.mechanism.part
-                found[(step.path or f"{number}:{step.mechanism.slug}", part)] = step
+                found[(step.path or f"{number}:{step.mechanism!r}", part)] = step
             warnings += decisions.warnings
             self.declined |= {d.path: one.refused for d in decisions for one in d.decided if one.refused}
         return list(found.values()), tuple(warnings)
@@ -140,6 +146,10 @@ class Rewriting:
         if not raised.sites:
             nearest = "; ".join(misses) or "nothing in it multiplies a softmax of a product with values"
             raise Refused("no attention found", where=self.name, fits=nearest)
+        self.moved = move_weights(model, raised, steps, lambda: self._calibration(captured, call))
+        if self.moved.fitted and self.recipe.data.calibrate is None:
+            warnings = (*warnings, "no `data: {calibrate: FILE}`: weights were fitted to the example inputs")
+        steps = [step for step in steps if step.mechanism.stage != "weights"]
         batches = [_batch(captured, call, batch, number) for number, batch in enumerate(self.batches)]
         wait = self.recipe.recover is not None
         self.first = checked_rewrite(raised, steps, batches or [captured.inputs(call)], self.recipe.verify, wait=wait)
@@ -154,10 +164,18 @@ class Rewriting:
         self.settled = _settled(self.first)
         return lower(self.first.outcome.program, captured)
 
+    def _calibration(self, captured: Captured, call: Call) -> list[tuple[Tensor, ...]]:
+        """The recipe's calibration data; without it the example inputs."""
+        if self.recipe.data.calibrate is None:
+            return [captured.inputs(call)]
+        return [_batch(captured, call, batch, number) for number, batch in enumerate(calibration(self.recipe))]
+
     def _some_step_holds(self, steps: Sequence[Step]) -> None:
         """A recipe of which nothing could be done is refused with what would fit."""
         assert self.first is not None
         refused = self.first.outcome.refused
+        if self.moved.refused and not steps and not self.moved.lines:
+            raise self.moved.refused[0][1]
         if self.declined and not steps:
             path, reason = next(iter(self.declined.items()))
             raise Refused(reason, where=path)
@@ -214,12 +232,17 @@ class Rewriting:
             recipe=" + ".join(r.source or r.digest[:8] for r in self.recipes),
             rows=tuple(rows),
             passes=passes,
+            weights=self.moved.lines,
             misses=self.misses,
             output=self.first.deviation,
             captured=self.faithful,
             data=self.described or NO_DATA,
             predicted=(graph_cost(raised.graph), graph_cost(program.graph)),
-            warnings=(*self.warnings, *(f"whole-model pass refused: {refused['']}" for _ in [0] if "" in refused)),
+            warnings=(
+                *self.warnings,
+                *(f"whole-model pass refused: {refused['']}" for _ in [0] if "" in refused),
+                *(f"rewrite of weights refused: {no}" for _, no in self.moved.refused),
+            ),
             notes=(*self.notes, *raised.notes),
         )
 

@@ -23,6 +23,7 @@ def vocabulary() -> Vocabulary:
                 slug,
                 cls.part,
                 {n: Knob(kind, default) for n, (kind, default) in cls.knobs().items()},
+                stage=cls.stage,
                 doc=cls.summary(),
                 make=cls,
             )

@@ -1,5 +1,6 @@
 """What changes a graph: one file per published mechanism or rewrite, in families."""
 
+from .heads import head_order as head_order
 from .heads import kd_gqa as kd_gqa
 from .heads import moh as moh
 from .kv import duo as duo
@@ -16,6 +17,10 @@ from .linear import linear as linear
 from .linear import rat as rat
 from .linear import slab as slab
 from .mixers import poolformer as poolformer
+from .quant import reorder as reorder
+from .quant import rotate as rotate
+from .quant import smooth_attention as smooth_attention
+from .quant import smooth_proj as smooth_proj
 from .score import complexformer as complexformer
 from .score import gpsa as gpsa
 from .score import lssar as lssar

@@ -111,3 +111,29 @@ def test_gates_of_a_llama_are_trained_and_become_its_recipe(tmp_path: Path) -> N
     written.write_text(yaml.safe_dump(classify(gates, 4, threshold=0.5, **knobs)))
     fast = reattend.optimize(model, str(written), {"input_ids": ids})
     assert torch.allclose(fast(input_ids=ids).logits, gated(input_ids=ids).logits, atol=1e-5)
+
+
+def test_full_heads_first_are_the_same_model_in_runs_of_heads() -> None:
+    torch.manual_seed(0)
+    model = hf.LlamaForCausalLM(
+        hf.LlamaConfig(hidden_size=32, num_attention_heads=8, num_key_value_heads=4, intermediate_size=64,
+                       vocab_size=60, num_hidden_layers=2, attention_bias=True)
+    ).eval()  # fmt: skip
+    ids = torch.randint(1, 60, (2, 12))
+    gates = {
+        "model.layers.0.self_attn": torch.tensor([0.1, 0.9, 0.2, 0.8]),
+        "model.layers.1.self_attn": torch.tensor([0.9, 0.8, 0.1, 0.2]),
+    }
+    plain, ordered = (
+        classify(gates, 8, threshold=0.5, sink_size=1, recent_size=2, reorder=how) for how in (False, True)
+    )
+    assert ordered["passes"] == [{"head_order": {"orders": [["model.layers.0.self_attn", [1, 3, 0, 2]]]}}]
+    assert [next(iter(site["attention"]["split"])) for site in ordered["sites"]] == ["4,5,6,7"] * 2
+    wanted, got = (reattend.optimize(model, recipe, {"input_ids": ids}) for recipe in (plain, ordered))
+    assert torch.allclose(got(input_ids=ids).logits, wanted(input_ids=ids).logits, atol=1e-5)
+    keys, before = (m.model.layers[0].self_attn.k_proj.weight.reshape(4, 4, 32) for m in (got, model))
+    assert torch.equal(keys, before[[1, 3, 0, 2]])
+    with pytest.raises(Refused, match="no heads group at 'nowhere'"):
+        reattend.optimize(
+            model, {"version": 1, "passes": [{"head_order": {"orders": [["nowhere", [0]]]}}]}, {"input_ids": ids}
+        )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+import transformers as hf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -152,3 +154,39 @@ def test_in_a_vit_its_allocation_follows_training() -> None:
     fast.train()
     fast(x).square().mean().backward()
     assert buffers["step"].item() == 1 and buffers["allocation"].sum() == 4 and bool((buffers["cache"] > 0).all())
+
+
+def tiny_llama(**more: Any) -> Any:
+    torch.manual_seed(0)
+    config = hf.LlamaConfig(hidden_size=32, num_attention_heads=4, num_key_value_heads=4, intermediate_size=48,
+                            num_hidden_layers=2, vocab_size=60, **more)  # fmt: skip
+    return hf.LlamaForCausalLM(config).eval()
+
+
+@pytest.mark.parametrize("method", ["mean", "first", "random"])
+def test_joined_heads_leave_as_a_stock_model_with_smaller_weights(method: str, tmp_path: Path) -> None:
+    model, ids = tiny_llama(attention_bias=True), torch.arange(1, 13).reshape(2, 6)
+    for layer in model.model.layers:
+        torch.nn.init.normal_(layer.self_attn.k_proj.bias)
+    wish = {"kd_gqa": {"num_kv_heads": 2, "method": method}}
+    fast = reattend.optimize(model, {"version": 1, "sites": [{"match": "*", "attention": wish}]}, {"input_ids": ids})
+    logits = fast(input_ids=ids).logits
+    assert not torch.allclose(logits, model(input_ids=ids).logits, atol=1e-3)
+    assert fast.ships()["hf"].open
+    fast.export("hf", tmp_path)
+    stock = hf.AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    assert type(stock) is hf.LlamaForCausalLM and stock.config.num_key_value_heads == 2
+    attention_module = stock.model.layers[0].self_attn
+    assert [tuple(attention_module.get_submodule(p).weight.shape) for p in ("k_proj", "v_proj")] == [(16, 32)] * 2
+    assert torch.allclose(stock(input_ids=ids).logits, logits, atol=1e-5)
+    assert fast.model.layers[0].self_attn.k_proj.weight.shape == (32, 32), "the hosted model keeps what training needs"
+
+
+def test_what_a_stock_class_cannot_say_is_refused() -> None:
+    model, ids = tiny_llama(), torch.arange(1, 13).reshape(2, 6)
+    some = [{"match": {"layer": "0"}, "attention": {"kd_gqa": {"num_kv_heads": 2}}}]
+    fast = reattend.optimize(model, {"version": 1, "sites": some}, {"input_ids": ids})
+    assert "1 of 2 sites" in fast.ships()["hf"].reason
+    every = [{"match": "*", "attention": {"kd_gqa": {"num_kv_heads": 2, "variant": "dgqa"}}}]
+    fast = reattend.optimize(model, {"version": 1, "sites": every}, {"input_ids": ids})
+    assert "compute something else" in fast.ships()["hf"].reason

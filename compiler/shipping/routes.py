@@ -9,6 +9,7 @@ from typing import Any
 from ..hosted import hosting, original, way_out
 from ..refusal import Refused, nearest
 from .exporting import why_no_compiler, why_not_export, write_aoti, write_torch
+from .fewer_heads import joined, why_not_fewer, with_fewer_heads
 from .stock import is_stock
 
 EXPORTS = ("hf", "torch", "aoti")
@@ -73,7 +74,8 @@ def export(fast: Any, route: str, path: str | Path) -> Path:
     if route == "hf":
         if reason := _why_not_stock(fast):
             raise Refused(reason, where="export hf", fits="save_pretrained, and reattend.load where it is used")
-        stock: Any = original(fast)
+        changes = joined(hosting(fast).about)
+        stock: Any = with_fewer_heads(fast, changes) if changes else original(fast)
         stock.save_pretrained(target)
         return target
     if reason := _why_not_packaged(fast):
@@ -99,6 +101,9 @@ def _why_not_stock(fast: Any) -> str:
     if report is None:
         return "no call has been captured yet"
     changed = [row for row in report.rows if row.status == "rewritten" and (row.kind != "exact" or row.dropped)]
+    fewer = joined(hosting(fast).about)
+    if changed and fewer:
+        return why_not_fewer(fast, fewer)
     if changed:
         shown = ", ".join(f"{row.site.path} ({row.mechanism.partition('(')[0]})" for row in changed[:3])
         more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""

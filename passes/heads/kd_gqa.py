@@ -29,8 +29,8 @@ class KdGqa(Mechanism):
     """Query head h reads key head g(h): an allocation a_1 .. a_G, sum a = H, gives each key head a run of query heads.
 
     num_kv_heads  G: key and value heads are first joined, H_kv / G consecutive ones each: their mean, the first, or
-                  one at random (drawn once). The mean of projections is the projection by the mean: what shrinking
-                  W_k and W_v would give, without the memory saved. None: the heads there are.
+                  one at random (drawn once). The mean of projections is the projection by the mean: variant gqa
+                  leaves by export("hf") with W_k and W_v shrunk. None: the heads there are.
     gqa           a = H / G.
     kdgqa         from the batch, at noncausal sites: n_g = sum_b ||k_bg||_F, t = (n - min) / (max - min),
                   a = round(t / sum t * H), then one less at the largest or one more at the smallest until it sums to H.
@@ -84,6 +84,15 @@ class KdGqa(Mechanism):
     def _groups(self, site: Any) -> int:
         return int(self.num_kv_heads or site.kv_heads)
 
+    def key_heads(self, site: Site) -> int | None:
+        return self._groups(site) if self.variant == "gqa" else None
+
+    def picked(self, groups: int, size: int) -> tuple[int, ...] | None:
+        draw = random.Random(0)
+        if self.method == "mean":
+            return None
+        return tuple(draw.randrange(size) if self.method == "random" else 0 for _ in range(groups))
+
     def buffers(self, site: Site) -> Mapping[str, Param]:
         if self.variant != "dgqa":
             return {}
@@ -119,10 +128,8 @@ class KdGqa(Mechanism):
         if t.shape[1] == G:
             return t
         groups = t.unflatten(1, (G, -1))
-        if self.method == "mean":
-            return groups.mean(2)
-        size, draw = groups.shape[2], random.Random(0)
-        return t[:, [g * size + (draw.randrange(size) if self.method == "random" else 0) for g in range(G)]]
+        picked, size = self.picked(G, groups.shape[2]), groups.shape[2]
+        return groups.mean(2) if picked is None else t[:, [g * size + one for g, one in enumerate(picked)]]
 
     def limits(self) -> Iterable[Limit]:
         q, k, v = problem(7)

@@ -105,6 +105,7 @@ def classify(
     sink_size: int = 64,
     recent_size: int = 256,
     seed: int = 0,
+    reorder: bool = False,
 ) -> dict[str, Any]:
     """A recipe in which the streaming heads of every site are windows with sinks, and the others stay.
 
@@ -112,6 +113,7 @@ def classify(
     heads      query heads at a site; a key head's query heads go together
     sparsity   the share of all key heads that stream: those below this quantile of all gates, ties told apart by noise
     threshold  instead of sparsity: a head is full where its gate reaches it
+    reorder    full heads first, by an exact rewrite of the weights (head_order): each part is one run of heads
 
     >>> (site,) = classify({"layers.0.attn": torch.tensor([0.9, 0.1])}, 4, sink_size=4, recent_size=64)["sites"]
     >>> site["attention"]
@@ -129,13 +131,18 @@ def classify(
     }
     least = threshold if threshold is not None else _quantile(torch.cat(list(noisy.values())), sparsity)
     stream = {"window": {"window": recent_size, "sinks": sink_size}}
-    sites = []
+    sites, orders = [], []
     for path, gate in noisy.items():
         share = heads // len(gate)
+        if reorder:
+            order = sorted(range(len(gate)), key=lambda g, gate=gate: bool(gate[g] < least))  # type: ignore[misc]
+            orders += [[path, order]] if order != sorted(order) else []
+            gate = gate[order]
         far = [head for head in range(heads) if gate[head // share] < least]
         wish: Any = stream if len(far) == heads else {"split": {",".join(map(str, far)): stream, "rest": "keep"}}
         sites.append({"match": path, "attention": wish if far else "keep"})
-    return {"version": 1, "sites": sites}
+    recipe = {"version": 1, "sites": sites}
+    return recipe | ({"passes": [{"head_order": {"orders": orders}}]} if orders else {})
 
 
 def _quantile(gates: Tensor, sparsity: float) -> float:
