@@ -44,4 +44,5 @@ from .sparse import neighborhood as neighborhood
 from .sparse import s2 as s2
 from .sparse import seer as seer
 from .sparse import window as window
+from .tokens import super_token as super_token
 from .tokens import tome_like as tome_like
