@@ -163,6 +163,8 @@ class Module(nn.Module):
         chosen_grid = Grid(*x.shape[2:]) if image else as_grid(grid) or self.grid
         tokens = x.flatten(2).mT if image else x
         place = stand_alone(tokens, self.heads, causal=self.causal, grid=chosen_grid, key_padding=key_padding)
+        if self.training and "train" in self.mechanism.wanted_ports()[1]:
+            place = place.with_port("train", tokens.new_ones(()))
         y, aux = run(self.mechanism, place, self.reattend.tensors)
         self.reattend.take(aux)
         return y.mT.unflatten(2, x.shape[2:]) if image else y

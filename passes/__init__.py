@@ -13,6 +13,7 @@ from .linear import inline as inline
 from .linear import l2vit as l2vit
 from .linear import lightning as lightning
 from .linear import linear as linear
+from .linear import prepbn as prepbn
 from .linear import rat as rat
 from .linear import slab as slab
 from .mixers import poolformer as poolformer

@@ -10,8 +10,10 @@ from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import reattend.passes  # noqa: F401 - fills the registry
 from reattend.compiler.functional import attention
+from reattend.compiler.layers import module
 from reattend.compiler.problem import problem
 from reattend.compiler.refusal import Refused
+from reattend.passes.linear.prepbn import fold, replace_norms
 
 
 def close(a: Tensor, b: Tensor, tolerance: float = 1e-5) -> bool:
@@ -55,3 +57,19 @@ def test_mma_has_spans_of_its_own_in_every_row_of_a_batch() -> None:
         alone = {name: int(of[row]) for name, of in spans.items()}
         assert close(o[row : row + 1], attention(*(t[row : row + 1] for t in (q, k, v)), "mma", causal=True, **alone))
     assert not close(o[:1], attention(q, k, v, "softmax", causal=True)[:1])
+
+
+def test_a_models_norms_are_replaced_by_norms_that_fold() -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(6, 6), torch.nn.LayerNorm(6), torch.nn.Linear(6, 3)).train()
+    torch.nn.init.normal_(model[1].weight)
+    x = torch.randn(4, 5, 6)
+    before = model(x)
+    replace_norms(model, total_step=3)
+    assert close(model(x), before)  # lam is 1 in the first step
+    for _ in range(20):
+        model(x)
+    model.eval()
+    assert not close(model(x), before, 0.1)
+    assert close(fold(model[1], model[2])(model[0](x)), model(x))
+    with pytest.raises(Refused, match="a poolformer"):
+        fold(module("poolformer"), model[2])
