@@ -17,6 +17,7 @@ from .linear import prepbn as prepbn
 from .linear import rat as rat
 from .linear import slab as slab
 from .mixers import poolformer as poolformer
+from .mixers import titans as titans
 from .score import complexformer as complexformer
 from .score import gpsa as gpsa
 from .score import lssar as lssar

@@ -135,8 +135,9 @@ def fold(norm: Module, linear: nn.Linear) -> nn.Linear:
     own, mechanism = norm.reattend, norm.mechanism
     if not isinstance(mechanism, PRepBN):
         raise Refused(f"a {mechanism.slug}", where="fold", fits="a module('prepbn')")
-    slope = own.bn_weight * (own.bn_var + mechanism.bn_eps).rsqrt()  # type: ignore[operator]
-    scale, shift = slope + own.alpha, own.bn_bias - slope * own.bn_mean  # type: ignore[operator]
+    tensors = own.tensors
+    slope = tensors["bn_weight"] * (tensors["bn_var"] + mechanism.bn_eps).rsqrt()
+    scale, shift = slope + tensors["alpha"], tensors["bn_bias"] - slope * tensors["bn_mean"]
     folded = copy.deepcopy(linear)
     with torch.no_grad():
         moved = linear.weight @ shift
