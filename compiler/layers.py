@@ -182,9 +182,13 @@ def module(
 ) -> Module:
     """A region or inserted mechanism as a module; `dim` is its width C where it has learned tensors that depend on it.
 
+    `heads` is also the knob of that name, where the mechanism has one.
+
     >>> module("poolformer", pool_size=3)(torch.ones(1, 8, 4, 4)).abs().max()
     tensor(0.)
     """
+    if isinstance(slug, str) and "heads" in mechanism(slug).knobs():
+        knobs["heads"] = heads
     chosen = as_mechanism(slug, **knobs)
     if chosen.part not in ("region", "insert"):
         fits = f"reattend.attention(q, k, v, {chosen.slug!r}) or reattend.Attention({chosen.slug!r}, dim, heads)"
