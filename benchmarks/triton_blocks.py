@@ -24,8 +24,8 @@ CANDIDATES = [
 SIZES = {"prefill": (4, 4096), "long": (1, 16384)}  # batch, tokens
 HEAD = """# Blocks of the generated kernels, by the roofline
 
-`python benchmarks/triton_blocks.py`: causal attention of 8 heads in bfloat16, candidates compiled for their registers and
-shared memory, spilling ones left out; the time is the roofline's (`codegen/triton/roofline.py`), nothing ran.
+`python benchmarks/triton_blocks.py`: causal attention of 8 heads in bfloat16, candidates compiled for their registers
+and shared memory, spilling ones left out; the time is the roofline's (`codegen/triton/roofline.py`), nothing ran.
 rows x keys / warps / stages.
 
 | target | D | call | first by the roofline | microseconds | default | microseconds |

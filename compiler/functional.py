@@ -37,6 +37,7 @@ def attention(
             closest to softmax attention, and the same at every call. One given without its leading dimensions is
             shared along them. One named like a switch among the knobs turns it on.
     ports   further tensors by port: x, x_kv (B, N, C), o, positions, ... A gate reads o; without it, softmax attention.
+            A tensor given like a knob, under the name of a port that the mechanism asks for, is that port.
     causal  keeps j <= i, both counted from the start; one value per axis is the knob of that name.
     mask    boolean, true where a key is seen: (B, M) is padding, four dimensions broadcast to (B, H, N, M).
     bias    a tensor that broadcasts to (B, H, N, M) is added to the scores; a number or text is the knob of that name.
@@ -80,6 +81,9 @@ def attention_and_aux(
     if grid is not None and picture is None:
         knobs["grid"] = grid
     if isinstance(slug, str):
+        asked = sum(type(mechanism(slug)).asked_ports(), ())
+        ports = {**ports, **{n: t for n, t in knobs.items() if isinstance(t, Tensor) and n in asked}}
+        knobs = {n: t for n, t in knobs.items() if n not in ports}
         knobs |= {n: True for n in params if n not in knobs and mechanism(slug).knobs().get(n, ("", None))[1] is False}
     chosen = as_mechanism(slug, **knobs)
     if chosen.part not in ("core", "gate"):

@@ -163,6 +163,8 @@ class Module(nn.Module):
         chosen_grid = Grid(*x.shape[2:]) if image else as_grid(grid) or self.grid
         tokens = x.flatten(2).mT if image else x
         place = stand_alone(tokens, self.heads, causal=self.causal, grid=chosen_grid, key_padding=key_padding)
+        if self.training and "train" in self.mechanism.wanted_ports()[1]:
+            place = place.with_port("train", tokens.new_ones(()))
         y, aux = run(self.mechanism, place, self.reattend.tensors)
         self.reattend.take(aux)
         return y.mT.unflatten(2, x.shape[2:]) if image else y
@@ -180,9 +182,13 @@ def module(
 ) -> Module:
     """A region or inserted mechanism as a module; `dim` is its width C where it has learned tensors that depend on it.
 
+    `heads` is also the knob of that name, where the mechanism has one.
+
     >>> module("poolformer", pool_size=3)(torch.ones(1, 8, 4, 4)).abs().max()
     tensor(0.)
     """
+    if isinstance(slug, str) and "heads" in mechanism(slug).knobs():
+        knobs["heads"] = heads
     chosen = as_mechanism(slug, **knobs)
     if chosen.part not in ("region", "insert"):
         fits = f"reattend.attention(q, k, v, {chosen.slug!r}) or reattend.Attention({chosen.slug!r}, dim, heads)"

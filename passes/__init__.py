@@ -14,9 +14,11 @@ from .linear import inline as inline
 from .linear import l2vit as l2vit
 from .linear import lightning as lightning
 from .linear import linear as linear
+from .linear import prepbn as prepbn
 from .linear import rat as rat
 from .linear import slab as slab
 from .mixers import poolformer as poolformer
+from .mixers import titans as titans
 from .quant import reorder as reorder
 from .quant import rotate as rotate
 from .quant import smooth_attention as smooth_attention
@@ -48,5 +50,7 @@ from .sparse import msw_msa as msw_msa
 from .sparse import neighborhood as neighborhood
 from .sparse import s2 as s2
 from .sparse import seer as seer
+from .sparse import transnext as transnext
 from .sparse import window as window
+from .tokens import super_token as super_token
 from .tokens import tome_like as tome_like

@@ -37,9 +37,9 @@ class KdGqa(Mechanism):
                   The weakest key head gets no query unless one is left over. Equal norms: H / G.
     dgqa          the buffer `allocation`, made anew in training at every window_size-th step for the steps behind it:
                   a = round(u / sum u * H), u = beta n + (1 - beta) cache (ema) or |cache - n| (diff; the knob is
-                  `change`), cache <- (cache + n) / window_size. Frozen otherwise; at_once uses the new one in the same
-                  forward, in eval() too, as the reference does. The reference mends a's sum at random heads; here it is
-                  done as in kdgqa.
+                  `change`, or the paper's `kind`), cache <- (cache + n) / window_size. Frozen otherwise; at_once uses
+                  the new one in the same forward, in eval() too, as the reference does. The reference mends a's sum at
+                  random heads; here it is done as in kdgqa.
     pgqa          gqa, then from every group's output noise of the same row means and deviations is taken away (also at
                   test time): a case study of the paper.
 
@@ -62,6 +62,7 @@ class KdGqa(Mechanism):
     kind = "needs recovery"
     honours = KEPT
     paper = "arXiv 2408.08454"
+    also = {"kind": "change"}
     heads_alike = False  # consecutive heads form a group
     heads_apart = False
     tries = ({"num_kv_heads": 2}, {"num_kv_heads": 1, "method": "random"})  # dgqa: buffers, that nothing learns

@@ -39,17 +39,18 @@ class Gpsa(Mechanism):
     as locality_strength says; the others, and all without it, start near the mean. gating_init: -10 is softmax
     attention to 5e-5; the paper trains from scratch at 1. The paper also starts W_v as the identity, which is left to
     whoever builds the model. Prefix tokens (which ConViT has behind these layers only): their rows are softmax
-    attention, and R does not see them.
+    attention, and R does not see them. qk_scale: the site's where left out.
     """
 
     locality_strength: float = 1.0
     use_local_init: bool = True
     gating_init: float = -10.0
+    qk_scale: float | None = None
 
     part = "core"
     kind = "needs recovery"
     paper = "arXiv 2103.10697"
-    tries = ({}, {"use_local_init": False})
+    tries = ({}, {"use_local_init": False, "qk_scale": 0.5})
 
     def __post_init__(self) -> None:
         if self.locality_strength <= 0:
@@ -79,7 +80,7 @@ class Gpsa(Mechanism):
             weight *= self.locality_strength
 
     def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
-        content = attend(q, k, v, site=site)
+        content = attend(q if self.qk_scale is None else q * (self.qk_scale / site.scale), k, v, site=site)
         wide = torch.promote_types(v.dtype, torch.float32)
         prefix, h, w = site.grid.prefix, site.grid.h, site.grid.w
         w_x, w_y, w_d = p.pos_proj_weight.to(wide).unbind(1)

@@ -22,7 +22,8 @@ from ...compiler.symbols import table
 class Mma(Mechanism):
     """j <= i, or image_start <= i < image_end and image_end <= j < text_end: softmax over these keys.
 
-    Tokens are counted from 0 and the ends are exclusive; the spans are the same in every row of a batch. Image tokens
+    Tokens are counted from 0 and the ends are exclusive. The spans are those of every row of a batch, unless ports of
+    these names (B,) give each row its own. Image tokens
     see one another causally as before, answer tokens (from text_end on) are seen by no image token. With text_end =
     image_end, as it starts, it is causal attention. Image rows look ahead on purpose; decoding behind the question is
     plain causal.
@@ -56,16 +57,31 @@ class Mma(Mechanism):
             return f"text_end={self.text_end}, this site has {site.keys} tokens"
         return None
 
-    def seen(self, i: Any, j: Any) -> Any:
-        question = (i >= self.image_start) & (i < self.image_end) & (j >= self.image_end) & (j < self.text_end)
-        return (j <= i) | question
+    def seen(self, i: Any, j: Any, start: Any = None, end: Any = None, text: Any = None) -> Any:
+        start = self.image_start if start is None else start
+        end, text = self.image_end if end is None else end, self.text_end if text is None else text
+        return (j <= i) | ((i >= start) & (i < end) & (j >= end) & (j < text))
 
     def forward(  # type: ignore[override]
-        self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor | None = None
+        self,
+        site: Any,
+        p: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        key_padding: Tensor | None = None,
+        image_start: Tensor | None = None,
+        image_end: Tensor | None = None,
+        text_end: Tensor | None = None,
     ) -> Tensor:
         """The site's own mask can only be narrowed, so this stands without it; the last query is at the last key."""
+        spans = [None if each is None else table(each) for each in (image_start, image_end, text_end)]
         real = None if key_padding is None else table(key_padding)
-        keep = self.seen if real is None else (lambda b, i, j: self.seen(i, j) & (real[b, j] != 0))
+
+        def keep(b: Any, i: Any, j: Any) -> Any:
+            seen = self.seen(i, j, *(None if each is None else each[b] for each in spans))
+            return seen if real is None else seen & (real[b, j] != 0)
+
         o: Tensor = attend(q, k, v, keep=keep, scale=site.scale, align="end")
         return o
 

@@ -31,8 +31,8 @@ class QkNorm(Mechanism):
     l2: logit_ij = exp(min(temperature_h, ln 100)) cos(q_i, k_j), without weights.
 
     q_norm_weight, k_norm_weight start at 1: (D,), per_head (H, D) and (Hkv, D), full (H * D,) and (Hkv * D,); with bias
-    (layernorm) q_norm_bias, k_norm_bias of the same shapes start at 0; temperature (H,) starts at ln 10. mu_p: 1 / D
-    instead of the site's scale. softcap: s <- softcap tanh(s / softcap).
+    (layernorm) q_norm_bias, k_norm_bias of the same shapes start at 0; temperature (H,) starts at ln 10. softmax_scale
+    is the site's where left out; mu_p: 1 / D. softcap: s <- softcap tanh(s / softcap).
 
     >>> q, k, v = problem(5)
     >>> one, other = (attention(t, k, v, "qk_norm", norm="rmsnorm") for t in (q, 7 * q))
@@ -49,6 +49,7 @@ class QkNorm(Mechanism):
     per_head: bool = False
     bias: bool = False
     eps: float | None = None
+    softmax_scale: float | None = None
     mu_p: bool = False
     softcap: float | None = None
     interleaved: bool = False
@@ -105,7 +106,7 @@ class QkNorm(Mechanism):
             raise Refused(found, where="qk_norm", fits="use_cache=False")
         if q_nope is not None and cos is not None and sin is not None:
             q, k = (self._rotated(t, cos, sin) for t in (q, k))
-        scale = 1 / site.dim if self.mu_p else site.scale
+        scale = 1 / site.dim if self.mu_p else site.scale if self.softmax_scale is None else self.softmax_scale
         if self.norm == "l2":
             wide = torch.promote_types(q.dtype, torch.float32)
             heat = p.temperature.to(wide).clamp(max=math.log(100)).exp()[:, None, None]

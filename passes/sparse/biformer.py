@@ -31,6 +31,7 @@ class BiFormer(Mechanism):
 
     Regions are ranked by (mean q over a region) · (mean k over another), all heads together, without a gradient unless
     route_grad; equal ones by number. soft_routing multiplies their keys and values by the softmax of the kept scores.
+    kv_pool avg or max pools them kv_pool_ratio x kv_pool_ratio within each region, after the choice.
     regions (R_h, R_w) makes regions of floor(h / R_h) x floor(w / R_w) tokens, or region_size says theirs. What the
     grid does not fill is masked; with pad_mode zero it is keys and values of 0 (the reference). Prefix tokens see all
     and are seen by all, and take no part in routing and convolution. The reference's scale is (H D) ** -0.5; here it is
@@ -49,6 +50,8 @@ class BiFormer(Mechanism):
     soft_routing: bool = False
     route_grad: bool = False
     pad_mode: Literal["mask", "zero"] = "mask"
+    kv_pool: Literal["none", "avg", "max"] = "none"
+    kv_pool_ratio: int = 4
 
     part = "core"
     kind = "needs recovery"
@@ -58,6 +61,7 @@ class BiFormer(Mechanism):
         {"regions": (1, 2), "topk": 1},
         {"regions": (2, 1), "topk": 2, "soft_routing": True, "route_grad": True},
         {"region_size": (2, 3), "topk": 1, "pad_mode": "zero", "lepe_kernel": 0},
+        {"regions": (1, 1), "topk": 1, "kv_pool": "max", "kv_pool_ratio": 1},
     )
 
     def __post_init__(self) -> None:
@@ -67,6 +71,9 @@ class BiFormer(Mechanism):
         if min(self.regions) < 1 or min(self.region_size or (1,)) < 1 or self.topk < 1:
             found = f"regions={self.regions}, region_size={self.region_size}, topk={self.topk}"
             raise Refused(found, where="biformer", fits="1 or more of each")
+        if self.kv_pool not in ("none", "avg", "max") or self.kv_pool_ratio < 1:
+            found = f"kv_pool={self.kv_pool!r}, kv_pool_ratio={self.kv_pool_ratio}"
+            raise Refused(found, where="biformer", fits="none, avg or max; a ratio of 1 or more")
         if self.lepe_kernel and self.lepe_kernel % 2 == 0:
             raise Refused(f"lepe_kernel={self.lepe_kernel}", where="biformer", fits="an odd number, or 0")
 
@@ -75,6 +82,8 @@ class BiFormer(Mechanism):
         if reason is None and self.topk > prod(self._cut(site).counts):
             counts = self._cut(site).counts
             return f"topk={self.topk} of {counts[0]} x {counts[1]} regions"
+        if reason is None and self.kv_pool != "none" and self.kv_pool_ratio > min(self._cut(site).h, self._cut(site).w):
+            return f"kv_pool_ratio={self.kv_pool_ratio} in regions of {self._cut(site).h} x {self._cut(site).w} tokens"
         return reason
 
     def _cut(self, site: Any) -> Cut:
@@ -96,7 +105,8 @@ class BiFormer(Mechanism):
         rows = cut.rows(q.device)
         rows = torch.where(rows < 0, -1, rows + prefix)
         chosen, scores = self._routed(q, k, rows, site.scale)
-        o = self._attended(q, k, v, rows, chosen, scores, prefix, site.scale)
+        pooled_k, pooled_v, cells = (k, v, rows) if self.kv_pool == "none" else self._pooled(k, v, rows, cut)
+        o = self._attended(q, pooled_k, pooled_v, rows, cells, chosen, scores, prefix, site.scale)
         o = gather(o, cut.back(q.device))
         if prefix:
             o = torch.cat((attend(q[:, :, :prefix], k, v, scale=site.scale), o), 2)
@@ -110,12 +120,38 @@ class BiFormer(Mechanism):
         mean_q, mean_k = (group(t.to(wide), rows, combine="mean")[0].transpose(1, 2).flatten(2) for t in (q, k))
         return route(scale * mean_q @ mean_k.mT, self.topk)
 
+    def _pooled(self, k: Tensor, v: Tensor, rows: Tensor, cut: Cut) -> tuple[Tensor, Tensor, Tensor]:
+        """Prefix keys and one key for each whole square of a region; which of them are in each region (R, squares)."""
+        r, prefix = self.kv_pool_ratio, cut.grid.prefix
+        inside = rows.unflatten(1, (cut.h, cut.w))[:, : cut.h // r * r, : cut.w // r * r]
+        squares = inside.unflatten(2, (-1, r)).unflatten(1, (-1, r)).transpose(2, 3).flatten(3).flatten(0, 2)
+        both, held = group(torch.cat((k, v), -1), squares)  # (B, H, all squares, r * r, D + Dv)
+        held = (held if self.pad_mode == "mask" else torch.ones_like(held))[..., None]
+        if self.kv_pool == "avg":
+            pooled = (both * held).sum(3) / held.sum(3).clamp(min=1)
+        else:
+            pooled = torch.where(held, both, -torch.inf).amax(3)
+            pooled = torch.where(held.any(3), pooled, 0.0)
+        pooled = torch.cat((torch.cat((k, v), -1)[:, :, :prefix], pooled.to(k.dtype)), 2)
+        numbers = torch.arange(squares.shape[0], device=k.device) + prefix
+        cells = torch.where((squares >= 0).any(1), numbers, -1).unflatten(0, (rows.shape[0], -1))
+        return *pooled.split([k.shape[3], v.shape[3]], 3), cells
+
     def _attended(
-        self, q: Tensor, k: Tensor, v: Tensor, rows: Tensor, chosen: Tensor, scores: Tensor, prefix: int, scale: float
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rows: Tensor,
+        cells: Tensor,
+        chosen: Tensor,
+        scores: Tensor,
+        prefix: int,
+        scale: float,
     ) -> Tensor:
         """Every region as a sample of its own (B, H, R * tokens, D)."""
-        count, size = rows.shape
-        keys = rows[chosen.flatten()].view(-1, 1, count, self.topk * size)
+        count, size = cells.shape
+        keys = cells[chosen.flatten()].view(-1, 1, count, self.topk * size)
         front = torch.arange(prefix, device=q.device).expand(keys.shape[0], 1, count, prefix)
         keys = torch.cat((keys, front), -1)
         near_k, held = group(k, keys)

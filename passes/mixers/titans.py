@@ -1,0 +1,183 @@
+"""Titans: a memory learned at test time, alone or as context, gate or layer of attention (arXiv 2501.00663)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, rms_norm
+
+from ...compiler.layers import module
+from ...compiler.mechanism import Limit, Mechanism, Param, register
+from ...compiler.primitives.attend import attend
+from ...compiler.primitives.rows import as_type, widened
+from ...compiler.problem import hidden
+from ...compiler.refusal import Refused
+from ...compiler.site import Site
+from ...compiler.starts import constant, normal, uniform
+from .titans_memory import Memory, Net
+
+
+@register("titans")
+@dataclass(frozen=True)
+class Titans(Mechanism):
+    """memory: r_n = M(q_n; W_c), c = (n + 1) // chunk_size - 1, the weights behind the last whole chunk (n's own too).
+
+    W_c = (1 - alpha_c) W_{c-1} + S_c, S_c = eta_c S_{c-1} - g_c; g_c is the gradient of the chunk's
+    sum_n theta_n mean_d (M(k_n) - v_n)^2 at the first weights, or with batch_size at those behind the last batch_size
+    tokens. M is `memory_depth` matrices with GELU between them (expansion_factor wide), a LayerNorm (gamma + 1) and x.
+
+    mac  for every segment s: y = causal attention over [persistent | r(s) | s], r read from the memory of the segments
+         before; the memory then learns y; out = y * r(y). The length must be known.
+    mag  out = norm(y) * sigmoid(norm(r([persistent | x]))), y attention over persistent tokens and a window of x.
+    mal  out = that attention over r([persistent | x]).
+
+    >>> layer = module("titans", dim=8, causal=True, chunk_size=2)
+    >>> x = torch.randn(1, 6, 8)
+    >>> y, later = layer(x), layer(torch.cat((x[:, :4], -x[:, 4:]), 1))
+    >>> torch.equal(y[:, :4], later[:, :4])
+    True
+
+    theta = max_lr sigmoid(.) of each token, eta and alpha sigmoid(.) of each chunk's mean. There is no official code:
+    the memory is that of a re-implementation, the three layers are the paper's formulas; how the gate is normalised is
+    not said there (here: RMS norms and a sigmoid).
+    """
+
+    variant: Literal["memory", "mac", "mag", "mal"] = "memory"
+    chunk_size: int = 1
+    heads: int = 1
+    dim_head: int | None = None
+    batch_size: int | None = None
+    memory_depth: int = 2
+    expansion_factor: float = 4.0
+    momentum: bool = True
+    max_lr: float = 1.0
+    residual_norm: bool = True
+    norm_eps: float = 1e-5
+    qk_rmsnorm: bool = False
+    post_rmsnorm: bool = False
+    num_persist: int = 4
+    segment: int = 32
+    window: int = 32
+
+    part = "region"
+    kind = "needs recovery"
+    paper = "arXiv 2501.00663"
+    tries = (
+        {"expansion_factor": 0.1, "chunk_size": 3, "max_lr": 0.1},
+        {"heads": 2, "dim_head": 4, "memory_depth": 1, "residual_norm": False, "qk_rmsnorm": True,
+         "post_rmsnorm": True, "momentum": False, "chunk_size": 2},
+        {"variant": "mag", "expansion_factor": 0.1, "window": 3, "num_persist": 2, "chunk_size": 4, "max_lr": 0.1},
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        if self.variant not in ("memory", "mac", "mag", "mal"):
+            raise Refused(f"variant={self.variant!r}", where="titans", fits="memory, mac, mag or mal")
+        if min(self.chunk_size, self.heads, self.memory_depth, self.segment, self.window) < 1 or self.num_persist < 0:
+            raise Refused("a size below 1", where="titans", fits="sizes of 1 or more, num_persist of 0 or more")
+        if self.batch_size is not None and (self.batch_size < 1 or self.batch_size % self.chunk_size):
+            found = f"batch_size={self.batch_size}, chunk_size={self.chunk_size}"
+            raise Refused(found, where="titans", fits="batch_size a multiple of chunk_size")
+        if self.variant == "mac" and self.segment % (self.batch_size or self.chunk_size):
+            found = f"segment={self.segment}, chunk_size={self.chunk_size}, batch_size={self.batch_size}"
+            raise Refused(found, where="titans", fits="segments of whole chunks and batches")
+
+    def fits(self, site: Site) -> str | None:
+        if not site.causal:
+            return f"titans remembers what came before, this site is {site.pattern}"
+        if not site.width:
+            return "titans needs the width of x: dim=..."
+        if self.heads == 1 and self.dim_head not in (None, site.width):
+            return f"dim_head={self.dim_head} with one head, x has {site.width} channels"
+        return None
+
+    def _memory(self, width: int) -> Memory:
+        net = Net(self.dim_head or width, self.memory_depth, self.expansion_factor, self.residual_norm, self.norm_eps)
+        return Memory(net, self.heads, self.chunk_size, self.batch_size, self.momentum, self.max_lr, self.qk_rmsnorm,
+                      self.post_rmsnorm)  # fmt: skip
+
+    def params(self, site: Site) -> Mapping[str, Param]:
+        width = site.width
+        own = dict(self._memory(width).params(width))
+        if self.variant != "memory":
+            own |= {name: Param((width, width), uniform(width)) for name in ("w_q", "w_k", "w_v", "w_o")}
+            own["persistent"] = Param((self.num_persist, width), normal(0.02))
+        if self.variant == "mag":
+            own |= {name: Param((width,), constant(1.0)) for name in ("attention_norm", "memory_norm")}
+        return own
+
+    def forward(self, site: Any, p: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+        narrow, x, memory = x.dtype, widened(x), self._memory(site.width)
+        p = _Wide(p)
+        if self.variant == "memory":
+            return as_type(memory(p, x), narrow)
+        if self.variant == "mac":
+            return as_type(self._segments(site, p, memory, x), narrow)
+        front = p.persistent.expand(x.shape[0], -1, -1)
+        whole = torch.cat((front, x), 1)
+        known = memory(p, whole)
+        near, few = self.window, self.num_persist
+        y = self._attended(site, p, whole if self.variant == "mag" else known, lambda i, j: (i - j < near) | (j < few))
+        if self.variant == "mag":
+            y = rms_norm(y, y.shape[2:], p.attention_norm)
+            y = y * torch.sigmoid(rms_norm(known, known.shape[2:], p.memory_norm))
+        return as_type(y[:, self.num_persist :], narrow)
+
+    def _attended(self, site: Any, p: Any, x: Tensor, keep: Any) -> Tensor:
+        q, k, v = (linear(x, w).unflatten(2, (site.heads, -1)).transpose(1, 2) for w in (p.w_q, p.w_k, p.w_v))
+        o = attend(q, k, v, causal=True, keep=keep)
+        return linear(o.transpose(1, 2).flatten(2), p.w_o)
+
+    def _segments(self, site: Any, p: Any, memory: Memory, x: Tensor) -> Tensor:
+        if not isinstance(x.shape[1], int):
+            raise Refused(f"{x.shape[1]} tokens, an open number", where="titans mac", fits="a known length")
+        weights, speed, found = memory.start(p, x.shape[0]), None, []
+        front = p.persistent.expand(x.shape[0], -1, -1)
+        for s in x.split(self.segment, 1):
+            recalled = self._recalled(memory, p, s, weights)
+            whole = torch.cat((front, recalled, s), 1)
+            few, many = self.num_persist, s.shape[1]  # a token sees what was recalled for it and those before it
+            y = self._attended(site, p, whole, lambda i, j, few=few, many=many: (j + many <= i) | (j >= few + many))
+            y = y[:, few + many :]
+            rows, speed = memory.written(p, y, weights, speed)
+            found.append(y * memory.read(p, y, torch.cat((weights, rows), 2)))
+            weights = rows[:, :, -1:]
+        return torch.cat(found, 1)
+
+    def _recalled(self, memory: Memory, p: Any, s: Tensor, weights: Tensor) -> Tensor:
+        """Read by the weights that stand, all of s."""
+        chunks = s.shape[1] // memory.chunk_size + 1
+        return memory.read(p, s, weights.expand(-1, -1, chunks, -1))
+
+    def limits(self) -> Iterable[Limit]:
+        x = hidden(5, width=8)
+
+        def layer(**own: float) -> Tensor:
+            made = module("titans", dim=8, causal=True, memory_depth=1, residual_norm=False, momentum=False)
+            with torch.no_grad():
+                for name, value in own.items():
+                    made.reattend.get_parameter(f"{name}_bias").fill_(value)
+                    made.reattend.get_parameter(name).zero_()
+                made.reattend.get_parameter("init_model_weights_0").copy_(torch.eye(8))
+                made.reattend.get_parameter("to_queries").copy_(torch.eye(8))
+            found: Tensor = made(x).detach()
+            return found
+
+        plain = rms_norm(x, (8,))
+        yield Limit("nothing is written where nothing is learned or lost",
+                    lambda: layer(to_adaptive_step=-100.0, to_decay_factor=-100.0), lambda: plain)  # fmt: skip
+        yield Limit("what is only lost, decays", lambda: layer(to_adaptive_step=-100.0, to_decay_factor=0.0),
+                    lambda: plain * 0.5 ** torch.arange(1, 6)[:, None])  # fmt: skip
+
+
+class _Wide:
+    """The mechanism's tensors in float32 or better."""
+
+    def __init__(self, p: Any) -> None:
+        self._p = p
+
+    def __getattr__(self, name: str) -> Tensor:
+        return widened(getattr(self._p, name))
