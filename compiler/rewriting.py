@@ -23,6 +23,7 @@ from .recipe import Recipe
 from .refusal import Refused
 from .report import NO_DATA, Report, Row, SiteList
 from .ringed import ringed, unringed
+from .showing.looking import Details
 from .signature import Call
 from .site import Site
 from .steps import fitting, steps_of
@@ -221,6 +222,7 @@ class Rewriting:
             predicted=(graph_cost(raised.graph), graph_cost(program.graph)),
             warnings=(*self.warnings, *(f"whole-model pass refused: {refused['']}" for _ in [0] if "" in refused)),
             notes=(*self.notes, *raised.notes),
+            details=Details.of(raised, program, self.recipe),
         )
 
 
