@@ -14,7 +14,7 @@ from .heads.table import HeadTable
 from .refusal import Refused, nearest
 from .showing import markdown, page, picture
 from .showing.looking import joined as joined_details
-from .showing.looking import view_of
+from .showing.looking import view_of, view_of_rows
 from .showing.view import View
 from .site import Site
 from .timing import Timing
@@ -41,6 +41,9 @@ class Row:
     dropped: tuple[str, ...] = ()
     counted: tuple[str, ...] = ()  # what its mechanisms say of themselves there, by counting alone
 
+    def _repr_html_(self) -> str:
+        return page.part(view_of_rows((self,)))
+
 
 class SiteList(Sequence[Row]):
     """The rows of all sites: by number, or by path; prints one line a site."""
@@ -58,6 +61,9 @@ class SiteList(Sequence[Row]):
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def _repr_html_(self) -> str:
+        return page.part(view_of_rows(self._rows))
 
     def __repr__(self) -> str:
         return "\n".join(f"{row.site} {row.status} {row.mechanism}".rstrip() for row in self._rows)
@@ -78,9 +84,7 @@ class Report:
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     recovered: str = ""  # what training brought back
-    details: Any = field(
-        default=None, repr=False, compare=False
-    )  # showing.looking.Details, never in files
+    details: Any = field(default=None, repr=False, compare=False)  # showing.looking.Details, never in files
 
     def verdict(self) -> str:
         """One line: sites, deviation and on what, time measured here, cost predicted."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -124,6 +125,13 @@ def view_of(report: Report, details: Details | None = None, *, heads: HeadTable 
         plot=plot,
         device=device_of(DEVICE).source,
     )
+
+
+def view_of_rows(rows: Sequence[Row]) -> View:
+    """Some sites of a report, without what surrounds them."""
+    said = rows[0].site.path if len(rows) == 1 else f"{len(rows)} sites"
+    told = ", ".join(f"{n} {status}" for status, n in Counter(row.status for row in rows).items())
+    return View("sites", f"{said}; {told}", layers=tuple(_layer(row, None) for row in rows))
 
 
 def view_of_sites(found: Explanation, title: str = "the model as it is") -> View:

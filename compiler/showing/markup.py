@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from html import escape
 
-VOID = frozenset({"meta", "input"})
+VOID = frozenset({"meta", "input", "img"})
 _NAME = re.compile(r"[a-zA-Z][a-zA-Z0-9-]*")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from base64 import b64encode
 from functools import lru_cache
 from importlib import resources
 
@@ -186,9 +187,16 @@ def _folded(view: View) -> list[Markup]:
         (_fold("Recipe", f"{len(view.rules)} rules", *(_rule(r) for r in view.rules), id_="recipe"), bool(view.rules)),
         (_fold("Heads", ", ".join(m.name for m in view.heads), *map(picture.heads, view.heads), id_="heads"),
          bool(view.heads)),
-        (_fold("Quality against cost", "", el("figure", raw(view.plot)), id_="quality"), bool(view.plot)),
+        (_fold("Quality against cost", "", _plot(view), id_="quality"), bool(view.plot)),
     ]  # fmt: skip
     return [fold for fold, shown in found if shown]
+
+
+def _plot(view: View) -> Markup:
+    """As a picture of its own: its style is for it alone."""
+    data = b64encode(view.plot.encode()).decode()
+    shown = el("img", src=f"data:image/svg+xml;base64,{data}", alt="quality against cost", class_="plot")
+    return el("figure", shown)
 
 
 def _fold(title: str, note: str, *inside: Markup, id_: str) -> Markup:
@@ -258,7 +266,7 @@ def _module(m: Module) -> Markup:
     heads = el("tr", *(el("th", h, scope="col") for h in ("before", "after", "shape")))
     table = el("table", el("thead", heads), el("tbody", *lines), class_="operations") if lines else None
     marked = "module changed" if m.changed else "module"
-    return el("details", head, *(_module(inner) for inner in m.inside), table, class_=marked)
+    return el("details", head, *(_module(inner) for inner in m.inside), table, class_=marked, open=not m.path)
 
 
 def _rule(rule: Rule) -> Markup:
