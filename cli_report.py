@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -32,18 +33,17 @@ def report(
         from .compiler.showing import markdown, page, picture
 
         view = working(f"looking at {model}", lambda: _view(model, recipe, heads, quality), quiet=False)
-        wanted = {
-            html: lambda: page.document(view),
-            svg: lambda: picture.table(view),
-            md: lambda: markdown.document(view),
-            as_json: lambda: json.dumps(view.to_dict(), indent=1),
-        }
-        written = {path: make for path, make in wanted.items() if path is not None}
-        for path, make in written.items():
+        writers: tuple[tuple[Path | None, Callable[[], str]], ...] = (
+            (html, lambda: page.document(view)),
+            (svg, lambda: picture.table(view)),
+            (md, lambda: markdown.document(view)),
+            (as_json, lambda: json.dumps(view.to_dict(), indent=1)),
+        )
+        written = [(path, make()) for path, make in writers if path is not None]
+        print(view.verdict if written else markdown.document(view).rstrip())
+        for path, text in written:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(make(), encoding="utf-8")
-        print(view.verdict if written else markdown.document(view), end="" if not written else "\n")
-        for path in written:
+            path.write_text(text, encoding="utf-8")
             print(f"wrote {path}")
 
 
