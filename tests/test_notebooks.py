@@ -38,6 +38,8 @@ def run(path: Path) -> list[Any]:
     return [value for value in shown if value is not None]
 
 
+# peft asks transformers a question under an older name
+@pytest.mark.filterwarnings("ignore:.*gradient_checkpointing:FutureWarning")
 @pytest.mark.parametrize(
     "path", [pytest.param(p, id=p.stem, marks=() if p.stem in FAST else pytest.mark.slow) for p in NOTEBOOKS]
 )
