@@ -69,6 +69,7 @@ from .models.hf_names import attn_implementation as attn_implementation
 from .models.hf_names import register_names
 from .models.on_meta import on_meta
 from .models.quality.harness import judge_rows
+from .models.quality.row import read as read_rows
 from .models.quality.table import Quality
 from .models.quality.task import Task
 from .models.quality.tasks import task_for
@@ -323,6 +324,11 @@ def quality(
     if folder is not None:
         found.write(folder)
     return found
+
+
+def quality_plot(model: Any, rows: str | Path, *, name: str = "") -> str:
+    """The rows that `quality(..., out=folder)` kept in a file, drawn against their cost."""
+    return Quality(name, "", task_for(unwrap(model)[0]).measures, {}, tuple(read_rows(Path(rows)))).svg()
 
 
 def load(folder: str | Path, model: nn.Module | str | None = None) -> Any:

@@ -3,71 +3,27 @@
 from __future__ import annotations
 
 import json
-import logging
-import os
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
+from .answers import answers as _answers
+from .answers import working as _working
+from .cli_report import report
 from .compiler.refusal import Refused
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 recipes = typer.Typer(no_args_is_help=True, help="Recipes: check one, list the shipped ones, print the JSON Schema.")
 app.add_typer(recipes, name="recipe")
+app.command()(report)
 
 ModelName = Annotated[
     str, typer.Argument(metavar="MODEL", help="hf:<id or dir>, timm:<name>, py:module:factory, or built in")
 ]
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="a YAML file, or the name of a shipped recipe")]
 AsJson = Annotated[bool, typer.Option("--json", help="machine-readable output")]
-
-
-@contextmanager
-def _answers(*, as_json: bool = False) -> Iterator[None]:
-    """User errors become one line and exit code 1; anything else is a fault of ours, exit code 2."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    try:
-        yield
-    except Refused as refused:
-        _refusal(str(refused), as_json=as_json)
-    except BrokenPipeError:  # who reads has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (typer.Exit, KeyboardInterrupt):
-        raise
-    except OSError as error:
-        if error.filename is None:
-            _fault(error)
-        _refusal(f"{error.filename}: {error.strerror}", as_json=as_json)
-    except Exception as fault:
-        _fault(fault)
-
-
-def _refusal(text: str, *, as_json: bool) -> NoReturn:
-    if as_json:
-        print(json.dumps({"error": text}))
-    else:
-        print(f"error: {text}", file=sys.stderr)
-    raise typer.Exit(1) from None
-
-
-def _fault(fault: Exception) -> NoReturn:
-    logging.getLogger("reattend").exception("a fault of reattend itself: %s", fault)
-    raise typer.Exit(2) from None
-
-
-def _working(says: str, work: Callable[[], Any], *, quiet: bool) -> Any:
-    """Run something that can take more than a second, with a spinner on a terminal."""
-    console = Console(stderr=True)
-    if quiet or not console.is_terminal:
-        return work()
-    with console.status(says):
-        return work()
 
 
 @app.command()

@@ -70,10 +70,15 @@ class Explanation:
             "notes": list(self.notes),
         }  # fmt: skip
 
-    def _repr_html_(self) -> str:
-        import html
+    def fitting(self, k: int) -> Sequence[tuple[str, str]]:
+        """What is said of a site beside its own facts: mask, cost, what fits."""
+        wanted = ("mask", "cost", "fits", "counted")
+        return [(name, value) for name, value in self._facts(k) if name in wanted]
 
-        return f"<pre>{html.escape(self.brief())}</pre>"
+    def _repr_html_(self) -> str:
+        from .showing import looking, page
+
+        return page.part(looking.view_of_sites(self))
 
 
 def together(parts: Iterable[Explanation]) -> Explanation:

@@ -146,6 +146,12 @@ class HostedModel:
         """Where the model attends, and what stands there now."""
         return hosting(self).about.sites
 
+    def _repr_html_(self) -> str | None:
+        """In a notebook the report; before the first call the modules, as torch prints them."""
+        found = getattr(hosting(self).about, "report", None)
+        shown: str | None = None if found is None else found._repr_html_()
+        return shown
+
     def prepare(self, *args: Any, **kwargs: Any) -> None:
         """Make the graph of a call's signature without running it."""
         state = hosting(self)

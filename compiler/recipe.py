@@ -18,6 +18,7 @@ from .path_glob import glob
 from .recipe_yaml import resolve
 from .refusal import Refused
 from .selectors import Selector
+from .showing.markup import el
 
 VERSIONS = (1,)
 TARGETS = ("auto", "eager", "cpu", "triton")
@@ -204,6 +205,9 @@ class Recipe:
         for key, value in self.to_dict().items():
             lines += [f"{key}:", *_block(value)] if isinstance(value, list) else [f"{key}: {flow(value)}"]
         return "\n".join(lines) + "\n"
+
+    def _repr_html_(self) -> str:
+        return el("pre", self.text())
 
     def quantized(self, path: str) -> Choice | Keep | None:
         """What the module at a path becomes: the first pattern that matches, or None."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -11,7 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from .cost import Cost
+from .heads.table import HeadTable
 from .refusal import Refused, nearest
+from .showing import markdown, page, picture
+from .showing.looking import joined as joined_details
+from .showing.looking import view_of, view_of_rows
+from .showing.view import View
 from .site import Site
 from .timing import Timing
 from .verification import Deviation
@@ -37,6 +41,9 @@ class Row:
     dropped: tuple[str, ...] = ()
     counted: tuple[str, ...] = ()  # what its mechanisms say of themselves there, by counting alone
 
+    def _repr_html_(self) -> str:
+        return page.part(view_of_rows((self,)))
+
 
 class SiteList(Sequence[Row]):
     """The rows of all sites: by number, or by path; prints one line a site."""
@@ -54,6 +61,9 @@ class SiteList(Sequence[Row]):
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    def _repr_html_(self) -> str:
+        return page.part(view_of_rows(self._rows))
 
     def __repr__(self) -> str:
         return "\n".join(f"{row.site} {row.status} {row.mechanism}".rstrip() for row in self._rows)
@@ -75,6 +85,7 @@ class Report:
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
     recovered: str = ""  # what training brought back
+    details: Any = field(default=None, repr=False, compare=False)  # showing.looking.Details, never in files
 
     def verdict(self) -> str:
         """One line: sites, deviation and on what, time measured here, cost predicted."""
@@ -110,13 +121,14 @@ class Report:
             f"cost    {self.predicted[0]} -> {self.predicted[1]}, predicted for the whole model at these sizes"
         )
         lines += ["", *aligned([_cells(row) for row in self.rows], _COLUMNS)]
-        for title, entries in self._lists():
+        for title, entries in self.lists():
             lines += ["", title, *(f"  {entry}" for entry in entries)]
         return "\n".join(lines)
 
     __str__ = text
 
-    def _lists(self) -> list[tuple[str, Sequence[str]]]:
+    def lists(self) -> tuple[tuple[str, tuple[str, ...]], ...]:
+        """What is said beside the table, by title."""
         named = [
             ("exact rewrites of weights", self.weights),
             ("whole-model passes", self.passes),
@@ -125,7 +137,7 @@ class Report:
             ("counted, not measured", tuple(f"{r.site.path}: {line}" for r in self.rows for line in r.counted)),
             ("notes", self.notes),
         ]
-        return [(title, entries) for title, entries in named if entries]
+        return tuple((title, tuple(entries)) for title, entries in named if entries)
 
     def _slower(self) -> tuple[str, ...]:
         if self.timing is None or not self.timing.slower:
@@ -136,43 +148,22 @@ class Report:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        plain: dict[str, Any] = json.loads(json.dumps(asdict(self), default=_plain), parse_constant=_as_text)
+        plain: dict[str, Any] = json.loads(
+            json.dumps(asdict(replace(self, details=None)), default=_plain), parse_constant=_as_text
+        )
+        del plain["details"]
         return {"verdict": self.verdict()} | plain | {"warnings": [*self.warnings, *self._slower()]}
 
+    def view(self, *, heads: HeadTable | None = None, plot: str = "") -> View:
+        """All that the page shows, as plain values; `plot`: quality against cost, as the quality table draws it."""
+        return view_of(self, self.details, heads=heads, plot=plot)
+
     def html(self) -> str:
-        """One plain page, self-contained."""
-        rows = "".join(
-            f"<tr class='{row.status.split()[0]}'>"
-            + "".join(f"<td>{html.escape(c)}</td>" for c in _cells(row))
-            + "</tr>"
-            for row in self.rows
-        )
-        facts = {
-            "model": self.model,
-            "recipe": self.recipe,
-            "cost, predicted": f"{self.predicted[0]} → {self.predicted[1]}",
-        }
-        if self.captured is not None:
-            facts["graph, before any rewrite, against the model"] = str(self.captured)
-        if self.timing is not None:
-            facts["time, measured here"] = (
-                f"{self.timing.before:.2f} ms → {self.timing.after:.2f} ms ({self.timing.sizes})"
-            )
-        listed = "".join(
-            f"<h2>{html.escape(title)}</h2><ul>{''.join(f'<li>{html.escape(e)}</li>' for e in entries)}</ul>"
-            for title, entries in self._lists()
-        )
-        known = "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in facts.items())
-        return (
-            f"<!doctype html><html lang='en'><meta charset='utf-8'><meta name='viewport' content='width=device-width'>"
-            f"<title>reattend: {html.escape(self.model)}</title><style>{_STYLE}</style>"
-            f"<h1>{html.escape(self.verdict())}</h1><dl>{known}</dl>"
-            f"<div class='wide'><table><tr>{''.join(f'<th>{c}</th>' for c in _COLUMNS)}</tr>"
-            f"{rows}</table></div>{listed}</html>"
-        )
+        """One page, self-contained."""
+        return page.document(self.view())
 
     def write(self, path: str | Path) -> Path:
-        """Write the page (.html), the facts (.json) or the text (anything else)."""
+        """Write the page (.html), a picture (.svg), tables (.md), the facts (.json) or the text (anything else)."""
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         match target.suffix:
@@ -180,13 +171,25 @@ class Report:
                 content = self.html()
             case ".json":
                 content = json.dumps(self.to_dict(), indent=1)
+            case ".svg":
+                content = picture.table(self.view())
+            case ".md":
+                content = markdown.document(self.view())
             case _:
                 content = self.text()
         target.write_text(content, encoding="utf-8")
         return target
 
     def _repr_html_(self) -> str:
-        return self.html()
+        return page.part(self.view())
+
+    def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> dict[str, str]:
+        """For a notebook the page, for a terminal the text, for what keeps notes the tables."""
+        return {
+            "text/html": self._repr_html_(),
+            "text/plain": self.text(),
+            "text/markdown": markdown.document(self.view()),
+        }
 
 
 def joined(reports: Sequence[Report]) -> Report:
@@ -206,6 +209,7 @@ def joined(reports: Sequence[Report]) -> Report:
         predicted=(before, after),
         warnings=tuple(dict.fromkeys(w for report in reports for w in report.warnings if _everywhere(w, reports))),
         notes=tuple(n for report in reports for n in report.notes),
+        details=joined_details([r.details for r in reports if r.details is not None]) if first.details else None,
     )
 
 
@@ -235,14 +239,3 @@ def _as_text(number: str) -> str:
 
 def _plain(value: Any) -> Any:
     return sorted(value) if isinstance(value, frozenset | set) else str(value)
-
-
-_STYLE = """
-:root{color-scheme:light dark;--line:#8884;--ok:#2a7d4f;--no:#b3261e}
-body{font:15px/1.5 system-ui,sans-serif;margin:2rem auto;max-width:70rem;padding:0 1rem}
-h1{font-size:1.15rem}h2{font-size:1rem}dt{font-weight:600}dd{margin:0 0 .5rem;overflow-wrap:anywhere}
-.wide{overflow-x:auto}table{border-collapse:collapse;font-size:.9em}
-td,th{border-bottom:1px solid var(--line);padding:.3rem .6rem;text-align:left}
-tr.rewritten td:nth-child(2){color:var(--ok)}
-tr.refused td:nth-child(2),tr.rolled td:nth-child(2){color:var(--no)}
-"""

@@ -24,6 +24,7 @@ from .recipe import Recipe
 from .refusal import Refused
 from .report import NO_DATA, Report, Row, SiteList
 from .ringed import ringed, unringed
+from .showing.looking import Details
 from .signature import Call
 from .site import Site
 from .steps import fitting, steps_of
@@ -244,6 +245,7 @@ class Rewriting:
                 *(f"rewrite of weights refused: {no}" for _, no in self.moved.refused),
             ),
             notes=(*self.notes, *raised.notes),
+            details=Details.of(raised, program, self.recipe),
         )
 
 

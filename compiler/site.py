@@ -60,6 +60,13 @@ class Site:
         extra = f" {'+'.join(sorted(self.features))}" if self.features else ""
         return f"{self.path}: attention[{self.pattern} h={self.heads}{kv} d={self.dim}{dv}{window}{extra}]"
 
+    def _repr_html_(self) -> str:
+        from .showing.looking import site_facts  # what is shown reads sites
+        from .showing.markup import el
+
+        rows = [el("tr", el("th", name, style="text-align:left"), el("td", value)) for name, value in site_facts(self)]
+        return el("table", el("caption", str(self)), *rows)
+
     def to_json(self) -> str:
         facts = asdict(self) | {"features": sorted(self.features), "weights": [list(w) for w in self.weights]}
         return json.dumps(facts, sort_keys=True)

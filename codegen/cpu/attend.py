@@ -87,6 +87,11 @@ def source(text: str, tables: str, halves: str = "") -> str:
     return skeleton("attend.cpp", head, halves=halves)
 
 
+def shown(text: str) -> str:
+    """The source for a reader, as if all tables held floats; "" where the skeleton cannot say the spec."""
+    return "" if why_not(text) else source(text, "f" * 64)
+
+
 def _block(bound: Reach, halves: str) -> tuple[int, int]:
     """Rows of queries and of keys that are worked on at a time: measured; a band wastes less with few keys."""
     return (64 if halves else _ROWS), (64 if halves else 32) if bound.back is not None else 128

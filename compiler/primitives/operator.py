@@ -35,6 +35,7 @@ class Kernel:
     plain: bool = False  # made of torch operations without looking at sizes or values, so that it can be traced
     differentiable: bool = False  # made of differentiable torch operations, so that its own gradient can be taken
     gradients: Gradients | None = None  # its own, where it has some for what is wanted
+    source: Callable[[str], str] | None = None  # the text it is built from, of a spec; "" where it cannot say that
 
 
 @dataclass(frozen=True)

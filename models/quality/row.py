@@ -59,7 +59,7 @@ class Record:
     def __init__(self, path: Path | None) -> None:
         self.path = path
         self._rows: dict[str, Row] = {}
-        for row in _read(path) if path is not None and path.exists() else ():
+        for row in read(path) if path is not None and path.exists() else ():
             self._rows[row.name] = row
 
     def find(self, key: str) -> Row | None:
@@ -88,7 +88,7 @@ def _among(name: str, rows: Sequence[Row]) -> bool:
     return any(row.name == name for row in rows)
 
 
-def _read(path: Path) -> list[Row]:
+def read(path: Path) -> list[Row]:
     """The whole lines; one that a kill cut off is no row."""
     rows = []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():

@@ -1,0 +1,58 @@
+"""How a command answers: a result, one line about a mistake of the caller (exit 1), or a fault of ours (exit 2)."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NoReturn
+
+import typer
+from rich.console import Console
+
+from .compiler.refusal import Refused
+
+
+@contextmanager
+def answers(*, as_json: bool = False) -> Iterator[None]:
+    """User errors become one line and exit code 1; anything else is a fault of ours, exit code 2."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    try:
+        yield
+    except Refused as refused:
+        _refusal(str(refused), as_json=as_json)
+    except BrokenPipeError:  # who reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except (typer.Exit, KeyboardInterrupt):
+        raise
+    except OSError as error:
+        if error.filename is None:
+            _fault(error)
+        _refusal(f"{error.filename}: {error.strerror}", as_json=as_json)
+    except Exception as fault:
+        _fault(fault)
+
+
+def _refusal(text: str, *, as_json: bool) -> NoReturn:
+    if as_json:
+        print(json.dumps({"error": text}))
+    else:
+        print(f"error: {text}", file=sys.stderr)
+    raise typer.Exit(1) from None
+
+
+def _fault(fault: Exception) -> NoReturn:
+    logging.getLogger("reattend").exception("a fault of reattend itself: %s", fault)
+    raise typer.Exit(2) from None
+
+
+def working(says: str, work: Callable[[], Any], *, quiet: bool) -> Any:
+    """Run something that can take more than a second, with a spinner on a terminal."""
+    console = Console(stderr=True)
+    if quiet or not console.is_terminal:
+        return work()
+    with console.status(says):
+        return work()
