@@ -229,9 +229,17 @@ def why_not(text: str) -> str | None:
             return what
     if any(output not in ("o", "lse") for output in spec.outputs):
         return f"outputs {', '.join(spec.outputs)}"
-    axes = tables_in(spec)
-    kernel = Attend(text, " ".join(f"f{axes.get(n, 1)}" for n in range(max(axes, default=-1) + 1)))
-    return refusal(lambda: kernel.source)
+    return refusal(lambda: _plain(text).source)
+
+
+def shown(text: str) -> str:
+    """The source for a reader, as if all tables held floats; "" where the skeletons cannot say the spec."""
+    return "" if why_not(text) else _plain(text).source.removeprefix(text_of("functions")).lstrip()
+
+
+def _plain(text: str) -> Attend:
+    axes = tables_in(AttendSpec.of(text))
+    return Attend(text, " ".join(f"f{axes.get(n, 1)}" for n in range(max(axes, default=-1) + 1)))
 
 
 def refusal(made: Callable[[], object]) -> str | None:
