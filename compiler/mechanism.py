@@ -78,6 +78,7 @@ class Mechanism:
     slug: ClassVar[str] = ""
     part: ClassVar[str] = "core"
     kind: ClassVar[str] = "needs recovery"
+    stage: ClassVar[str] = ""  # of whole-model ones: weights, tokens, quantize or parallel; "": that of its recipe key
     honours: ClassVar[frozenset[str] | set[str]] = frozenset()
     paper: ClassVar[str] = ""
     tries: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)  # knobs that small generic questions are asked with

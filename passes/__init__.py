@@ -16,6 +16,10 @@ from .linear import linear as linear
 from .linear import rat as rat
 from .linear import slab as slab
 from .mixers import poolformer as poolformer
+from .quant import qserve as qserve
+from .quant import w4a16 as w4a16
+from .quant import w8 as w8
+from .quant import w8a8 as w8a8
 from .score import complexformer as complexformer
 from .score import gpsa as gpsa
 from .score import lssar as lssar
