@@ -42,8 +42,8 @@ class Captured:
     buffers: tuple[str, ...] = ()  # then new values of these buffers, to be written in train(),
     traces: tuple[str, ...] = ()  # then named values to look at
     called: tuple[str, ...] = ()  # the model's own modules that the graph calls
-    replaced: Mapping[str, nn.Module] = field(default_factory=dict)  # layers to be put where the model's own stand
     operations: tuple[str, ...] = ()  # what the model computed, reshaping aside, before any rewrite
+    replaced: Mapping[str, nn.Module] = field(default_factory=dict)  # layers to be put where the model's own stand
 
     @property
     def extra(self) -> int:

@@ -88,8 +88,8 @@ class QuantizeLayers(Mechanism):
                     raise reason.at(full) from None
                 refused[full] = reason
         if refused and not done:
-            path, reason = next(iter(refused.items()))
-            raise Refused(f"no layer could be quantized; {path}: {reason.found}", where="quantize", fits=reason.fits)
+            path, first = next(iter(refused.items()))
+            raise Refused(f"no layer could be quantized; {path}: {first.found}", where="quantize", fits=first.fits)
         if not done and any(scheme for _, scheme in self.choices):
             raise Refused("no linear layer matches", where="quantize", fits=_some(layers) or "this model has none")
         program.notes += _told(program, done, refused, [p for p, _ in self.choices if p not in matched])

@@ -32,7 +32,8 @@ class QuantizedLinear(nn.Module):
 
     @property
     def out_features(self) -> int:
-        return int(self.codes.shape[0])
+        codes: Any = self.codes
+        return int(codes.shape[0])
 
     @property
     def weight(self) -> Tensor:

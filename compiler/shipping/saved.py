@@ -198,8 +198,9 @@ def _places(layers: Mapping[str, QuantizedLinear]) -> dict[str, torch.Tensor]:
     found: dict[str, torch.Tensor] = {}
     for path, layer in layers.items():
         found[f"{path}.weight"] = torch.zeros((), dtype=layer.dtype).expand(layer.out_features, layer.in_features)
-        if layer.bias is not None:
-            found[f"{path}.bias"] = layer.bias.detach()
+        bias: Any = layer.bias
+        if bias is not None:
+            found[f"{path}.bias"] = bias.detach()
     return found
 
 
