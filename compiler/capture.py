@@ -43,6 +43,7 @@ class Captured:
     traces: tuple[str, ...] = ()  # then named values to look at
     called: tuple[str, ...] = ()  # the model's own modules that the graph calls
     operations: tuple[str, ...] = ()  # what the model computed, reshaping aside, before any rewrite
+    replaced: Mapping[str, nn.Module] = field(default_factory=dict)  # layers to be put where the model's own stand
 
     @property
     def extra(self) -> int:

@@ -292,6 +292,9 @@ def _captured(model: Any, state: Hosting, call: Call, key: SignatureKey) -> Capt
         with in_their_places(model, state.leaves):
             view = original(model)
             captured = state.program_for(view, call)
+            for path, layer in captured.replaced.items():
+                model.set_submodule(path, layer.train(model.get_submodule(path).training))
+            state.leaves = {**state.leaves, **captured.replaced}
             captured.called = restore_leaves(captured.graph, view)
         _mount(captured, model)
         state.graphs[key] = captured

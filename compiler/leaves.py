@@ -51,7 +51,7 @@ def stamp_leaves(graph_module: fx.GraphModule, paths: set[str]) -> None:
     for (call, path), nodes in _calls(graph_module.graph):
         if path in paths and _whole(nodes, path) is not None:
             for node in nodes:
-                node.meta["leaf"] = Stamp(call, path, len(nodes), _text(node))
+                node.meta["leaf"] = Stamp(call, path, len(nodes), stamp_text(node))
 
 
 def restore_leaves(graph_module: fx.GraphModule, model: nn.Module) -> tuple[str, ...]:
@@ -62,7 +62,7 @@ def restore_leaves(graph_module: fx.GraphModule, model: nn.Module) -> tuple[str,
             groups.setdefault(node.meta["leaf"].call, []).append(node)
     for nodes in groups.values():
         stamp: Stamp = nodes[0].meta["leaf"]
-        untouched = len(nodes) == stamp.count and all(_text(n) == n.meta["leaf"].text for n in nodes)
+        untouched = len(nodes) == stamp.count and all(stamp_text(n) == n.meta["leaf"].text for n in nodes)
         ends = _whole(nodes, stamp.path) if untouched else None
         module = _submodule(model, stamp.path)
         if ends is not None and module is not None and not _has_own_children(graph_module, stamp.path):
@@ -120,7 +120,9 @@ def _unparametrized(leaf: nn.Module) -> type[nn.Module]:
 
 
 def is_leaf(module: nn.Module) -> bool:
-    return not any(True for _ in module.children()) and any(True for _ in module.parameters(recurse=False))
+    """Without children and with parameters, or one that says that it is one: its weights may be codes."""
+    own = any(True for _ in module.parameters(recurse=False)) or getattr(module, "is_leaf", False) is True
+    return own and not any(True for _ in module.children())
 
 
 def _calls(graph: fx.Graph) -> Iterable[tuple[tuple[str, str], list[fx.Node]]]:
@@ -150,7 +152,9 @@ def _whole(nodes: Sequence[fx.Node], path: str) -> tuple[fx.Node, fx.Node] | Non
     return next(iter(entering)), leaving[0]
 
 
-def _text(node: fx.Node) -> str:
+def stamp_text(node: fx.Node) -> str:
+    """What a node computes, whatever it is applied to."""
+
     def shown(value: Any) -> Any:
         return "%" if isinstance(value, fx.Node) and value.op != "get_attr" else value
 

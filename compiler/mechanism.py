@@ -77,9 +77,9 @@ class Mechanism:
     """
 
     slug: ClassVar[str] = ""
-    stage: ClassVar[str] = ""  # of whole-model mechanisms: weights, tokens; "" is that of the recipe's key
     part: ClassVar[str] = "core"
     kind: ClassVar[str] = "needs recovery"
+    stage: ClassVar[str] = ""  # of whole-model ones: weights, tokens, quantize or parallel; "": that of its recipe key
     honours: ClassVar[frozenset[str] | set[str]] = frozenset()
     paper: ClassVar[str] = ""
     tries: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)  # knobs that small generic questions are asked with

@@ -24,7 +24,7 @@ from .rewrite import put
 from .verification import Deviation, SiteResult, check_sites, compare_outputs, mean_of, worst_first, worst_of
 
 log = logging.getLogger("reattend")
-ORDER = ("core", "region", "gate", "insert", "model", "cache")  # parts, in the order of their stages
+ORDER = ("core", "region", "gate", "model", "insert", "cache", "quantize")  # parts or stages, in their order
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,8 @@ def rewrite(raised: Program, steps: Iterable[Step], *, without: frozenset[str] =
     program = raised.copy()
     outcome = Outcome(raised, program)
     again = (s for s in steps if s.path not in without and s.mechanism.stage != "weights")
-    wanted = sorted(again, key=lambda s: ORDER.index(s.mechanism.part))
-    for part, stage in groupby(wanted, key=lambda s: s.mechanism.part):
+    wanted = sorted(again, key=lambda s: ORDER.index(_turn(s)))
+    for part, stage in groupby(wanted, key=_turn):
         for step in stage:
             try:
                 _apply(program, step)
@@ -83,6 +83,10 @@ def rewrite(raised: Program, steps: Iterable[Step], *, without: frozenset[str] =
     program.graph.graph.eliminate_dead_code()
     program.graph.recompile()
     return outcome
+
+
+def _turn(step: Step) -> str:
+    return step.mechanism.stage if step.mechanism.stage in ORDER else step.mechanism.part
 
 
 def _still_valid(program: Program, part: str) -> None:
@@ -117,6 +121,7 @@ def lower(program: Program, captured: Captured) -> Captured:
         losses=tuple(name for name, _ in program.losses),
         buffers=tuple(name for name, _ in program.buffers),
         traces=tuple(name for name, _ in program.traces),
+        replaced=dict(program.replaced),
     )
 
 
@@ -164,15 +169,17 @@ def checked_rewrite(
         deviation = mean_of([_deviation(raised, outcome.program, inputs) for inputs in batches])
         waits = wait and any(c.mechanism.kind != "exact" for c in outcome.program.changes)
         broken = "" if waits else broken_bound(verify, deviation)
-        if not wrong and broken and results:
+        whole = outcome.program.whole_model > 0
+        if not wrong and broken and (results or whole):
             if verify.otherwise == "refuse":
                 raise Refused(broken, where="verify", fits="loosen the bound, rewrite fewer sites, or `else: rollback`")
             if verify.otherwise == "rollback":
-                wrong = {worst_first(results)[0].path: f"rolled back: {broken}"}
+                worst = worst_first(results)[0].path if results else ""  # "": the whole-model passes, all that is left
+                wrong = {worst: f"rolled back: {broken}"}
         if not wrong:
             return Checked(outcome, results, deviation, rolled_back, waits)
         for path, reason in wrong.items():
-            log.warning("%s: %s", path, reason)
+            log.warning("%s: %s", path or "whole-model passes", reason)
         rolled_back |= wrong
 
 

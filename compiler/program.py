@@ -44,6 +44,7 @@ class Store:
 
     parameters: dict[str, nn.Parameter] = field(default_factory=dict)
     buffers: dict[str, Tensor] = field(default_factory=dict)
+    modules: dict[str, nn.Module] = field(default_factory=dict)  # layers that stand in place of the model's own
 
     def parameter(self, name: str, declared: Param, like: Tensor) -> nn.Parameter:
         if name not in self.parameters:
@@ -79,6 +80,7 @@ class Program:
     buffers: list[tuple[str, fx.Node]] = field(default_factory=list)
     traces: list[tuple[str, fx.Node]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    replaced: dict[str, nn.Module] = field(default_factory=dict)  # the store's modules that this graph calls
     fragments: dict[Any, Any] = field(default_factory=dict)  # traced once per distinct site signature
 
     @property

@@ -91,8 +91,9 @@ class Rewriting:
         captured = capture(model, call.args, dict(call.kwargs))
         raised, misses = raise_program(captured, self.store, self.prefix)
         steps, warnings = self._steps(raised)
-        if steps and weights_asked(model, call):
-            self._gives_weights(steps, captured)
+        at_sites = [step for step in steps if step.mechanism.stage != "quantize"]
+        if at_sites and weights_asked(model, call):
+            self._gives_weights(at_sites, captured)
         if self.settled is None:
             return self._decide(model, captured, raised, steps, misses, warnings, call)
         return lower(self._again(raised, steps, captured, self.settled).program, captured)
@@ -204,6 +205,12 @@ class Rewriting:
                 fits="call it as it was optimized, or optimize with these inputs",
             )
 
+    def _whole_model_failed(self, refused: Mapping[str, str]) -> tuple[str, ...]:
+        assert self.first is not None
+        back = self.first.rolled_back.get("")
+        said = (f"whole-model pass refused: {refused['']}",) if "" in refused else ()
+        return (*said, f"whole-model passes {back}") if back else said
+
     def _report(self, raised: Program, steps: Sequence[Step]) -> Report:
         assert self.first is not None
         program, results = self.first.outcome.program, {r.path: r for r in self.first.sites}
@@ -227,7 +234,8 @@ class Rewriting:
                 rows.append(Row(site, "refused", reason=refused[path], rule=rules.get(path, "")))
             else:
                 rows.append(Row(site, "kept", before=costs[0], after=costs[1]))
-        passes = tuple(repr(s.mechanism) for s in steps if not s.path and s.path not in refused)
+        whole = self._whole_model_failed(refused)
+        passes = () if whole else tuple(repr(s.mechanism) for s in steps if not s.path)
         return Report(
             model=self.name,
             recipe=" + ".join(r.source or r.digest[:8] for r in self.recipes),
@@ -241,10 +249,10 @@ class Rewriting:
             predicted=(graph_cost(raised.graph), graph_cost(program.graph)),
             warnings=(
                 *self.warnings,
-                *(f"whole-model pass refused: {refused['']}" for _ in [0] if "" in refused),
+                *whole,
                 *(f"rewrite of weights refused: {no}" for _, no in self.moved.refused),
             ),
-            notes=(*self.notes, *raised.notes),
+            notes=(*self.notes, *program.notes),
             details=Details.of(raised, program, self.recipe),
         )
 

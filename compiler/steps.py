@@ -8,6 +8,7 @@ from typing import Any
 from .decisions import Decided, Decisions, decide
 from .mechanism import Mechanism, mechanism, mechanisms
 from .pipeline import Step
+from .quantize import QuantizeLayers, Scheme
 from .recipe import KEEP, Choice, Keep, Recipe, Split
 from .refusal import Refused
 from .site import Site
@@ -43,9 +44,18 @@ def steps_of(recipe: Recipe, sites: Sequence[Site]) -> tuple[list[Step], Decisio
         if not one.refused and (chosen := _chosen(one, by_path[decision.path])) is not None
     ]
     steps += [Step("", mechanism(choice.mechanism, **choice.settings), rule="passes") for choice in recipe.passes]
-    if recipe.quantize and any(choice != KEEP for _, choice in recipe.quantize):
-        raise Refused("quantize", where=recipe.source or "recipe", fits="no quantization scheme is registered yet")
+    if any(choice != KEEP for _, choice in recipe.quantize):
+        chosen_for = tuple((pattern, _scheme(choice)) for pattern, choice in recipe.quantize)
+        steps.append(Step("", QuantizeLayers(chosen_for), rule="quantize"))
     return steps, decisions
+
+
+def _scheme(choice: Choice | Keep) -> Scheme | None:
+    if isinstance(choice, Keep):
+        return None
+    found = mechanism(choice.mechanism, **choice.settings)
+    assert isinstance(found, Scheme)  # the vocabulary gives `quantize` no others
+    return found
 
 
 def _chosen(one: Decided, site: Site) -> Mechanism | None:

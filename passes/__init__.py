@@ -19,10 +19,14 @@ from .linear import rat as rat
 from .linear import slab as slab
 from .mixers import poolformer as poolformer
 from .mixers import titans as titans
+from .quant import qserve as qserve
 from .quant import reorder as reorder
 from .quant import rotate as rotate
 from .quant import smooth_attention as smooth_attention
 from .quant import smooth_proj as smooth_proj
+from .quant import w4a16 as w4a16
+from .quant import w8 as w8
+from .quant import w8a8 as w8a8
 from .score import complexformer as complexformer
 from .score import gpsa as gpsa
 from .score import lssar as lssar

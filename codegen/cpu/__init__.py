@@ -2,11 +2,19 @@
 
 from ...compiler.primitives.attend import attend_op
 from ...compiler.primitives.operator import Kernel
+from ...compiler.primitives.qlinear import qlinear_op
 from ...compiler.primitives.scan import scan_op
-from . import attend, attend_backward, scan
+from . import attend, attend_backward, qlinear, scan
 
 NAME = "generated C++"
 
 _attend = Kernel(NAME, attend.few, attend.run, gradients=attend_backward.gradients, source=attend.shown)
 attend_op.kernels.setdefault("cpu", []).insert(0, _attend)
 scan_op.kernels.setdefault("cpu", []).insert(0, Kernel(NAME, scan.few, scan.run))
+qlinear_op.kernels.setdefault("cpu", []).extend(
+    [
+        Kernel("numbers with bytes", qlinear.no_bytes, qlinear.by_bytes),
+        Kernel("whole numbers", qlinear.no_whole, qlinear.by_whole),
+        Kernel("weights made whole", qlinear.no_numbers, qlinear.by_numbers, plain=True),
+    ]
+)

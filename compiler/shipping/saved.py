@@ -8,6 +8,7 @@ reattend.safetensors              constants of the graphs, and buffers that a st
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ from ..capture import Captured
 from ..hosted import adopt, changed_config, host, hosting, is_hosted, place_at, way_out
 from ..plain_graph import CONSTANTS
 from ..program import Store
+from ..quantized_linear import QuantizedLinear, described, layer_of, quantized_layers
 from ..recipe_load import load_recipe
 from ..refusal import Refused
 from ..report import Report
@@ -78,6 +80,7 @@ def write_beside(fast: Any, folder: str | Path) -> None:
         "sources": [recipe.source for recipe in work.recipes],
         "settled": _settled(work),
         "new": _new_tensors(fast),
+        "quantized": {path: described(layer) for path, layer in quantized_layers(fast).items()},
         "report": work.report.to_dict() if work.report is not None else None,
         "signatures": kept,
         "left_out": left_out,
@@ -156,12 +159,18 @@ def _loaded(source: Path, facts: Mapping[str, Any], model: nn.Module | None) -> 
     own = {name: weights.pop(name) for name in list(weights) if name in new}
     if lost := sorted(set(new) - set(own)):
         raise Refused(f"tensor {lost[0]} is missing", where="model.safetensors", fits="a complete folder")
-    base = stock_model(source, weights, facts) if model is None else model
+    layers = _layers(facts.get("quantized", {}), weights)
+    base = stock_model(source, {**weights, **_places(layers)}, facts) if model is None else model
+    if layers and model is not None:
+        base = copy.deepcopy(model)  # the given one keeps its own layers
+    for path, layer in layers.items():
+        base.set_submodule(path, layer)
     work = _work(source, facts)
     fast: Any = host(base, work.program_for, about=work, limit=max(8, 2 * len(facts["signatures"])))
     for name, kind in new.items():
         place_at(fast, name, nn.Parameter(own[name]) if kind == "parameter" else own[name])
-    if model is not None:
+    if model is not None or layers:
+        weights |= {f"{path}.{n}": t.data for path, layer in layers.items() for n, t in layer.state_dict().items()}
         put_weights(fast, weights, known=set(new))
     for name, value in read_tensors(source / EXTRA).items():
         _put_extra(fast, name, value)
@@ -172,6 +181,27 @@ def _loaded(source: Path, facts: Mapping[str, Any], model: nn.Module | None) -> 
     for captured in [captured_of(entry, fast) for entry in facts["signatures"]]:
         _adopt(fast, captured)
     return fast
+
+
+def _layers(said: Any, weights: dict[str, torch.Tensor]) -> dict[str, QuantizedLinear]:
+    """The quantized layers of a file; their tensors leave the weights."""
+    found = {}
+    for path, one in said.items():
+        segments(path)
+        names = [name for name in weights if name.rpartition(".")[0] == path]
+        found[path] = layer_of(one, {name.rpartition(".")[2]: weights.pop(name) for name in names})
+    return found
+
+
+def _places(layers: Mapping[str, QuantizedLinear]) -> dict[str, torch.Tensor]:
+    """Weights that a class asks for at the places of quantized layers, which are put there afterwards."""
+    found: dict[str, torch.Tensor] = {}
+    for path, layer in layers.items():
+        found[f"{path}.weight"] = torch.zeros((), dtype=layer.dtype).expand(layer.out_features, layer.in_features)
+        bias: Any = layer.bias
+        if bias is not None:
+            found[f"{path}.bias"] = bias.detach()
+    return found
 
 
 def _adopt(fast: Any, captured: Captured) -> None:

@@ -95,7 +95,7 @@ def captured_of(entry: Any, model: nn.Module) -> Captured:
             _texts(call["setting"]),
         )
         graph = graph_of(entry["graph"], model)
-        texts = {n: _texts(entry[n]) for n in _TEXTS}
+        texts: dict[str, Any] = {n: _texts(entry[n]) for n in _TEXTS}
         for name in (*texts["writes"], *texts["buffers"]):
             tensor_at(model, name)
         captured = Captured(

@@ -1,0 +1,199 @@
+"""The stage `quantize`: linear layers of a graph become `qlinear` calls, each by the first pattern that matches it."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from .leaves import Stamp, stamp_text
+from .mechanism import Mechanism
+from .path_glob import glob
+from .ports import op_name
+from .primitives.qlinear import qlinear_op
+from .primitives.qlinear_spec import QLinearSpec
+from .program import Program, get_attr, mount
+from .quantized_linear import QuantizedLinear
+from .refusal import Refused
+
+
+class Scheme(Mechanism):
+    """Base of the quantization schemes: what a layer's weights become."""
+
+    part = "model"
+    stage = "quantize"
+    kind = "approximate"
+
+    def spec(self, inputs: int, *, bias: bool) -> QLinearSpec:
+        """The text of a layer of so many inputs; refused where they do not fit the scheme's groups."""
+        raise NotImplementedError
+
+    def tensors(self, weight: Tensor) -> Sequence[Tensor]:
+        """The tensors that the spec names, of float32 weights (N, K) without holes."""
+        raise NotImplementedError
+
+    def layer(self, weight: Tensor, bias: Any = None) -> QuantizedLinear:
+        """A layer of these weights (N, K)."""
+        spec = self.spec(weight.shape[1], bias=bias is not None)
+        wide = weight.detach().float()
+        if not weight.is_meta and not bool(wide.isfinite().all()):
+            count = int((~wide.isfinite()).sum())
+            raise Refused(f"{count} weights that are no finite numbers", fits="mend the weights, or `keep` this layer")
+        return QuantizedLinear(spec, self.tensors(wide), scheme=repr(self), dtype=weight.dtype, bias=bias)
+
+
+def divisible(inputs: int, group: int, scheme: str) -> int:
+    """A group size as a spec holds it (0: one group), refused where it does not divide the inputs."""
+    if group in (-1, inputs):
+        return 0
+    if group < 1 or inputs % group:
+        least = [d for d in range(min(inputs, max(group, 1)), 0, -1) if inputs % d == 0][:1]
+        fits = f"{scheme}: {{group_size: {least[0] if least else -1}}}, or -1: one group an output"
+        raise Refused(f"group_size {group} does not divide {inputs} inputs", fits=fits)
+    return group
+
+
+@dataclass(frozen=True, repr=False)
+class QuantizeLayers(Mechanism):
+    """What a recipe's `quantize` section asks for, as one pass over the whole model."""
+
+    choices: tuple[tuple[str, Scheme | None], ...] = ()
+
+    slug = "quantize"
+    part = "model"
+    stage = "quantize"
+    kind = "approximate"
+
+    def __repr__(self) -> str:
+        return "quantize(" + ", ".join(f"{pattern}: {chosen or 'keep'!r}" for pattern, chosen in self.choices) + ")"
+
+    def apply(self, program: Program, paths: Sequence[str]) -> None:
+        layers, refused, done = linear_layers(program.graph), dict[str, Refused](), dict[str, list[str]]()
+        matched: set[str] = set()
+        for path, calls in layers.items():
+            full = ".".join(part for part in (program.prefix, path) if part)
+            pattern, scheme = next(((p, s) for p, s in self.choices if glob(p).matches(full)), ("", None))
+            matched.add(pattern)
+            if scheme is None:
+                continue
+            try:
+                _quantize(program, path, calls, scheme)
+                done.setdefault(repr(scheme), []).append(path)
+            except Refused as reason:
+                if pattern == full:  # asked for by name
+                    raise reason.at(full) from None
+                refused[full] = reason
+        if refused and not done:
+            path, first = next(iter(refused.items()))
+            raise Refused(f"no layer could be quantized; {path}: {first.found}", where="quantize", fits=first.fits)
+        if not done and any(scheme for _, scheme in self.choices):
+            raise Refused("no linear layer matches", where="quantize", fits=_some(layers) or "this model has none")
+        program.notes += _told(program, done, refused, [p for p, _ in self.choices if p not in matched])
+
+
+def linear_layers(graph: fx.GraphModule) -> dict[str, list[fx.Node]]:
+    """The calls of linear layers by the path of the layer, quantized ones too; only those with weights of their own."""
+    found: dict[str, list[fx.Node]] = {}
+    for node in graph.graph.nodes:
+        weight = _weight(node)
+        if weight is not None:
+            found.setdefault(str(weight.target).rpartition(".")[0], []).append(node)
+    return found
+
+
+def _weight(node: fx.Node) -> fx.Node | None:
+    """The node of a linear call's weight, or codes, where it is a tensor of a module."""
+    held: Any = None
+    if node.target is qlinear_op.op:
+        held = node.args[1][0]  # type: ignore[index]
+    elif op_name(node) == "linear":
+        held = node.args[1]
+    whole = isinstance(held, fx.Node) and held.op == "get_attr" and str(held.target).endswith((".weight", ".codes"))
+    return held if whole else None
+
+
+def _quantize(program: Program, path: str, calls: Sequence[fx.Node], scheme: Scheme) -> None:
+    standing = {str(n.args[2]) for n in calls if n.target is qlinear_op.op}
+    if standing:
+        spec = QLinearSpec.of(next(iter(standing)))
+        if standing != {scheme.spec(spec.inputs, bias=spec.bias).text}:
+            fits = "start from the original model"
+            raise Refused(f"quantized already ({spec.text}), now {scheme!r} is asked", fits=fits)
+        return
+    held = _weight(calls[0])
+    assert held is not None
+    others = [u for node in program.graph.graph.find_nodes(op="get_attr", target=held.target) for u in node.users
+              if u not in calls]  # fmt: skip
+    if others:
+        fits = "`keep`, or a mechanism that reads no weights of this layer"
+        raise Refused(f"its weights are also read by %{others[0].name}", fits=fits)
+    if path not in program.store.modules:
+        bias = _bias(calls[0])
+        value = _tensor(program.graph, str(held.target))
+        given = None if bias is None else _tensor(program.graph, str(bias.target))
+        program.store.modules[path] = scheme.layer(value, given)
+    layer = program.store.modules[path]
+    assert isinstance(layer, QuantizedLinear)
+    for node in calls:
+        _replace(program, path, node, layer)
+    program.replaced[path] = layer
+
+
+def _bias(node: fx.Node) -> fx.Node | None:
+    found: Any = node.args[2] if len(node.args) > 2 else None
+    return found
+
+
+def _tensor(graph: nn.Module, target: str) -> Any:
+    return operator.attrgetter(target)(graph)
+
+
+def _replace(program: Program, path: str, node: fx.Node, layer: QuantizedLinear) -> None:
+    graph, fake = program.graph.graph, program.fake_mode.from_tensor
+    held = []
+    for name in layer.spec.names:
+        if name != "bias":
+            mount(program.graph, f"{path}.{name}", getattr(layer, name))
+            held.append(get_attr(graph, node, f"{path}.{name}", getattr(layer, name), fake))
+    if layer.spec.bias:
+        bias = _bias(node)
+        assert bias is not None
+        held.append(bias)
+    with graph.inserting_before(node):
+        call = graph.call_function(qlinear_op.op, (node.args[0], held, layer.spec.text))
+        output = graph.call_function(operator.getitem, (call, 0))
+    output.meta = dict(node.meta)
+    call.meta = dict(node.meta) | {"val": [node.meta["val"]]}
+    stamp = node.meta.get("leaf")
+    node.replace_all_uses_with(output)
+    graph.erase_node(node)
+    if stamp is not None:
+        for made in (call, output):
+            made.meta["leaf"] = Stamp(stamp.call, path, 2, stamp_text(made))
+
+
+def _told(program: Program, done: dict[str, list[str]], refused: dict[str, Refused], idle: list[str]) -> list[str]:
+    lines = []
+    for scheme, paths in done.items():
+        before, after = (sum(_bytes(program, path, now=now) for path in paths) for now in (False, True))
+        lines.append(f"quantized {len(paths)} linear layers by {scheme}: {before} bytes of weights are {after}")
+    lines += [f"not quantized, {path}: {reason}" for path, reason in refused.items()]
+    return lines + [f"quantize: {pattern!r} matches no linear layer that is left" for pattern in idle]
+
+
+def _bytes(program: Program, path: str, *, now: bool) -> int:
+    layer: Any = program.store.modules.get(path)
+    if layer is None:
+        return 0
+    if now:
+        return sum(t.numel() * t.element_size() for t in layer.buffers())
+    return int(layer.in_features * layer.out_features * torch.empty((), dtype=layer.dtype).element_size())
+
+
+def _some(layers: dict[str, list[fx.Node]]) -> str:
+    names = list(layers)
+    return ", ".join(names[:4]) + (f" ... ({len(names)})" if len(names) > 4 else "")

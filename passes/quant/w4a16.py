@@ -1,0 +1,32 @@
+"""Weights of 4 bits with a scale and a zero for each group of inputs; activations stay as they are (the format of AWQ,
+arXiv 2306.00978, rounded to nearest).
+
+    W ~ c s - z,   s = (max - min) / 15,   z = -min   over a group,   c = round((W + z) / s) in 0..15
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ...compiler.mechanism import register
+from ...compiler.primitives.qlinear_spec import QLinearSpec, packed
+from ...compiler.quantize import Scheme, divisible
+from .rounding import by_group
+
+
+@register("w4a16")
+@dataclass(frozen=True)
+class W4A16(Scheme):
+    group_size: int = 128  # inputs that share a scale; -1: all of an output's
+
+    paper = "arXiv 2306.00978"
+
+    def spec(self, inputs: int, *, bias: bool) -> QLinearSpec:
+        return QLinearSpec("int4", inputs, group=divisible(inputs, self.group_size, "w4a16"), bias=bias)
+
+    def tensors(self, weight: Tensor) -> Sequence[Tensor]:
+        codes, scale, zero = by_group(weight, self.spec(weight.shape[1], bias=False).group)
+        return packed(codes), scale, zero
