@@ -30,11 +30,15 @@ class Scheme(Mechanism):
 
     def spec(self, inputs: int, *, bias: bool) -> QLinearSpec:
         """The text of a layer of so many inputs; refused where they do not fit the scheme's groups."""
-        raise NotImplementedError
+        raise Refused(
+            f"{self.slug} has no spec(inputs, bias)", where="quantize", fits="a scheme says what its layers are"
+        )
 
     def tensors(self, weight: Tensor) -> Sequence[Tensor]:
         """The tensors that the spec names, of float32 weights (N, K) without holes."""
-        raise NotImplementedError
+        raise Refused(
+            f"{self.slug} has no tensors(weight)", where="quantize", fits="a scheme says what its layers hold"
+        )
 
     def layer(self, weight: Tensor, bias: Any = None) -> QuantizedLinear:
         """A layer of these weights (N, K)."""

@@ -1,8 +1,10 @@
 """Kernels for GPUs: Triton generated from a spec, readable, and checked on machines without a GPU."""
 
 from ...compiler.primitives.attend import attend_op
+from ...compiler.primitives.merge import merge_op
 from ...compiler.primitives.operator import Kernel
-from . import attend, launch, launch_gradient
+from ...compiler.primitives.scan import scan_op
+from . import attend, launch, launch_gradient, launch_scan, launch_scan_gradient, merge
 
 NAME = "generated Triton"
 
@@ -10,3 +12,6 @@ NAME = "generated Triton"
 attend_op.kernels.setdefault("cuda", []).insert(
     1, Kernel(NAME, launch.refuses, launch.run, gradients=launch_gradient.gradients, source=attend.shown)
 )
+_scan = Kernel(NAME, launch_scan.refuses, launch_scan.run, gradients=launch_scan_gradient.gradients)
+scan_op.kernels.setdefault("cuda", []).insert(0, _scan)
+merge_op.kernels.setdefault("cuda", []).insert(0, Kernel(NAME, merge.refuses, merge.run))

@@ -1,0 +1,68 @@
+"""Quantized layers through recipes: which, saved and loaded, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_models import Stack
+
+import reattend
+from reattend.compiler.mechanism import mechanism
+from reattend.compiler.primitives.qlinear_spec import whole_weights
+from reattend.compiler.quantized_linear import QuantizedLinear, quantized_layers
+from reattend.compiler.refusal import Refused
+
+X = (torch.randn(2, 7, 32, generator=torch.Generator().manual_seed(0)),)
+
+
+def quantized(model: torch.nn.Module, wishes: Any) -> Any:
+    return reattend.optimize(model, {"version": 1, "quantize": wishes}, X, measure=False)
+
+
+@pytest.mark.parametrize("scheme", ["w8", "w8a8", {"w4a16": {"group_size": 16}}, {"qserve": {"group_size": 16}}])
+def test_layers_are_replaced_and_come_back_from_a_folder(scheme: Any, tmp_path: Path) -> None:
+    model = Stack().eval()
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    fast = quantized(model, {"**.o_proj": "keep", "*": scheme})
+    layers = quantized_layers(fast)
+    assert len(layers) == 15 and not any("o_proj" in path for path in layers)
+    assert all(torch.equal(before[n], t) for n, t in model.state_dict().items())
+    assert not any(n.endswith("q_proj.weight") for n in fast.state_dict())
+    y, error = fast(*X), float((fast(*X) - model(*X)).detach().norm() / model(*X).detach().norm())
+    assert 0 < error < 0.2
+    reattend.save(fast, tmp_path)
+    assert torch.equal(reattend.load(tmp_path, Stack())(*X), y)
+
+
+@pytest.mark.parametrize("kind", ["random", "outlier", "constant", "negative", "zero", "tiny"])
+def test_progressive_groups_stay_in_eight_bits(kind: str) -> None:
+    w = torch.randn(8, 64)
+    if kind == "outlier":
+        w[:, 5] *= 1e3
+    w = {"constant": w * 0 + 3.0, "negative": -w.abs() - 1, "zero": w * 0, "tiny": w * 1e-30}.get(kind, w)
+    layer: QuantizedLinear = mechanism("qserve", group_size=16).layer(w)  # type: ignore[attr-defined]
+    whole = whole_weights([getattr(layer, n) for n in layer.spec.names], layer.spec)
+    assert torch.equal(whole, whole.round()) and whole.min() >= -128 and whole.max() <= 127
+    assert layer.weight.isfinite().all()
+
+
+def test_bad_weights_group_sizes_and_quantizing_twice_are_refused() -> None:
+    broken = Stack().eval()
+    broken.layers[0].attn.q_proj.weight.data[0, 0] = torch.nan  # type: ignore[union-attr,index,operator]
+    with pytest.raises(Refused, match="1 weights that are no finite numbers"):
+        quantized(broken, {"layers.0.attn.q_proj": "w8"})
+    with pytest.raises(Refused, match="group_size 24 does not divide 32 inputs"):
+        quantized(Stack().eval(), {"*": {"w4a16": {"group_size": 24}}})
+    with pytest.raises(Refused, match="no linear layer matches"):
+        quantized(Stack().eval(), {"nowhere": "w8"})
+    twice = quantized(quantized(Stack().eval(), "w8"), "w8a8")
+    assert any("quantized already" in line for line in twice.report.warnings)
+
+
+def test_a_cast_leaves_codes_and_scales() -> None:
+    layer: Any = mechanism("w8").layer(torch.randn(4, 8))  # type: ignore[attr-defined]
+    layer.to(torch.bfloat16)
+    assert (layer.codes.dtype, layer.scale.dtype) == (torch.int8, torch.float32)
