@@ -114,6 +114,8 @@ def _products(node: fx.Node, inputs: list[Tensor], outputs: list[Tensor]) -> flo
     if name == "scan":
         q, v = inputs[0], inputs[2]
         return 4.0 * prod(sizes(q)) * sizes(v)[-1]
+    if name == "qlinear":
+        return 2.0 * prod(sizes(outputs[0])) * sizes(inputs[0])[-1]
     if name in ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm") and len(inputs) >= 2:
         left = inputs[1] if name in ("addmm", "baddbmm") else inputs[0]
         return 2.0 * prod(sizes(outputs[0])) * sizes(left)[-1]

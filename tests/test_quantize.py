@@ -62,6 +62,11 @@ def test_bad_weights_group_sizes_and_quantizing_twice_are_refused() -> None:
     assert any("quantized already" in line for line in twice.report.warnings)
 
 
+def test_products_with_codes_cost_what_products_cost_and_fewer_bytes() -> None:
+    before, after = quantized(Stack().eval(), {"*": "w8"}).report.predicted
+    assert after.products == before.products > 0 and after.bytes < before.bytes
+
+
 def test_a_cast_leaves_codes_and_scales() -> None:
     layer: Any = mechanism("w8").layer(torch.randn(4, 8))  # type: ignore[attr-defined]
     layer.to(torch.bfloat16)
