@@ -141,8 +141,8 @@ def _sizes(kernel: Scan, D: int, E: int, bits: int) -> Arguments:
     deep = padded(D)
     rows = (64 if deep <= 128 else 32) if kernel.decay != "channels" else 32 if deep <= 64 else 16
     stages = 2 if bits == 16 and deep <= 64 else 1
-    return {"T": rows, "BE": min(padded(E), 64 if deep <= 128 else 32), "STAGES": stages, "num_stages": stages,
-            "num_warps": 8 if deep > 64 else 4}  # fmt: skip
+    return {"T": rows, "BE": min(padded(E), 64 if deep <= 64 else 32), "STAGES": stages, "num_stages": stages,
+            "num_warps": 8 if deep >= 64 else 4}  # fmt: skip
 
 
 def _precision(q: Tensor) -> str:
