@@ -82,8 +82,8 @@ def attention_and_aux(
         knobs["grid"] = grid
     if isinstance(slug, str):
         asked = sum(type(mechanism(slug)).asked_ports(), ())
-        ports = {**ports, **{n: t for n, t in knobs.items() if isinstance(t, Tensor) and n in asked}}
-        knobs = {n: t for n, t in knobs.items() if n not in ports}
+        meant = {n: t for n, t in knobs.items() if isinstance(t, Tensor) and n in asked}
+        ports, knobs = {**ports, **meant}, {n: value for n, value in knobs.items() if n not in meant}
         knobs |= {n: True for n in params if n not in knobs and mechanism(slug).knobs().get(n, ("", None))[1] is False}
     chosen = as_mechanism(slug, **knobs)
     if chosen.part not in ("core", "gate"):

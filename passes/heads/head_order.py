@@ -23,6 +23,11 @@ class HeadOrder(WeightPass):
 
     paper = "arXiv 2410.10819"
 
+    def __post_init__(self) -> None:
+        """A recipe gives lists."""
+        frozen = tuple((path, tuple(order)) for path, order in self.orders)
+        object.__setattr__(self, "orders", frozen)
+
     def move(self, weights: Weights) -> None:
         if not self.orders:
             raise Refused("no orders", fits="orders: [[model.layers.0.self_attn, [1, 0]]]")
