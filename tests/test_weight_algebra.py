@@ -65,7 +65,7 @@ def shaken(model: nn.Module) -> nn.Module:
 
 
 def groups_of(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[Group, ...]:
-    program, _ = raise_program(capture(model, (), inputs), Store())
+    program, _ = raise_program(capture(model.eval(), (), inputs), Store())
     return find_groups(program)
 
 
