@@ -1,5 +1,4 @@
-"""Position-persistent sparse decoding: two layers select tokens, the layers behind them read only those (TidalDecode,
-arXiv 2410.05076).
+"""Sparse decoding: two layers select tokens, the layers behind them read only those (TidalDecode, arXiv 2410.05076).
 
     layer < sparse_layer_start                      full attention
     layer = sparse_layer_start, correction_layer    full attention, and idx = top_k of s = q k^T * scale

@@ -1,5 +1,4 @@
-"""Weights of 4 bits inside 8: groups of whole numbers under one scale an output, activations of 8 bits (QoQ's W4A8,
-QServe, arXiv 2405.04532).
+"""Weights of 4 bits inside 8, activations of 8: groups of whole numbers under one scale (QServe, arXiv 2405.04532).
 
     s0_o = half(max |W_o| / 120),   U = clip(W / s0, -120, 120)
     s1 = round((max U - min U) / 15),   z = round(-min U)   over a group, whole numbers of 8 bits

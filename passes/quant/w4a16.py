@@ -1,7 +1,6 @@
-"""Weights of 4 bits with a scale and a zero for each group of inputs; activations stay as they are (the format of AWQ,
-arXiv 2306.00978, rounded to nearest).
+"""Weights of 4 bits, a scale and a zero for each group of inputs, rounded to nearest (AWQ's format, arXiv 2306.00978).
 
-    W ~ c s - z,   s = (max - min) / 15,   z = -min   over a group,   c = round((W + z) / s) in 0..15
+W ~ c s - z,   s = (max - min) / 15,   z = -min   over a group,   c = round((W + z) / s) in 0..15
 """
 
 from __future__ import annotations

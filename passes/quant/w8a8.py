@@ -1,7 +1,6 @@
-"""Weights of 8 bits, one scale an output; activations of 8 bits, one scale a token, found at run time (ZeroQuant,
-arXiv 2206.01861).
+"""Weights of 8 bits, a scale an output; activations of 8 bits, a scale a token (ZeroQuant, arXiv 2206.01861).
 
-    y_t = s_t (round(x_t / s_t) . c) s,   s_t = max |x_t| / 127,   W ~ c s
+y_t = s_t (round(x_t / s_t) . c) s,   s_t = max |x_t| / 127,   W ~ c s
 """
 
 from __future__ import annotations
