@@ -3,12 +3,12 @@
 //   B, H, N, D     batch, query heads, query rows, their size           Hk, M, Dv   key heads, keys, size of a value
 //   BM, BN         rows of a block of queries, keys of a tile           b, h, i, j  logical indices, as the spec has them
 //   LN             numbers from one row of a tile's scores to the next: BN up to a whole number of vectors
-//   m, l           of a row: the highest score so far, the sum of its weights (scores are in powers of 2)
+//   m, l           of a row: about the highest score so far, the sum of weights against it (scores are in powers of 2)
 //
 // In front of this text stand BM, BN, SEGMENTS, NORMALISER, EPS, SINK, VALUES (o is asked for), BACK, AHEAD, SINKS; for every segment S
-//   Spec<S>::score(s, b, h, i, j), ::keep(b, h, i, j), ::seen(b, h, i0, i1, j0, j1): 0 none, 1 some, 2 all are kept;
-// and weight(s, b, h, i), sink(b, h, i). All take the tables t that the expressions look up. HALVES: q, k, v are bfloat16
-// and the products are those of units.hpp; else everything is float32.
+//   Spec<S> of a row (b, h, i, t): score(s, j), weight(s), keep(j); and ::seen(b, h, i0, i1, j0, j1): 0 none, 1 some, 2 all are kept;
+// and sink(b, h, i, t); t: the tables that the expressions look up. HALVES: q, k, v, o are bfloat16 and the products are those of
+// units.hpp; else everything is float32.
 
 #ifdef HALVES
 typedef half cell;
@@ -27,8 +27,7 @@ struct Source {
     const int32_t *place; int64_t place_b, place_h;  // the position j of each row, or null: 0, 1, ...
 };
 struct Call {
-    Rows q;
-    Of<float> o;
+    Rows q, o;
     int64_t B, H, N, D, Dv, shift, threads;
     const int32_t *q_place; int64_t q_place_b, q_place_h;
     const int32_t *list; int64_t list_b, list_h, list_q, listed;  // key tiles of each query tile, or null
@@ -38,39 +37,44 @@ struct Call {
 };
 
 constexpr int64_t LN = (BN + WIDE - 1) / WIDE * WIDE;
+constexpr float SLACK = 8.f;  // by how many powers of 2 a weight may be above 1 before the others are made smaller
 constexpr float LN2 = 0.69314718055994531f;
 constexpr int32_t NOWHERE = INT32_MIN;  // the position of a place at which no key stands
 // Keys of one head as tiles D x BN, values as tiles BN x Dv (or as they lie in memory); positions beside them.
 struct Packed { cell *k, *v; int32_t* j; int64_t tiles; };
 
-#ifdef HALVES  // pairs of rows, both numbers of a column side by side
-INLINE int64_t at(int64_t row, int64_t column, int64_t columns) { return row / 2 * columns * 2 + column * 2 + row % 2; }
-INLINE int64_t across(int64_t columns) { return columns * 2; }
+// Where the second factor of a product, of so many rows and columns, has a number; and its stride, as `product` takes it.
+#ifdef HALVES
+INLINE int64_t at(int64_t row, int64_t column, int64_t rows, int64_t) {
+    return column / 16 * rows * 16 + row / 2 * 32 + column % 16 * 2 + row % 2;
+}
+INLINE int64_t stride(int64_t rows, int64_t) { return rows * 16; }
 static bool values_as_they_are(const Call&, const Source&) { return false; }
 #else
-INLINE int64_t at(int64_t row, int64_t column, int64_t columns) { return row * columns + column; }
-INLINE int64_t across(int64_t columns) { return columns; }
+INLINE int64_t at(int64_t row, int64_t column, int64_t, int64_t columns) { return row * columns + column; }
+INLINE int64_t stride(int64_t, int64_t columns) { return columns; }
 static bool values_as_they_are(const Call& c, const Source& s) { return s.v.d == 1 && c.Dv % VL == 0 && !s.at; }
 #endif
 
 // A key as column n of its tile; one or two rows of values, the first of them row n.
 #ifdef HALVES
-INLINE void put_key(const cell* key, int64_t step, int64_t D, cell* k, int64_t n) {
+INLINE void put_key(const cell* key, int64_t step, int64_t D, int64_t deep, cell* k, int64_t n) {
     int64_t d = 0;
-    if (step == 1) for (; d + 2 <= D; d += 2) memcpy(k + at(d, n, LN), key + d, 2 * sizeof(cell));
-    for (; d < D; d++) k[at(d, n, LN)] = key[d * step];
+    if (step == 1) for (; d + 2 <= D; d += 2) memcpy(k + at(d, n, deep, LN), key + d, 2 * sizeof(cell));
+    for (; d < D; d++) k[at(d, n, deep, LN)] = key[d * step];
 }
 INLINE void put_values(const cell* const* rows, int64_t count, int64_t step, int64_t Dv, cell* v, int64_t n, int64_t wide) {
-    cell* to = v + n * wide;
-    if (count == 2 && step == 1) for (int64_t d = 0; d < Dv; d++) to[2 * d] = rows[0][d], to[2 * d + 1] = rows[1][d];
-    else for (int64_t r = 0; r < count; r++) for (int64_t d = 0; d < Dv; d++) to[2 * d + r] = rows[r][d * step];
+    int64_t d = 0;
+    if (count == 2 && step == 1)
+        for (; d + VL <= Dv; d += VL) *(vi*)(v + at(n, d, BN, wide)) = wholes(*(const vh*)(rows[0] + d)) | wholes(*(const vh*)(rows[1] + d)) << 16;
+    for (; d < Dv; d++) for (int64_t r = 0; r < count; r++) v[at(n + r, d, BN, wide)] = rows[r][d * step];
 }
 #else
-INLINE void put_key(const cell* key, int64_t step, int64_t D, cell* k, int64_t n) {
-    for (int64_t d = 0; d < D; d++) k[at(d, n, LN)] = key[d * step];
+INLINE void put_key(const cell* key, int64_t step, int64_t D, int64_t deep, cell* k, int64_t n) {
+    for (int64_t d = 0; d < D; d++) k[at(d, n, deep, LN)] = key[d * step];
 }
 INLINE void put_values(const cell* const* rows, int64_t count, int64_t step, int64_t Dv, cell* v, int64_t n, int64_t wide) {
-    for (int64_t r = 0; r < count; r++) for (int64_t d = 0; d < Dv; d++) v[at(n + r, d, wide)] = rows[r][d * step];
+    for (int64_t r = 0; r < count; r++) for (int64_t d = 0; d < Dv; d++) v[at(n + r, d, BN, wide)] = rows[r][d * step];
 }
 #endif
 
@@ -84,7 +88,7 @@ static void pack(const Call& c, const Source& s, int64_t b, int64_t h, int64_t t
     for (int64_t n = 0; n < count; n++) {
         const int64_t row = s.at ? s.at[b * s.at_b + h * s.at_h + first + n] : first + n, from = row < 0 ? 0 : row;
         to.j[first + n] = row < 0 ? NOWHERE : s.place ? s.place[b * s.place_b + h * s.place_h + row] : (int32_t)row;
-        put_key(s.k.data + b * s.k.b + h * s.k.h + from * s.k.n, s.k.d, c.D, k, n);
+        put_key(s.k.data + b * s.k.b + h * s.k.h + from * s.k.n, s.k.d, c.D, deep, k, n);
         if (!to.v) continue;
         rows[n % 2] = s.v.data + b * s.v.b + h * s.v.h + from * s.v.n;
         if (n % 2 || n + 1 == count) put_values(rows, 1 + n % 2, s.v.d, c.Dv, v, n / 2 * 2, wide);
@@ -106,21 +110,20 @@ INLINE void put(cell* p, vf w) { *(vh*)p = halves(w); }
 INLINE void put(cell* p, vf w) { store(p, w); }
 #endif
 
-// Scores of a block against one tile become weights; m, l and o follow.
+// Scores of a block against one tile become weights; m, l and o follow. WHOLE: all keys of a tile, and no row leaves one out.
 template <int S, bool WHOLE> INLINE void weigh(const Call& c, Block& x, const int32_t* place, int64_t width, int32_t j0) {
-    const int64_t lanes = rounded(width, VL);
-    const int b = (int)x.b, h = (int)x.h;
+    const int64_t lanes = WHOLE ? BN : rounded(width, VL);
     for (int64_t r = 0; r < x.count; r++) {
         float* s = x.s + r * LN;
         cell* p = x.p + r * LN;
-        const int i = x.i[r];
+        const Spec<S> row((int)x.b, (int)x.h, x.i[r], c.t);
         vf top = all(-INF), sum{};
         for (int64_t n = 0; n < lanes; n += VL) {
             const vi j = place ? *(const vi*)(place + n) : count() + (j0 + (int32_t)n);
-            vf y = Spec<S>::score(load(s + n), b, h, i, j, c.t);
-            if (NORMALISER != SOFTMAX) y = weight(y, b, h, i, c.t);
+            vf y = row.score(load(s + n), j);
+            if (NORMALISER != SOFTMAX) y = row.weight(y);
             if (!WHOLE) {
-                vi kept = Spec<S>::keep(b, h, i, j, c.t) & (count() + (int32_t)n < (int32_t)width);
+                vi kept = row.keep(j) & (count() + (int32_t)n < (int32_t)width);
                 if (place) kept &= j != NOWHERE;
                 y = select(kept, y, all(NORMALISER == SOFTMAX ? -INF : 0.f));
             }
@@ -128,8 +131,8 @@ template <int S, bool WHOLE> INLINE void weigh(const Call& c, Block& x, const in
             else put(p + n, y), sum += y;
         }
         if (NORMALISER == SOFTMAX) {
-            if (any_above(top, x.m[r])) {  // what was gathered so far was weighed against a lower score
-                const float m = highest(top), less = x.m[r] == -INF ? 0.f : exp2f(x.m[r] - m);
+            if (any_above(top, x.m[r] + SLACK)) {  // what was gathered so far was weighed against a much lower score
+                const float m = highest(top), less = x.m[r] == -INF ? 0.f : exp2_(all(x.m[r] - m))[0];
                 store(x.l + r * VL, load(x.l + r * VL) * less);
                 for (int64_t d = 0; d < x.ldo; d += VL) store(x.o + r * x.ldo + d, load(x.o + r * x.ldo + d) * less);
                 x.m[r] = m;
@@ -141,25 +144,26 @@ template <int S, bool WHOLE> INLINE void weigh(const Call& c, Block& x, const in
                 sum += w;
             }
         }
-        for (int64_t n = lanes; n < rounded(width, DEEP); n += VL) put(p + n, vf{});
+        for (int64_t n = lanes; n < (WHOLE ? BN : rounded(width, DEEP)); n += VL) put(p + n, vf{});
         store(x.l + r * VL, load(x.l + r * VL) + sum);
     }
 }
 
-template <int S> static void tile(const Call& c, Block& x, const Packed& keys, int64_t number, int32_t i0, int32_t i1) {
+// One tile, or its first keys.
+template <int S> static void tile(const Call& c, Block& x, const Packed& keys, int64_t number, int32_t i0, int32_t i1, int64_t most = BN) {
     const Source& s = c.source[S];
-    const int64_t first = number * BN, width = s.keys - first < BN ? s.keys - first : BN;
+    const int64_t first = number * BN, width = smaller(s.keys - first, most);
     const bool placed = s.at || s.place || c.q_place;
     const int seen = placed ? 1 : Spec<S>::seen((int)x.b, (int)x.h, i0, i1, (int32_t)first, (int32_t)(first + width - 1));
     if (seen == 0) return;
     const int64_t deep = rounded(c.D, DEEP), rows = rounded(x.count, TALL);
-    product<false>(rows, rounded(width, WIDE), deep, x.q, deep, keys.k + number * deep * LN, across(LN), x.s, LN);
+    product<false>(rows, rounded(width, WIDE), deep, x.q, deep, keys.k + number * deep * LN, stride(deep, LN), x.s, LN);
     const int32_t* place = s.at || s.place ? keys.j + first : nullptr;
-    if (seen == 2 && width % VL == 0) weigh<S, true>(c, x, place, width, (int32_t)first);
+    if (seen == 2 && width == BN && BN % VL == 0) weigh<S, true>(c, x, place, width, (int32_t)first);
     else weigh<S, false>(c, x, place, width, (int32_t)first);
     if (!VALUES) return;
     const cell* v = keys.v ? keys.v + first * x.ldo : s.v.data + x.b * s.v.b + x.h / (c.H / s.Hk) * s.v.h + first * s.v.n;
-    product<true>(rows, x.ldo, rounded(width, DEEP), x.p, LN, v, keys.v ? across(x.ldo) : s.v.n, x.o, x.ldo);
+    product<true>(rows, x.ldo, rounded(width, DEEP), x.p, LN, v, keys.v ? stride(BN, x.ldo) : s.v.n, x.o, x.ldo);
 }
 
 // The tiles that the rows i0 ... i1 can reach: the sinks', then those of the band.
@@ -180,8 +184,9 @@ template <int S> static void tiles(const Call& c, Block& x, const Packed& keys, 
         if (BACK != INT64_MAX) low = i0 - BACK > 0 ? (i0 - BACK) / BN : 0;
         sinks = smaller<int64_t>(low, rounded(SINKS, BN) / BN);
     }
-    for (int64_t n = 0; n < smaller(sinks, high); n++) tile<S>(c, x, keys, n, i0, i1);
-    for (int64_t n = low; n < high; n++) tile<S>(c, x, keys, n, i0, i1);
+    // The nearest first: there a score that falls with the distance is highest, and no later tile outweighs it.
+    for (int64_t n = high; n-- > low;) tile<S>(c, x, keys, n, i0, i1);
+    for (int64_t n = 0; n < smaller(sinks, high); n++) tile<S>(c, x, keys, n, i0, i1, smaller<int64_t>(BN, SINKS - n * BN));
 }
 
 template <int S> static void segments(const Call& c, Block& x, const Packed* keys, int32_t i0, int32_t i1) {
@@ -201,11 +206,13 @@ static void begin(const Call& c, Block& x, int32_t& i0, int32_t& i1) {
         if (SINK) {  // one key more, whose value is 0
             const vf s = sink((int)x.b, (int)x.h, x.i[r], c.t);
             if (NORMALISER == SOFTMAX) x.m[r] = s[0], x.l[r * VL] = s[0] == -INF ? 0.f : 1.f;
-            else x.l[r * VL] = weight(s, (int)x.b, (int)x.h, x.i[r], c.t)[0];
+            else x.l[r * VL] = Spec<0>((int)x.b, (int)x.h, x.i[r], c.t).weight(s)[0];
         }
         const int64_t deep = rounded(c.D, DEEP);
         const cell* query = c.q.data + x.b * c.q.b + x.h * c.q.h + n * c.q.n;
-        for (int64_t d = 0; d < deep; d++) x.q[r * deep + d] = d < c.D ? query[d * c.q.d] : cell(0);
+        cell* to = x.q + r * deep;
+        if (c.q.d == 1) memcpy(to, query, sizeof(cell) * c.D); else for (int64_t d = 0; d < c.D; d++) to[d] = query[d * c.q.d];
+        for (int64_t d = c.D; d < deep; d++) to[d] = 0;
     }
     memset(x.o, 0, sizeof(float) * x.count * x.ldo);
 }
@@ -220,8 +227,12 @@ static void finish(const Call& c, const Block& x) {
             const float log = l == 0.f ? -INF : logf(l);
             c.lse[(x.b * c.H + x.h) * c.N + n] = NORMALISER == SOFTMAX && x.m[r] != -INF ? x.m[r] * LN2 + log : log;
         }
-        float* o = c.o.data + x.b * c.o.b + x.h * c.o.h + n * c.o.n;
-        for (int64_t d = 0; d < c.Dv; d++) o[d] = x.o[r * x.ldo + d] / divisor;
+        cell *o = c.o.data + x.b * c.o.b + x.h * c.o.h + n * c.o.n, line[VL];
+        for (int64_t d = 0; d < c.Dv; d += VL) {
+            const int64_t count = smaller<int64_t>(VL, c.Dv - d);
+            put(count == VL ? o + d : line, load(x.o + r * x.ldo + d) / divisor);
+            if (count < VL) memcpy(o + d, line, sizeof(cell) * count);
+        }
     }
 }
 
@@ -266,6 +277,7 @@ extern "C" int run(const Call* call) {
     const int64_t rows = rounded(BM, TALL), deep = rounded(c.D, DEEP);
 #pragma omp parallel num_threads(c.threads)
     {
+        const NoSubnormals flushing;
         Workspace own(rows * (deep + LN + LN + ldo));
         Block x;
         x.o = own.data, x.s = x.o + rows * ldo, x.ldo = ldo;

@@ -11,16 +11,17 @@ import torch
 from torch import Tensor
 
 from ...compiler.doctor import cpu_flags
+from ...compiler.factors import carried
 from ...compiler.primitives.attend_spec import AttendSpec
 from ...compiler.primitives.operator import Groups
 from ...compiler.primitives.rows import repeat_heads
 from ...compiler.reach import Reach, reach
 from ...compiler.refusal import Refused
 from ...compiler.symbol_text import parse
-from ...compiler.symbols import TRUE, Expr, as_expr, build
+from ...compiler.symbols import TRUE, Expr
 from .memory import Rows, as_dtype, index_of, kinds_of, pointer, step, tables_of, whole_numbers
 from .printer import box
-from .skeleton import function, skeleton
+from .skeleton import function, of_a_row, skeleton
 from .toolchain import NO_COMPILER, built, toolchain
 
 LOG2E = 1 / math.log(2)
@@ -81,8 +82,7 @@ def source(text: str, tables: str, halves: str = "") -> str:
         reach_said(bound),
         "template <int S> struct Spec;",
         *(_segment(n, keep, score, spec, tables) for n, (keep, score, _) in enumerate(spec.segments)),
-        function("vf weight(vf s, int b, int h, int i, const Table* t)", parse(spec.weight or "exp(s)"), "vf", tables),
-        function("vf sink(int b, int h, int i, const Table* t)", _sink(spec), "vf", tables),
+        function("vf sink(int b, int h, int i, const Table* t)", scores(spec, parse(spec.sink or "0.0")), "vf", tables),
     ]
     return skeleton("attend.cpp", head, halves=halves)
 
@@ -93,8 +93,10 @@ def shown(text: str) -> str:
 
 
 def _block(bound: Reach, halves: str) -> tuple[int, int]:
-    """Rows of queries and of keys that are worked on at a time: measured; a band wastes less with few keys."""
-    return (64 if halves else _ROWS), (64 if halves else 32) if bound.back is not None else 128
+    """Rows of queries and of keys that are worked on at a time: measured; a band wastes less with few."""
+    if bound.back is not None:
+        return (64, 64) if halves else (_ROWS, 64 if "avx512f" in cpu_flags() else 32)
+    return (128, 128) if halves else (_ROWS, 128)
 
 
 def _flag(value: bool) -> str:
@@ -108,25 +110,23 @@ def reach_said(bound: Reach) -> str:
 
 
 def _segment(number: int, keep: str, score: str, spec: AttendSpec, tables: str) -> str:
-    value = parse(score)
-    if spec.normaliser == "softmax":
-        value = build("mul", value, as_expr(LOG2E))
     predicate = parse(keep) if keep else TRUE
-    arguments = "int b, int h, int i, vi j, const Table* t"
-    return "\n".join(
-        [
-            f"template <> struct Spec<{number}> {{",
-            "    " + function(f"vf score(vf s, {arguments})", value, "vf", tables),
-            "    " + function(f"vi keep({arguments})", predicate, "vb", tables),
-            f"    INLINE int seen(int b, int h, int i0, int i1, int j0, int j1) {{ return {box(predicate)}; }}",
-            "};",
-        ]
-    )
+    functions = {
+        "vf score(vf s, vi j)": (scores(spec, parse(score)), "vf"),
+        "vf weight(vf s)": (carried(parse(spec.weight or "exp(s)")), "vf"),
+        "vi keep(vi j)": (predicate, "vb"),
+    }
+    return "template <> " + of_a_row(f"Spec<{number}>", functions, tables, seen(predicate))
 
 
-def _sink(spec: AttendSpec) -> Expr:
-    value = parse(spec.sink) if spec.sink else as_expr(0.0)
-    return build("mul", value, as_expr(LOG2E)) if spec.normaliser == "softmax" else value
+def scores(spec: AttendSpec, e: Expr) -> Expr:
+    """A score as the kernels want it: in powers of 2 for a softmax."""
+    return carried(e, LOG2E if spec.normaliser == "softmax" else 1.0)
+
+
+def seen(predicate: Expr) -> str:
+    """What a box of queries and keys keeps, for a skeleton."""
+    return f"INLINE int seen(int b, int h, int i0, int i1, int j0, int j1) {{ return {box(predicate)}; }}"
 
 
 def few(groups: Groups, text: str) -> str | None:
@@ -169,7 +169,7 @@ def run(groups: Groups, text: str, halves: str | None = None) -> list[Tensor]:
     spec = AttendSpec.of(text)
     named = {f"t{n}": t for n, t in enumerate(given)}
     kept: list[Tensor] = []  # what the call points into stays alive until it returns
-    o = torch.empty(*q.shape[:3], kv[1].shape[-1])
+    o = torch.empty(*q.shape[:3], kv[1].shape[-1], dtype=dtype)
     lse = torch.empty(q.shape[:3]) if "lse" in spec.outputs else None
     kinds, tables = kinds_of(given), tables_of(given, kept)
     pairs = enumerate(zip(kv[::2], kv[1::2], strict=True))

@@ -5,8 +5,8 @@
 //   dq_i = sum_j ds_ij k_j      dk_j = sum_i ds_ij q_i
 //
 // A task is a key head, or a share of its blocks of queries with sums of its own, which are added up at the end.
-// In front of this text stand BM, BN, SOFTMAX, BACK, AHEAD, SINKS, and keep, seen, score (in powers of 2 for a softmax),
-// slope(s, b, h, i, j) = d score / ds, weight(s, b, h, i), weight_slope(s, b, h, i).
+// In front of this text stand BM, BN, SOFTMAX, BACK, AHEAD, SINKS, and Spec of a row (b, h, i, t): score(s, j) (in powers of 2 for
+// a softmax), slope(s, j) = d score / ds, weight(s), weight_slope(s), keep(j); ::seen of a box.
 
 constexpr int64_t LN = (BN + VL - 1) / VL * VL;  // from one row of a tile to the next
 struct Rows { float* data; int64_t b, h, n, d; };  // strides in elements
@@ -51,16 +51,16 @@ template <bool WHOLE> INLINE void weigh(const Call& c, Block& x, int64_t width, 
     const int b = (int)x.b, h = (int)x.h;
     for (int64_t r = 0; r < x.count; r++) {
         float *s = x.s + r * LN, *w = x.w + r * LN;
-        const int i = (int)(x.first + r + c.shift);
+        const Spec row(b, h, (int)(x.first + r + c.shift), c.t);
         const float L = c.L[at + r], R = c.R[at + r], delta = c.delta[at + r];
         for (int64_t n = 0; n < lanes; n += VL) {
             const vi j = count() + (j0 + (int32_t)n);
-            const vf raw = load(s + n), y = score(raw, b, h, i, j, c.t);
-            vf p = SOFTMAX ? exp2_(y - L) : weight(y, b, h, i, c.t) * R;
-            vf up = SOFTMAX ? p : weight_slope(y, b, h, i, c.t) * R;
-            up *= (load(w + n) - delta) * slope(raw, b, h, i, j, c.t);
+            const vf raw = load(s + n), y = row.score(raw, j);
+            vf p = SOFTMAX ? exp2_(y - L) : row.weight(y) * R;
+            vf up = SOFTMAX ? p : row.weight_slope(y) * R;
+            up *= (load(w + n) - delta) * row.slope(raw, j);
             if (!WHOLE) {
-                const vi kept = keep(b, h, i, j, c.t) & (count() + (int32_t)n < (int32_t)width);
+                const vi kept = row.keep(j) & (count() + (int32_t)n < (int32_t)width);
                 p = select(kept, p, vf{}), up = select(kept, up, vf{});
             }
             if (SOFTMAX && L == -INF) p = vf{}, up = vf{};  // a row that keeps no key
@@ -71,7 +71,7 @@ template <bool WHOLE> INLINE void weigh(const Call& c, Block& x, int64_t width, 
 
 static void tile(const Call& c, Block& x, const Head& head, int64_t number, int32_t i0, int32_t i1) {
     const int64_t D = rounded(c.D, VL), Dv = rounded(c.Dv, VL), first = number * BN, width = smaller<int64_t>(BN, c.M - first);
-    const int some = seen((int)x.b, (int)x.h, i0, i1, (int32_t)first, (int32_t)(first + width - 1));
+    const int some = Spec::seen((int)x.b, (int)x.h, i0, i1, (int32_t)first, (int32_t)(first + width - 1));
     if (some == 0) return;
     const int64_t lanes = rounded(width, VL);
     product<false>(x.count, lanes, c.D, x.q, D, head.kt + number * c.D * LN, LN, x.s, LN);
@@ -126,6 +126,7 @@ extern "C" void run(const Call* call) {
     };
 #pragma omp parallel num_threads(c.threads)
     {
+        const NoSubnormals flushing;
         Workspace own(BM * (D + Dv + LN + LN + D));
         Block x;
         x.q = own.data, x.go = x.q + BM * D, x.s = x.go + BM * Dv, x.w = x.s + BM * LN, x.dq = x.w + BM * LN;

@@ -12,16 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...compiler.factors import carried
 from ...compiler.primitives.attend_spec import AttendSpec
 from ...compiler.primitives.operator import Groups
 from ...compiler.reach import reach
 from ...compiler.symbol_slope import slope
 from ...compiler.symbol_text import parse
-from ...compiler.symbols import TRUE, as_expr, build
+from ...compiler.symbols import TRUE
 from . import attend
 from .memory import Rows, as_dtype, kinds_of, pointer, step, tables_of, whole_numbers
-from .printer import box
-from .skeleton import function, skeleton
+from .skeleton import of_a_row, skeleton
 from .toolchain import built
 
 _ROWS, _KEYS = 48, 96  # of a tile: multiples of every MR, so that no product has rows left over
@@ -43,21 +43,20 @@ def source(text: str, tables: str) -> str:
     score, weight = parse(spec.score), parse(spec.weight or "exp(s)")
     predicate = parse(spec.keep) if spec.keep else TRUE
     _, queries, keys = spec.tiles or ("", _ROWS, _KEYS)
-    softmax = spec.normaliser == "softmax"
-    powers = build("mul", score, as_expr(attend.LOG2E)) if softmax else score
-    here = "int b, int h, int i, vi j, const Table* t"
+    functions = {
+        "vf score(vf s, vi j)": (attend.scores(spec, score), "vf"),
+        "vf slope(vf s, vi j)": (carried(slope(score, "s")), "vf"),
+        "vi keep(vi j)": (predicate, "vb"),
+        "vf weight(vf s)": (carried(weight), "vf"),
+        "vf weight_slope(vf s)": (carried(slope(weight, "s")), "vf"),
+    }
     return skeleton(
         "attend_backward.cpp",
         [
             f"constexpr int BM = {queries}, BN = {keys};",
-            f"constexpr bool SOFTMAX = {'true' if softmax else 'false'};",
+            f"constexpr bool SOFTMAX = {'true' if spec.normaliser == 'softmax' else 'false'};",
             attend.reach_said(bound),
-            function(f"vf score(vf s, {here})", powers, "vf", tables),
-            function(f"vf slope(vf s, {here})", slope(score, "s"), "vf", tables),
-            function(f"vi keep({here})", predicate, "vb", tables),
-            function("vf weight(vf s, int b, int h, int i, const Table* t)", weight, "vf", tables),
-            function("vf weight_slope(vf s, int b, int h, int i, const Table* t)", slope(weight, "s"), "vf", tables),
-            f"INLINE int seen(int b, int h, int i0, int i1, int j0, int j1) {{ return {box(predicate)}; }}",
+            of_a_row("Spec", functions, tables, attend.seen(predicate)),
         ],
     )
 

@@ -1,5 +1,7 @@
 """Expressions as C++: on vectors of keys where `j` or a score is in them, on numbers where not.
 
+A printer that keeps what depends on the row alone prints a name for it: a struct's constructor computes it once.
+
 >>> from ...compiler.symbol_text import parse
 >>> cpp(parse("(j <= i) & (i <= j + 7)"), "vb")
 '((vi)(all(i) <= (j + all(7))) & (vi)(j <= all(i)))'
@@ -21,9 +23,11 @@ _COMPARE = {"le": "<=", "lt": "<", "eq": "==", "ne": "!="}
 _CALLS = ("exp", "exp2", "log", "tanh", "sigmoid", "softplus", "relu", "elu", "sqrt", "floor", "sin", "cos")
 
 
-def cpp(e: Expr, wanted: str, tables: str = "") -> str:
-    """The expression as C++ of a type ("vf", "vi", "vb", "si", ...); `tables` says "f" or "i" of each table."""
-    return _Printer(tables).of(e, wanted)
+def cpp(e: Expr, wanted: str, tables: str = "", row: dict[str, str] | None = None) -> str:
+    """The expression as C++ of a type ("vf", "vi", "vb", "si", ...); `tables` says "f" or "i" of each table, `row`
+    gathers what the row decides, which is c0, c1, ... in the text, and the types of these.
+    """
+    return _Printer(tables, row).of(e, wanted)
 
 
 def box(predicate: Expr) -> str:
@@ -32,12 +36,25 @@ def box(predicate: Expr) -> str:
 
 
 class _Printer:
-    def __init__(self, tables: str) -> None:
-        self.tables = tables
+    def __init__(self, tables: str, row: dict[str, str] | None = None) -> None:
+        self.tables, self.row = tables, row
 
     def of(self, e: Expr, wanted: str) -> str:
         text, kind = self.printed(e)
-        return _converted(text, kind, wanted)
+        return self.converted(text, kind, wanted)
+
+    def converted(self, text: str, kind: str, wanted: str) -> str:
+        """The text as another type; a number that becomes a vector is one of the row's, unless it is a constant."""
+        found = _converted(text, kind, wanted)
+        constant = not any(letter.isalpha() for letter in text.removesuffix("f"))
+        return found if kind[0] == wanted[0] or constant else self.once(found, "vf" if wanted[1] == "f" else "vi")
+
+    def once(self, text: str, kind: str) -> str:
+        """A name for what the row decides, where such are kept."""
+        if self.row is None:
+            return text
+        self.row.setdefault(text, kind)
+        return f"c{list(self.row).index(text)}"
 
     def printed(self, e: Expr) -> tuple[str, str]:
         match e.op:
@@ -53,25 +70,34 @@ class _Printer:
                 return self._logic(e)
             case "where":
                 return self._where(e)
-        parts = [self.printed(a) for a in e.args]
+        parts = [self.printed(a) for a in (_flat(e) if e.op == "mul" else e.args)]
         width = "v" if any(kind[0] == "v" for _, kind in parts) else "s"
         if e.op in _COMPARE:
             number = _number(parts)
-            left, right = (_converted(text, kind, width + number) for text, kind in parts)
+            left, right = (self.converted(text, kind, width + number) for text, kind in parts)
             compared = f"({left} {_COMPARE[e.op]} {right})"
             return (f"(vi){compared}" if width == "v" else compared), f"{width}b"
         if e.op in ("add", "mul"):
-            number = _number(parts)
-            sign = " + " if e.op == "add" else " * "
-            return "(" + sign.join(_converted(t, k, width + number) for t, k in parts) + ")", width + number
+            return self._chain(" + " if e.op == "add" else " * ", parts)
         if e.op in ("floordiv", "mod"):
             kind = width + _number(parts)
             kind = "vf" if kind == "sf" else kind
-            return f"{e.op}({', '.join(_converted(t, k, kind) for t, k in parts)})", kind
+            return f"{e.op}({', '.join(self.converted(t, k, kind) for t, k in parts)})", kind
         if e.op == "truediv":
-            left, right = (_converted(t, k, f"{width}f") for t, k in parts)
+            left, right = (self.converted(t, k, f"{width}f") for t, k in parts)
             return f"({left} / {right})", f"{width}f"
         return self._call(e, parts)
+
+    def _chain(self, sign: str, parts: Sequence[tuple[str, str]]) -> tuple[str, str]:
+        """A sum or a product: numbers first come together among themselves."""
+        number = _number(parts)
+        one = [self.converted(t, k, f"s{number}") for t, k in parts if k[0] == "s"]
+        many = [self.converted(t, k, f"v{number}") for t, k in parts if k[0] == "v"]
+        numbers = one[0] if len(one) == 1 else f"({sign.join(one)})"
+        if not many:
+            return numbers, f"s{number}"
+        both = many + [self.converted(numbers, f"s{number}", f"v{number}")] if one else many
+        return f"({sign.join(both)})", f"v{number}"
 
     def _call(self, e: Expr, parts: Sequence[tuple[str, str]]) -> tuple[str, str]:
         """Functions are written for vectors; one of a number is that of a vector of it."""
@@ -80,30 +106,30 @@ class _Printer:
             if isinstance(exponent, int) and 1 <= exponent <= 4:
                 text, kind = parts[0]
                 return "(" + " * ".join([text] * exponent) + ")", kind
-            return f"pow_({', '.join(_converted(t, k, 'vf') for t, k in parts)})", "vf"
+            return f"pow_({', '.join(self.converted(t, k, 'vf') for t, k in parts)})", "vf"
         if e.op in ("minimum", "maximum") and all(kind == "si" for _, kind in parts):
             (left, _), (right, _) = parts
             return f"({left} {'<' if e.op == 'minimum' else '>'} {right} ? {left} : {right})", "si"
         if e.op in ("minimum", "maximum"):
             kind = "v" + _number(parts)
-            left, right = (_converted(t, k, kind) for t, k in parts)
+            left, right = (self.converted(t, k, kind) for t, k in parts)
             return f"{e.op}_({left}, {right})", kind
         if e.op == "abs":
             text, kind = parts[0]
             kind = "v" + ("f" if kind[1] == "f" else "i")
-            return f"absolute({_converted(*parts[0], kind)})", kind
+            return f"absolute({self.converted(*parts[0], kind)})", kind
         if e.op in _CALLS:
-            return f"{e.op}_({_converted(*parts[0], 'vf')})", "vf"
+            return f"{e.op}_({self.converted(*parts[0], 'vf')})", "vf"
         raise Refused(f"`{e.op}` in a kernel", fits=f"supported: + * / // % ** abs min max where, {', '.join(_CALLS)}")
 
     def _logic(self, e: Expr) -> tuple[str, str]:
         parts = [self.printed(a) for a in e.args]
         if any(kind[0] == "v" for _, kind in parts):
-            texts = [_converted(t, k, "vb") for t, k in parts]
+            texts = [self.converted(t, k, "vb") for t, k in parts]
             return (
                 f"(~{texts[0]})" if e.op == "not" else "(" + (" & " if e.op == "and" else " | ").join(texts) + ")"
             ), "vb"
-        texts = [_converted(t, k, "sb") for t, k in parts]
+        texts = [self.converted(t, k, "sb") for t, k in parts]
         return (
             f"(!{texts[0]})" if e.op == "not" else "(" + (" && " if e.op == "and" else " || ").join(texts) + ")"
         ), "sb"
@@ -113,10 +139,8 @@ class _Printer:
         if condition[1] == "sb" and left[1] == right[1] == "si":
             return f"({condition[0]} ? {left[0]} : {right[0]})", "si"
         kind = "v" + _number([left, right])
-        return (
-            f"select({_converted(*condition, 'vb')}, {_converted(*left, kind)}, {_converted(*right, kind)})",
-            kind,
-        )
+        one, other = (self.converted(*part, kind) for part in (left, right))
+        return f"select({self.converted(*condition, 'vb')}, {one}, {other})", kind
 
     def _lookup(self, e: Expr) -> tuple[str, str]:
         number = int(e.args[0][1:])
@@ -124,14 +148,17 @@ class _Printer:
         plain, moving = [], []
         for axis, index in enumerate(e.args[1:]):
             text, found = self.printed(index)
-            whole = _converted(text, found, found[0] + "i")
+            whole = self.converted(text, found, found[0] + "i")
             clamp = f"clamped({whole}, {table}.size[{axis}])"
             if found[0] == "v":
                 moving.append(f"{clamp} * (int32_t){table}.stride[{axis}]")
             else:
                 plain.append(f"{clamp} * {table}.stride[{axis}]")
-        data = f"((const {'float' if kind == 'f' else 'int32_t'}*){table}.data + {' + '.join(plain) or '0'})"
-        return (f"gathered({data}, {' + '.join(moving)})", f"v{kind}") if moving else (f"{data}[0]", f"s{kind}")
+        pointer = f"const {'float' if kind == 'f' else 'int32_t'}*"
+        data = f"(({pointer}){table}.data + {' + '.join(plain) or '0'})"
+        if not moving:
+            return f"{data}[0]", f"s{kind}"
+        return f"gathered({self.once(data, pointer)}, {' + '.join(moving)})", f"v{kind}"
 
 
 def _constant(value: object) -> tuple[str, str]:
@@ -142,6 +169,10 @@ def _constant(value: object) -> tuple[str, str]:
     text = repr(float(value))  # type: ignore[arg-type]
     special = {"inf": "INF", "-inf": "(-INF)", "nan": "NAN"}
     return (special[text], "sf") if text in special else (f"{text}f", "sf")
+
+
+def _flat(e: Expr) -> list[Expr]:
+    return [part for factor in e.args for part in (_flat(factor) if factor.op == "mul" else [factor])]
 
 
 def _number(parts: Sequence[tuple[str, str]]) -> str:

@@ -176,6 +176,7 @@ extern "C" void run(const Call* call) {
     const int64_t width = rounded((c.Dv + splits - 1) / splits, VL), parts = (c.Dv + width - 1) / width;
 #pragma omp parallel num_threads(c.threads)
     {
+        const NoSubnormals flushing;
         Workspace own(c.D * width + D + T * D + c.D * T + T * width + T * T + T * width);
         Chunk x;
         x.S = own.data, x.z = x.S + c.D * width, x.q = x.z + D, x.kt = x.q + T * D;

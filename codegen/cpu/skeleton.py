@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from importlib import resources
 
@@ -14,9 +14,9 @@ def skeleton(name: str, said: Sequence[str], *, halves: str = "") -> str:
     """Vectors and their functions, then what is said, then the loops; `halves`: products of bfloat16 by the
     processor's "units", or by loops that stand in for them, "emulated".
     """
-    parts = [_text("lanes.hpp")]
-    if halves:
-        parts += ["#define HALVES", *(["#define EMULATED"] if halves == "emulated" else []), _text("units.hpp")]
+    chosen = ["#define HALVES"] if halves else []
+    chosen += ["#define EMULATED"] if halves == "emulated" else []
+    parts = [*chosen, _text("lanes.hpp"), *([_text("units.hpp")] if halves else [])]
     return "\n".join([*parts, *said, _text(name)])
 
 
@@ -28,3 +28,26 @@ def _text(name: str) -> str:
 def function(signature: str, e: Expr, kind: str, tables: str = "") -> str:
     """One expression as a function of the skeleton's."""
     return f"INLINE {signature} {{ return {cpp(e, kind, tables)}; }}"
+
+
+def of_a_row(name: str, functions: Mapping[str, tuple[Expr, str]], tables: str, *more: str) -> str:
+    """A struct made for a row (b, h, i): functions by signature, what the row decides for them computed once."""
+    row: dict[str, str] = {}
+    said = [
+        f"    MEMBER {signature} const {{ return {cpp(e, kind, tables, row)}; }}"
+        for signature, (e, kind) in functions.items()
+    ]
+    once = [f"c{n}({text})" for n, text in enumerate(row)]
+    return "\n".join(
+        [
+            f"struct {name} {{",
+            "    const int b, h, i;",
+            "    const Table* t;",
+            *(f"    {kind} c{n};" for n, kind in enumerate(row.values())),
+            f"    MEMBER {name.partition('<')[0]}(int b, int h, int i, const Table* t)",
+            f"        : {', '.join(['b(b)', 'h(h)', 'i(i)', 't(t)', *once])} {{}}",
+            *said,
+            *(f"    {line}" for line in more),
+            "};",
+        ]
+    )

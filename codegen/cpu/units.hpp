@@ -1,12 +1,14 @@
 // Products of bfloat16 on a processor's matrix units: 16 x 16 sums in a register, 32 products deep.
 //
-//   A (M x K) lies in rows; B (K x N) in pairs of rows, both numbers of a column side by side; C (M x N) is float32
+//   A (M x K) lies in rows, C (M x N) in rows of float32; B (K x N) in panels of 16 columns, a panel in pairs of rows,
+//   both numbers of a column side by side: 32 rows of a panel, what a register takes, are a kilobyte without a gap
 //
 // Where EMULATED is said, loops stand in for the instructions: what they compute can be tested on any machine.
 
 typedef uint16_t half;
 typedef half vh __attribute__((vector_size(VL * 2), aligned(2), may_alias));
 
+INLINE vi wholes(vh x) { return __builtin_convertvector(x, vi); }
 #ifdef __AVX512BF16__
 INLINE vh halves(vf x) { vh y; asm("vcvtneps2bf16 %1, %0" : "=v"(y) : "v"(x)); return y; }
 #else
@@ -57,18 +59,18 @@ static bool units_allowed() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
 
 // R x C registers of sums: 0 1 / 2 3; rows of A in 4, 5, columns of B in 6, 7.
 template <int R, int C, bool ADD>
-static inline void patch(int64_t K, const half* A, int64_t lda, const half* B, int64_t ldb, float* out, int64_t ldc) {
-    const int64_t a = lda * 2, b = ldb * 2, c = ldc * 4;
+static inline void patch(int64_t K, const half* A, int64_t lda, const half* B, int64_t panel, float* out, int64_t ldc) {
+    const int64_t a = lda * 2, b = 64, c = ldc * 4;
     float* below = out + 16 * ldc;
     if constexpr (ADD) { LOAD(0, out, c); } else { ZERO(0); }
     if constexpr (C > 1) { if constexpr (ADD) { LOAD(1, out + 16, c); } else { ZERO(1); } }
     if constexpr (R > 1) { if constexpr (ADD) { LOAD(2, below, c); } else { ZERO(2); } }
     if constexpr (R > 1 && C > 1) { if constexpr (ADD) { LOAD(3, below + 16, c); } else { ZERO(3); } }
-    for (int64_t k = 0; k < K; k += 32, A += 32, B += 16 * ldb) {
+    for (int64_t k = 0; k < K; k += 32, A += 32, B += 512) {
         LOAD(4, A, a);
         LOAD(6, B, b);
         MULTIPLY(0, 4, 6);
-        if constexpr (C > 1) { LOAD(7, B + 32, b); MULTIPLY(1, 4, 7); }
+        if constexpr (C > 1) { LOAD(7, B + panel, b); MULTIPLY(1, 4, 7); }
         if constexpr (R > 1) { LOAD(5, A + 16 * lda, a); MULTIPLY(2, 5, 6); }
         if constexpr (R > 1 && C > 1) { MULTIPLY(3, 5, 7); }
     }
@@ -78,16 +80,16 @@ static inline void patch(int64_t K, const half* A, int64_t lda, const half* B, i
     if constexpr (R > 1 && C > 1) { STORE(3, below + 16, c); }
 }
 
-// M, N multiples of 16, K of 32; ldb: numbers in a pair of rows of B.
+// M, N multiples of 16, K of 32; panel: numbers from one panel of B to the next.
 template <bool ADD>
-static void product(int64_t M, int64_t N, int64_t K, const half* A, int64_t lda, const half* B, int64_t ldb, float* out, int64_t ldc) {
-    for (int64_t m = 0; m < M; m += 32)
-        for (int64_t n = 0; n < N; n += 32) {
-            const half *a = A + m * lda, *b = B + n * 2;
+static void product(int64_t M, int64_t N, int64_t K, const half* A, int64_t lda, const half* B, int64_t panel, float* out, int64_t ldc) {
+    for (int64_t n = 0; n < N; n += 32)
+        for (int64_t m = 0; m < M; m += 32) {
+            const half *a = A + m * lda, *b = B + n / 16 * panel;
             float* c = out + m * ldc + n;
-            if (M - m > 16 && N - n > 16) patch<2, 2, ADD>(K, a, lda, b, ldb, c, ldc);
-            else if (M - m > 16) patch<2, 1, ADD>(K, a, lda, b, ldb, c, ldc);
-            else if (N - n > 16) patch<1, 2, ADD>(K, a, lda, b, ldb, c, ldc);
-            else patch<1, 1, ADD>(K, a, lda, b, ldb, c, ldc);
+            if (M - m > 16 && N - n > 16) patch<2, 2, ADD>(K, a, lda, b, panel, c, ldc);
+            else if (M - m > 16) patch<2, 1, ADD>(K, a, lda, b, panel, c, ldc);
+            else if (N - n > 16) patch<1, 2, ADD>(K, a, lda, b, panel, c, ldc);
+            else patch<1, 1, ADD>(K, a, lda, b, panel, c, ldc);
         }
 }
