@@ -104,12 +104,6 @@ struct Block {  // one block of query rows, and what it has gathered so far
     int64_t ldo;
 };
 
-#ifdef HALVES
-INLINE void put(cell* p, vf w) { *(vh*)p = halves(w); }
-#else
-INLINE void put(cell* p, vf w) { store(p, w); }
-#endif
-
 // Scores of a block against one tile become weights; m, l and o follow. WHOLE: all keys of a tile, and no row leaves one out.
 template <int S, bool WHOLE> INLINE void weigh(const Call& c, Block& x, const int32_t* place, int64_t width, int32_t j0) {
     const int64_t lanes = WHOLE ? BN : rounded(width, VL);
@@ -128,7 +122,7 @@ template <int S, bool WHOLE> INLINE void weigh(const Call& c, Block& x, const in
                 y = select(kept, y, all(NORMALISER == SOFTMAX ? -INF : 0.f));
             }
             if (NORMALISER == SOFTMAX) store(s + n, y), top = most(top, y);
-            else put(p + n, y), sum += y;
+            else store(p + n, y), sum += y;
         }
         if (NORMALISER == SOFTMAX) {
             if (any_above(top, x.m[r] + SLACK)) {  // what was gathered so far was weighed against a much lower score
@@ -140,11 +134,11 @@ template <int S, bool WHOLE> INLINE void weigh(const Call& c, Block& x, const in
             const float from = x.m[r] == -INF ? 0.f : x.m[r];
             for (int64_t n = 0; n < lanes; n += VL) {
                 const vf w = exp2_(load(s + n) - from);
-                put(p + n, w);
+                store(p + n, w);
                 sum += w;
             }
         }
-        for (int64_t n = lanes; n < (WHOLE ? BN : rounded(width, DEEP)); n += VL) put(p + n, vf{});
+        for (int64_t n = lanes; n < (WHOLE ? BN : rounded(width, DEEP)); n += VL) store(p + n, vf{});
         store(x.l + r * VL, load(x.l + r * VL) + sum);
     }
 }
@@ -230,7 +224,7 @@ static void finish(const Call& c, const Block& x) {
         cell *o = c.o.data + x.b * c.o.b + x.h * c.o.h + n * c.o.n, line[VL];
         for (int64_t d = 0; d < c.Dv; d += VL) {
             const int64_t count = smaller<int64_t>(VL, c.Dv - d);
-            put(count == VL ? o + d : line, load(x.o + r * x.ldo + d) / divisor);
+            store(count == VL ? o + d : line, load(x.o + r * x.ldo + d) / divisor);
             if (count < VL) memcpy(o + d, line, sizeof(cell) * count);
         }
     }

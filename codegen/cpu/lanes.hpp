@@ -26,15 +26,29 @@ constexpr float INF = __builtin_inff();
 #define INLINE static inline __attribute__((always_inline))
 #define MEMBER inline __attribute__((always_inline))
 
+typedef uint16_t half;  // a bfloat16: the upper half of a float
+typedef half vh __attribute__((vector_size(VL * 2), aligned(2), may_alias));
+
 INLINE vf all(float x) { return x - vf{}; }
 INLINE vi all(int32_t x) { return x - vi{}; }
 INLINE vf load(const float* p) { return *(const vf*)p; }
 INLINE void store(float* p, vf x) { *(vf*)p = x; }
+INLINE vi wholes(vh x) { return __builtin_convertvector(x, vi); }
+INLINE vf load(const half* p) { return (vf)(wholes(*(const vh*)p) << 16); }
 INLINE vi count() { vi x; for (int l = 0; l < VL; l++) x[l] = l; return x; }
 INLINE vf floats(vi x) { return __builtin_convertvector(x, vf); }
 INLINE vi ints(vf x) { return __builtin_convertvector(x, vi); }
 INLINE vf select(vi m, vf a, vf b) { return m ? a : b; }
 INLINE vi select(vi m, vi a, vi b) { return m ? a : b; }
+#ifdef __AVX512BF16__
+INLINE vh halves(vf x) { vh y; asm("vcvtneps2bf16 %1, %0" : "=v"(y) : "v"(x)); return y; }
+#else
+INLINE vh halves(vf x) {  // to the nearest, ties to even; what is not a number stays none
+    const vi bits = (vi)x, round = bits + 0x7fff + ((bits >> 16) & 1);
+    return __builtin_convertvector(select(x == x, round >> 16, all(0x7fc0)), vh);
+}
+#endif
+INLINE void store(half* p, vf x) { *(vh*)p = halves(x); }
 #ifdef __AVX512F__  // in the middle of other code the compiler makes two instructions of each
 INLINE vf least(vf a, vf b) { vf y; asm("vminps %2, %1, %0" : "=v"(y) : "v"(a), "v"(b)); return y; }
 INLINE vf most(vf a, vf b) { vf y; asm("vmaxps %2, %1, %0" : "=v"(y) : "v"(a), "v"(b)); return y; }
@@ -59,6 +73,28 @@ INLINE vf turned(vf x, int by) { return __builtin_shuffle(x, (count() + by) & (V
 #endif
 INLINE float highest(vf x) { for (int by = VL / 2; by; by /= 2) x = most(x, turned(x, by)); return x[0]; }
 INLINE float total(vf x) { for (int by = VL / 2; by; by /= 2) x += turned(x, by); return x[0]; }
+// VL rows of VL numbers become columns.
+INLINE void transpose(const float* from, int64_t ld, float* to, int64_t ldt) {
+#ifdef __clang__
+    for (int r = 0; r < VL; r++) for (int l = 0; l < VL; l++) to[l * ldt + r] = from[r * ld + l];
+#else
+    vf x[VL];
+#pragma GCC unroll 16
+    for (int r = 0; r < VL; r++) x[r] = load(from + r * ld);
+#pragma GCC unroll 4
+    for (int by = 1; by < VL; by *= 2)
+#pragma GCC unroll 16
+        for (int r = 0; r < VL; r++)
+            if (!(r & by)) {
+                const vi odd = (count() & by) != 0, at = count();
+                const vf a = x[r], b = x[r + by];
+                x[r] = __builtin_shuffle(a, b, select(odd, at + (VL - by), at));
+                x[r + by] = __builtin_shuffle(a, b, select(odd, at + VL, at + by));
+            }
+#pragma GCC unroll 16
+    for (int r = 0; r < VL; r++) store(to + r * ldt, x[r]);
+#endif
+}
 #ifdef __AVX512F__
 INLINE bool any_above(vf x, float m) {
     uint32_t lanes;

@@ -5,24 +5,33 @@
 //   o_t = sum_{s <= t} (q_t . k_s) (product of the decays in (s, t]) v_s  +  q_t (product in [0, t]) S_before
 //
 // In front of this text stand T, MOST (of D), DECAYS, CHANNELS (a decay for every d), LOGS, SUM, EPS, BEFORE (row t is read before its own
-// update), and feature_q(x), feature_k(x).
+// update), and feature_q(x), feature_k(x). HALVES: q, k, v, o are bfloat16; everything is worked on in float32.
 
-struct Rows { float* data; int64_t b, h, n, d; };  // strides in elements
+#ifdef HALVES
+typedef half cell;
+#else
+typedef float cell;
+#endif
+template <class T> struct Of { T* data; int64_t b, h, n, d; };  // strides in elements
+typedef Of<cell> Rows;
 struct Call {
-    Rows q, k, v, o, decay, start;           // decay, start: no data where there is none
+    Rows q, k, v, o;
+    Of<float> decay, start;                  // no data where there is none
     int64_t B, H, group, N, D, Dv, threads;  // group: query heads of one key head
     const int32_t* document; int64_t document_b;
     const int32_t* valid; int64_t valid_b;
     float *state, *norm;                     // (B, H, D, Dv + SUM), (B, H, N), or null
 };
 
-struct Chunk {  // what one thread works on
-    int64_t b, h, column, width, W;
-    float *S, *z, *q, *kt, *v, *p, *o;
+// What one thread works on. A row of q has what it sees of the chunk's rows behind it, the state has their values behind it: one
+// product of both is the output. D: up to a whole number of vectors, W: the columns of the values, L: from one row of q to the next.
+struct Chunk {
+    int64_t b, h, column, width, D, W, L;
+    float *S, *v, *z, *q, *k, *kt, *o;
     float factor[T], norm[T];
 };
 
-INLINE float* row(const Rows& x, int64_t b, int64_t h, int64_t n) { return x.data + b * x.b + h * x.h + n * x.n; }
+template <class X> INLINE X* row(const Of<X>& x, int64_t b, int64_t h, int64_t n) { return x.data + b * x.b + h * x.h + n * x.n; }
 INLINE bool counts(const Call& c, int64_t b, int64_t n) { return !c.valid || c.valid[b * c.valid_b + n]; }
 INLINE float factor(const Call& c, int64_t b, int64_t h, int64_t n, int64_t d) {
     if (!DECAYS || !counts(c, b, n)) return 1.f;
@@ -30,95 +39,90 @@ INLINE float factor(const Call& c, int64_t b, int64_t h, int64_t n, int64_t d) {
     return LOGS ? expf(x) : x;
 }
 
-INLINE void copy(const float* from, int64_t stride, int64_t count, float* to) {
-    if (stride == 1) memcpy(to, from, sizeof(float) * count);
-    else for (int64_t d = 0; d < count; d++) to[d] = from[d * stride];
+// `count` numbers with a feature, and zeros up to a whole number of vectors.
+template <class F> INLINE void take(const cell* from, int64_t stride, int64_t count, float* to, F feature) {
+    int64_t d = 0;
+    if (stride == 1) for (; d + VL <= count; d += VL) store(to + d, feature(load(from + d)));
+    for (; d < count; d += VL) {
+        cell line[VL] = {};
+        for (int64_t l = 0; l < VL && d + l < count; l++) line[l] = from[(d + l) * stride];
+        store(to + d, select(::count() < (int32_t)(count - d), feature(load(line)), vf{}));
+    }
 }
 
-// Rows of q, k (transposed) and v with their features; rows that do not count, and those past the end, have no key.
+// Rows of q, k and v; rows that do not count, and those past the end, have no key.
 static void read(const Call& c, Chunk& x, int64_t first, int64_t count) {
-    const int64_t D = rounded(c.D, VL);
-    float line[MOST];
+    const auto as_it_is = [](vf y) { return y; };
+    const auto feature_of_q = [](vf y) { return feature_q(y); };
+    const auto feature_of_k = [](vf y) { return feature_k(y); };
     for (int64_t t = 0; t < count; t++) {
-        copy(row(c.q, x.b, x.h, first + t), c.q.d, c.D, x.q + t * D);
-        copy(row(c.k, x.b, x.h / c.group, first + t), c.k.d, c.D, line);
-        copy(row(c.v, x.b, x.h / c.group, first + t) + x.column * c.v.d, c.v.d, x.width, x.v + t * x.W);
-        for (int64_t d = x.width; d < x.W; d++) x.v[t * x.W + d] = 0.f;
-        for (int64_t d = 0; d < D; d += VL) {
-            store(x.q + t * D + d, feature_q(load(x.q + t * D + d)));
-            store(line + d, feature_k(load(line + d)));
-        }
-        for (int64_t d = c.D; d < D; d++) x.q[t * D + d] = 0.f;  // a product with z, which is 0 there too, stays a number
-        const bool here = counts(c, x.b, first + t);
-        for (int64_t d = 0; d < c.D; d++) x.kt[d * T + t] = here ? line[d] : 0.f;
+        take(row(c.q, x.b, x.h, first + t), c.q.d, c.D, x.q + t * x.L, feature_of_q);
+        if (counts(c, x.b, first + t)) take(row(c.k, x.b, x.h / c.group, first + t), c.k.d, c.D, x.k + t * x.D, feature_of_k);
+        else memset(x.k + t * x.D, 0, sizeof(float) * x.D);
+        take(row(c.v, x.b, x.h / c.group, first + t) + x.column * c.v.d, c.v.d, x.width, x.v + t * x.W, as_it_is);
         x.factor[t] = CHANNELS ? 1.f : factor(c, x.b, x.h, first + t, 0);
     }
-    if (count < T) for (int64_t d = 0; d < c.D; d++) for (int64_t t = count; t < T; t++) x.kt[d * T + t] = 0.f;
+    if (count < T) memset(x.k + count * x.D, 0, sizeof(float) * (T - count) * x.D);
 }
 
-// Products q . k of row t become what it sees of each row: the decays in (s, t], or in (s, t - 1], and nothing later.
-INLINE float see(const Chunk& x, float* p, int64_t t) {
+// Products q . k of row t become what it sees of each row: the decays in (s, t], or in (s, t - 1], and nothing later. Their sum in lanes.
+INLINE vf see(const Chunk& x, float* p, int64_t t) {
     float seen[T], between = 1.f;
-    for (int64_t s = 0; s < T; s++) seen[s] = BEFORE ? s < t : s <= t;
-    if (DECAYS)
-        for (int64_t s = t - 1; s >= 0; s--) {
-            if (!BEFORE || s + 1 < t) between *= x.factor[s + 1];
-            seen[s] = between;
-        }
+    seen[t] = 1.f;
+    for (int64_t s = t - 1; DECAYS && s >= 0; s--) {
+        if (!BEFORE || s + 1 < t) between *= x.factor[s + 1];
+        seen[s] = between;
+    }
     vf sum{};
     for (int64_t s = 0; s < T; s += VL) {
-        const vf y = load(p + s) * load(seen + s);
-        store(p + s, y);
-        sum += y;
+        const vf y = DECAYS ? load(p + s) * load(seen + s) : load(p + s);
+        const vf kept = select(count() + (int32_t)s < (int32_t)(t + !BEFORE), y, vf{});
+        store(p + s, kept);
+        sum += kept;
     }
-    return total(sum);
+    return sum;
 }
 
-// One chunk under one decay a row (or none): two products with the state, two among the rows.
+// One chunk under one decay a row (or none).
 static void step(const Call& c, Chunk& x, int64_t count) {
-    const int64_t D = rounded(c.D, VL);
-    product<false>(count, T, c.D, x.q, D, x.kt, T, x.p, T);
+    for (int64_t t = 0; t < T; t += VL) for (int64_t d = 0; d < x.D; d += VL) transpose(x.k + t * x.D + d, x.D, x.kt + d * T + t, T);
+    product<false>(count, T, x.D, x.q, x.L, x.kt, T, x.q + x.D, x.L);
     float since = 1.f;  // the product of the decays in [0, t]
     for (int64_t t = 0; t < count; t++) {
-        float* q = x.q + t * D;
-        x.norm[t] = see(x, x.p + t * T, t);
+        float* q = x.q + t * x.L;
+        vf norm = see(x, q + x.D, t);
         const float carried = BEFORE ? since : since * x.factor[t];
-        if (DECAYS) for (int64_t d = 0; d < D; d += VL) store(q + d, load(q + d) * carried);
-        if (SUM) {
-            vf sum{};
-            for (int64_t d = 0; d < c.D; d += VL) sum += load(q + d) * load(x.z + d);  // z is 0 past D
-            x.norm[t] += total(sum);
-        }
+        if (DECAYS) for (int64_t d = 0; d < x.D; d += VL) store(q + d, load(q + d) * carried);
+        if (SUM) for (int64_t d = 0; d < x.D; d += VL) norm += load(q + d) * load(x.z + d);
+        if (SUM) x.norm[t] = total(norm);
         since *= x.factor[t];
     }
-    product<false>(count, x.W, c.D, x.q, D, x.S, x.W, x.o, x.W);
-    product<true>(count, x.W, count, x.p, T, x.v, x.W, x.o, x.W);
-    float left[T] = {};  // the decays behind each row
+    product<false>(count, x.W, x.D + count, x.q, x.L, x.S, x.W, x.o, x.W);
+    float left[T];  // the decays behind each row
     left[count - 1] = 1.f;
     for (int64_t t = count - 2; t >= 0; t--) left[t] = left[t + 1] * x.factor[t + 1];
-    for (int64_t d = 0; d < c.D; d++) {
-        vf sum{};
-        for (int64_t t = 0; t < T; t += VL) {
-            const vf k = DECAYS ? load(x.kt + d * T + t) * load(left + t) : load(x.kt + d * T + t);
-            if (DECAYS) store(x.kt + d * T + t, k);
-            sum += k;
-        }
-        if (DECAYS) for (int64_t w = 0; w < x.W; w += VL) store(x.S + d * x.W + w, load(x.S + d * x.W + w) * since);
-        if (SUM) x.z[d] = x.z[d] * since + total(sum);
+    if (DECAYS) {
+        for (int64_t t = 0; t < count; t++) for (int64_t d = 0; d < x.D; d += VL) store(x.k + t * x.D + d, load(x.k + t * x.D + d) * left[t]);
+        for (int64_t n = 0; n < c.D * x.W; n += VL) store(x.S + n, load(x.S + n) * since);
     }
-    product<true>(c.D, x.W, count, x.kt, T, x.v, x.W, x.S, x.W);
+    if (SUM)
+        for (int64_t d = 0; d < x.D; d += VL) {
+            vf sum = load(x.z + d) * since;
+            for (int64_t t = 0; t < count; t++) sum += load(x.k + t * x.D + d);
+            store(x.z + d, sum);
+        }
+    product_of_columns<true>(c.D, x.W, count, x.k, x.D, x.v, x.W, x.S, x.W);
 }
 
 // The same under a decay for every channel, row by row.
 static void walk(const Call& c, Chunk& x, int64_t first, int64_t count) {
-    const int64_t D = rounded(c.D, VL);
     for (int64_t t = 0; t < count; t++) {
         float* o = x.o + t * x.W;
         const float* v = x.v + t * x.W;
         float norm = 0.f;
         memset(o, 0, sizeof(float) * x.W);
         for (int64_t d = 0; d < c.D; d++) {
-            const float a = factor(c, x.b, x.h, first + t, d), q = x.q[t * D + d], k = x.kt[d * T + t];
+            const float a = factor(c, x.b, x.h, first + t, d), q = x.q[t * x.L + d], k = x.k[t * x.D + d];
             float* S = x.S + d * x.W;
             for (int64_t w = 0; w < x.W; w += VL) {
                 const vf before = load(S + w), after = before * a + k * load(v + w);
@@ -135,16 +139,21 @@ static void walk(const Call& c, Chunk& x, int64_t first, int64_t count) {
 
 static void write(const Call& c, const Chunk& x, int64_t first, int64_t count) {
     for (int64_t t = 0; t < count; t++) {
-        const float norm = SUM ? x.norm[t] + EPS : 1.f, divisor = SUM && norm != 0.f ? norm : 1.f;
-        float* o = row(c.o, x.b, x.h, first + t) + x.column;
-        for (int64_t w = 0; w < x.width; w++) o[w] = x.o[t * x.W + w] / divisor;
+        const float norm = SUM ? x.norm[t] + EPS : 1.f, share = SUM && norm != 0.f ? 1.f / norm : 1.f;
+        cell *o = row(c.o, x.b, x.h, first + t) + x.column, line[VL];
+        for (int64_t w = 0; w < x.width; w += VL) {
+            const int64_t some = smaller<int64_t>(VL, x.width - w);
+            const vf y = SUM ? load(x.o + t * x.W + w) * share : load(x.o + t * x.W + w);
+            store(some == VL ? o + w : line, y);
+            if (some < VL) memcpy(o + w, line, sizeof(cell) * some);
+        }
         if (c.norm && x.column == 0) c.norm[(x.b * c.H + x.h) * c.N + first + t] = norm;
     }
 }
 
 static void begin(const Call& c, Chunk& x) {
-    memset(x.S, 0, sizeof(float) * c.D * x.W);
-    memset(x.z, 0, sizeof(float) * rounded(c.D, VL));
+    memset(x.S, 0, sizeof(float) * x.D * x.W);
+    memset(x.z, 0, sizeof(float) * x.D);
     if (!c.start.data) return;
     for (int64_t d = 0; d < c.D; d++) {
         const float* from = row(c.start, x.b, x.h, d);
@@ -177,10 +186,11 @@ extern "C" void run(const Call* call) {
 #pragma omp parallel num_threads(c.threads)
     {
         const NoSubnormals flushing;
-        Workspace own(c.D * width + D + T * D + c.D * T + T * width + T * T + T * width);
+        Workspace own((D + T) * width + D + T * (D + T) + T * D + D * T + T * width);
         Chunk x;
-        x.S = own.data, x.z = x.S + c.D * width, x.q = x.z + D, x.kt = x.q + T * D;
-        x.v = x.kt + c.D * T, x.p = x.v + T * width, x.o = x.p + T * T, x.W = width;
+        x.D = D, x.W = width, x.L = D + T;
+        x.S = own.data, x.v = x.S + D * width, x.z = x.v + T * width, x.q = x.z + D, x.k = x.q + T * x.L;
+        x.kt = x.k + T * D, x.o = x.kt + D * T;
 #pragma omp for schedule(dynamic, 1)
         for (int64_t task = 0; task < heads * parts; task++) {
             x.b = task / parts / c.H, x.h = task / parts % c.H, x.column = task % parts * width;

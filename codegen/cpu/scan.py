@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -32,7 +31,7 @@ class Call(ctypes.Structure):
 
 
 @lru_cache(maxsize=1024)
-def source(text: str, channels: bool) -> str:
+def source(text: str, channels: bool, halves: str = "") -> str:
     """The whole C++ text of a spec."""
     spec = ScanSpec.of(text)
     flags = {"DECAYS": bool(spec.decay), "CHANNELS": channels, "LOGS": spec.log_decay, "SUM": spec.normaliser == "sum",
@@ -46,16 +45,19 @@ def source(text: str, channels: bool) -> str:
             for side, feature in (("q", spec.feature_q), ("k", spec.feature_k))
         ),
     ]
-    return skeleton("scan.cpp", head)
+    return skeleton("scan.cpp", head, halves=halves)
 
 
 def source_of(groups: Groups, text: str) -> str:
     """The source that a call runs."""
-    return source(text, _channels(ScanSpec.of(text), groups[2]))
+    return source(text, *_kind(groups, ScanSpec.of(text)))
 
 
-def _channels(spec: ScanSpec, tables: Sequence[Tensor]) -> bool:
-    return bool(spec.decay) and tables[int(spec.decay[1:])].shape[-1] > 1
+def _kind(groups: Groups, spec: ScanSpec) -> tuple[bool, str]:
+    """Whether every channel has a decay of its own; whether the tensors are read as they are, in bfloat16."""
+    (q,), _, tables = groups
+    channels = bool(spec.decay) and tables[int(spec.decay[1:])].shape[-1] > 1
+    return channels, "vectors" if q.dtype == torch.bfloat16 else ""
 
 
 def few(groups: Groups, text: str) -> str | None:
@@ -68,7 +70,7 @@ def few(groups: Groups, text: str) -> str | None:
 
 def refuses(groups: Groups, text: str) -> str | None:
     """Why these tensors cannot be handed to the skeleton, whatever it would gain."""
-    (q,), (_, v), given = groups
+    (q,), (_, v), _ = groups
     spec = ScanSpec.of(text)
     if not spec.causal:
         return "rows that read what comes after them"
@@ -76,7 +78,7 @@ def refuses(groups: Groups, text: str) -> str | None:
         return f"{q.dtype}"
     if max(q.shape[-1], v.shape[-1]) > _MOST:
         return f"a state of {q.shape[-1]} x {v.shape[-1]}, at most {_MOST} x {_MOST}"
-    return built(source, text, _channels(spec, given))[1]
+    return built(source, text, *_kind(groups, spec))[1]
 
 
 def run(groups: Groups, text: str) -> list[Tensor]:
@@ -87,10 +89,15 @@ def run(groups: Groups, text: str) -> list[Tensor]:
     B, H, N, D = q.shape
     Dv, extra = v.shape[-1], spec.normaliser == "sum"
     kept: list[Tensor] = []  # what the call points into stays alive until it returns
-    made = {"o": torch.empty(B, H, N, Dv), "state": torch.empty(B, H, D, Dv + extra), "norm": torch.empty(B, H, N)}
+    dtype = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
+    made = {
+        "o": torch.empty(B, H, N, Dv, dtype=dtype),
+        "state": torch.empty(B, H, D, Dv + extra),
+        "norm": torch.empty(B, H, N),
+    }
     call = Call(B=B, H=H, group=H // k.shape[1], N=N, D=D, Dv=Dv, threads=torch.get_num_threads())
-    call.q, call.o = Rows.of(as_dtype(q, torch.float32, kept)), Rows.of(made["o"])
-    call.k, call.v = (Rows.of(as_dtype(t, torch.float32, kept).expand(B, *t.shape[1:])) for t in (k, v))
+    call.q, call.o = Rows.of(as_dtype(q, dtype, kept)), Rows.of(made["o"])
+    call.k, call.v = (Rows.of(as_dtype(t, dtype, kept).expand(B, *t.shape[1:])) for t in (k, v))
     decay = named.get(spec.decay)
     if decay is not None:
         call.decay = _spread(decay, (B, H, N, decay.shape[-1]), q, kept)
@@ -104,7 +111,7 @@ def run(groups: Groups, text: str) -> list[Tensor]:
         call.valid, call.valid_b = pointer(valid), step(valid, 0)
     call.state, call.norm = (pointer(made[which]) if which in spec.outputs else None for which in ("state", "norm"))
     if made["state"].numel() and B:
-        built(source, text, _channels(spec, given))[0](ctypes.byref(call))
+        built(source, text, *_kind(groups, spec))[0](ctypes.byref(call))
     made["o"] = made["o"].to(q.dtype)
     return [made[which] for which in spec.outputs]
 

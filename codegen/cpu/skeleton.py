@@ -11,12 +11,12 @@ from .printer import cpp
 
 
 def skeleton(name: str, said: Sequence[str], *, halves: str = "") -> str:
-    """Vectors and their functions, then what is said, then the loops; `halves`: products of bfloat16 by the
-    processor's "units", or by loops that stand in for them, "emulated".
+    """Vectors and their functions, then what is said, then the loops. `halves`: tensors of bfloat16; their products by
+    the processor's "units", by loops that stand in for them ("emulated"), or in float32 ("vectors").
     """
     chosen = ["#define HALVES"] if halves else []
     chosen += ["#define EMULATED"] if halves == "emulated" else []
-    parts = [*chosen, _text("lanes.hpp"), *([_text("units.hpp")] if halves else [])]
+    parts = [*chosen, _text("lanes.hpp"), *([_text("units.hpp")] if halves in ("units", "emulated") else [])]
     return "\n".join([*parts, *said, _text(name)])
 
 

@@ -5,19 +5,6 @@
 //
 // Where EMULATED is said, loops stand in for the instructions: what they compute can be tested on any machine.
 
-typedef uint16_t half;
-typedef half vh __attribute__((vector_size(VL * 2), aligned(2), may_alias));
-
-INLINE vi wholes(vh x) { return __builtin_convertvector(x, vi); }
-#ifdef __AVX512BF16__
-INLINE vh halves(vf x) { vh y; asm("vcvtneps2bf16 %1, %0" : "=v"(y) : "v"(x)); return y; }
-#else
-INLINE vh halves(vf x) {  // to the nearest, ties to even; what is not a number stays none
-    const vi bits = (vi)x, round = bits + 0x7fff + ((bits >> 16) & 1);
-    return __builtin_convertvector(select(x == x, round >> 16, all(0x7fc0)), vh);
-}
-#endif
-
 #ifdef EMULATED
 struct Unit { unsigned char bytes[16][64]; };
 static thread_local Unit unit[8];
