@@ -14,13 +14,19 @@ from torch import fx
 
 from .ports import ATTEND, RESHAPING, aten, op_name
 from .primitives.attend import attend_op
+from .primitives.operator import called
 
 
-def lower_calls(graph_module: fx.GraphModule) -> int:
-    """Attends that torch can say, each by the first way that fits; how many there were."""
+def lower_calls(graph_module: fx.GraphModule, target: str = "auto") -> int:
+    """Attends that torch can say, each by the first way that fits, and how many there were. A recipe's target decides
+    otherwise: `eager` has every primitive as it is meant, `cpu` and `triton` leave all to their kernels.
+    """
     count, made = 0, dict[Any, fx.Node]()
-    for node in list(graph_module.graph.find_nodes(op="call_function", target=ATTEND)):
+    for node in list(graph_module.graph.find_nodes(op="call_function", target=ATTEND)) if target == "auto" else ():
         count += any(_replaced(node, way(node, made)) for way in attend_op.in_torch)
+    for node in list(graph_module.graph.nodes) if target == "eager" else ():
+        if node.op == "call_function" and (primitive := called(node.target)) is not None:
+            node.target = primitive.eagerly
     for node in list(graph_module.graph.nodes):
         if _does_nothing(node):
             node.replace_all_uses_with(node.args[0])

@@ -84,7 +84,7 @@ class Rewriting:
         """The lowered graph of one call's signature."""
         with drafting():
             captured = ringed(self._program_for(model, unringed(call)), call)
-            lower_calls(captured.graph)
+            lower_calls(captured.graph, self.recipe.target)
             return captured
 
     def _program_for(self, model: nn.Module, call: Call) -> Captured:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,7 @@ from small_models import Attend, stack
 from torch import Tensor, nn
 
 import reattend
+from reattend.compiler.primitives.operator import watched
 
 WINDOW = {"version": 1, "sites": [{"match": "*", "attention": {"window": {"window": 3, "sinks": 1}}}]}
 
@@ -98,3 +101,18 @@ def test_rows_that_keep_nothing_have_the_models_own_fill() -> None:
     mask = torch.tensor([[1] * 7, [1] * 4 + [0] * 3, [0] * 7])
     fast = reattend.optimize(model, "exact", (x, torch.ones_like(mask)), measure=False)
     torch.testing.assert_close(fast(x, mask), model(x, mask), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("target", ["auto", "eager", "cpu"])
+def test_a_target_decides_what_computes(target: str) -> None:
+    model, x = stack(1, causal=True), torch.randn(1, 512, 32)
+    recipe = {"version": 1, "sites": [{"match": "*", "attention": "softmax"}], "target": target}
+    fast = reattend.optimize(model, recipe, x, measure=False)
+    assert any("scaled_dot_product" in t for t in targets(fast)) == (target == "auto")
+    with watched() as ran, torch.no_grad():
+        found = fast(x)
+    assert [call.kernel for call in ran] == (["generated C++"] if target == "cpu" else [])
+    torch.testing.assert_close(found, model(x), rtol=1e-5, atol=1e-6)
+    again = copy.deepcopy(fast).train()
+    again(x).sum().backward()
+    assert all(p.grad is not None for p in again.parameters())

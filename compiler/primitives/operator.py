@@ -123,6 +123,11 @@ class Primitive:
         kernel, _ = self.choose(groups, spec, only=lambda kernel: kernel.plain)
         return (kernel.run if kernel else self.meaning)(groups, spec)
 
+    def eagerly(self, *arguments: Any) -> list[Tensor]:
+        """The eager meaning, whatever kernels there are."""
+        *tensors, spec = arguments
+        return self.meaning(self._grouped(tensors), spec)
+
     def _grouped(self, arguments: Sequence[Any]) -> Groups:
         return [a if isinstance(a, list | tuple) else [a] for a in arguments]
 
@@ -202,6 +207,12 @@ def _in_groups(tensors: Sequence[Tensor], counts: Sequence[int]) -> Groups:
 
 
 PRIMITIVES: dict[str, Primitive] = {}  # by name, as the operators are called
+
+
+def called(target: Any) -> Primitive | None:
+    """The primitive that a call in a graph is of."""
+    own = isinstance(target, torch._ops.OpOverload) and target.namespace == "reattend"
+    return PRIMITIVES[target._opname] if own else None
 
 
 def _own(result: Tensor, taken: set[int]) -> Tensor:

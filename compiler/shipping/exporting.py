@@ -21,7 +21,7 @@ from torch import Tensor, fx, nn
 
 from ..capture import Captured
 from ..containers import Layout, put_together
-from ..primitives.operator import PRIMITIVES
+from ..primitives.operator import called
 from ..ranges import Sizes
 from ..refusal import Refused
 
@@ -115,8 +115,9 @@ class _Plainly(fx.Interpreter):
     """Runs a graph with reattend's operators as plain torch operations."""
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if isinstance(target, torch._ops.OpOverload) and target.namespace == "reattend":
-            return PRIMITIVES[target._opname].plainly(*args, **kwargs)
+        primitive = called(target)
+        if primitive is not None:
+            return primitive.plainly(*args, **kwargs)
         return super().call_function(target, args, kwargs)
 
 
