@@ -4,6 +4,7 @@ WORKERS ?= 2
 BIN := .venv/bin
 export PYTHON
 unexport PYTHONPATH # the checkout under test is this one
+unexport PYTHONDONTWRITEBYTECODE # two hundred test files would be compiled anew by every worker of every run
 # one thread a worker: two workers with two threads each would only wait for each other
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=20 --durations-min=5
 

@@ -10,11 +10,9 @@ from typing import Annotated, Any
 import typer
 
 from .answers import answers, working
+from .cli_arguments import ModelName
 from .compiler.refusal import Refused
 
-ModelName = Annotated[
-    str, typer.Argument(metavar="MODEL", help="hf:<id or dir>, timm:<name>, py:module:factory, or built in")
-]
 RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="a YAML file, or a shipped name; none: the sites")]
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from .from_seed import from_seed
 from .mechanism import Mechanism
 from .place import Place, run, stand, stand_alone, started
 from .problem import hidden, problem
@@ -99,8 +100,7 @@ class Case:
         """What the mechanism gives; deterministic also where it draws."""
         tensors = self.tensors() if tensors is None else tensors
         own = self.own() if own is None else own
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
+        with from_seed(seed):
             answer = run(self.mechanism, self.place(tensors, mask, bias), own)[0]
         if not isinstance(answer, Tensor):
             raise Refused(f"forward gives a {type(answer).__name__}", fits="a tensor, or (tensor, Aux(...))")

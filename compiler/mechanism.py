@@ -21,7 +21,6 @@ from .vocabulary import WORDS
 
 PARTS = ("core", "gate", "cache", "region", "insert", "model")
 KINDS = ("exact", "approximate", "needs recovery")
-OPTIONAL_PORTS = ("key_padding", "bias", "positions", "cos", "sin", "x_kv")
 
 
 @dataclass(frozen=True)

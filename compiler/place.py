@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .facts import features
+from .from_seed import from_seed
 from .mechanism import Aux, Mechanism, Param, mechanism
 from .primitives.attend import Tables
 from .primitives.attend_spec import AttendSpec
@@ -160,8 +161,7 @@ def own_tensors(chosen: Mechanism, site: Site, params: Mapping[str, Tensor], *, 
 def started(declared: Mapping[str, Param], like: Tensor) -> dict[str, Tensor]:
     """Tensors as their mechanism wants them to start; random starts are the same at every call."""
     made: dict[str, Tensor] = {}
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(0)
+    with from_seed(0, like.device), torch.no_grad():
         for own_name, one in declared.items():
             made[own_name] = torch.empty(one.shape, dtype=one.dtype or like.dtype, device=like.device)
             one.init(made[own_name])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .draft import Draft
+from .from_seed import from_seed
 from .mechanism import Mechanism, Param
 from .ports import Ports
 from .refusal import Refused
@@ -154,8 +155,8 @@ def mount(root: nn.Module, path: str, tensor: Tensor) -> None:
 def _filled(name: str, declared: Param, like: Tensor) -> Tensor:
     """A tensor as its mechanism wants it to start; random starts depend on the name alone."""
     tensor = torch.empty(declared.shape, dtype=declared.dtype or like.dtype, device=like.device)
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big"))
+    seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
+    with from_seed(seed, like.device), torch.no_grad():
         declared.init(tensor)
     return tensor
 

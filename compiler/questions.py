@@ -14,6 +14,7 @@ from torch.autograd.gradcheck import GradcheckError
 
 from .case import Case, cases
 from .decode import Decoder
+from .from_seed import from_seed
 from .mechanism import Mechanism, mechanism, mechanisms
 from .place import run
 from .refusal import Refused
@@ -341,8 +342,7 @@ def exported(case: Case) -> int:
         raise Failure(f"{case}: torch.export: {first_lines(error)}") from None
     other = replace(case, n=case.n + 4, m=case.m + 4) if dynamic else case
     try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(4)  # what it draws, it draws as in `other.answer`
+        with from_seed(4):  # what it draws, it draws as in `other.answer`
             got = graph.module()(*other.tensors().values())
     except (AssertionError, RuntimeError) as error:
         raise Failure(f"{other}: exported at N={case.n}: {first_lines(error)}") from None

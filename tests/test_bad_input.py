@@ -291,9 +291,10 @@ def test_a_mechanism_that_does_not_fit_says_which_do() -> None:
     in_order(text, "and 2 more", "fits here: ", "linear", "window", "reattend mechanisms --for")
     listed = text.partition("fits here: ")[2].partition(" (")[0].split(", ")
     assert "agent" not in listed
-    for slug in listed:
-        key = "heads" if reattend.mechanisms()[slug].part == "gate" else "attention"
-        optimized(stack(1), {"version": 1, "sites": [{"match": "*", key: slug}]})
+    part = {slug: "heads" if reattend.mechanisms()[slug].part == "gate" else "attention" for slug in listed}
+    rules = [{"match": {"layer": str(layer)}, part[slug]: slug} for layer, slug in enumerate(listed)]
+    fast = optimized(stack(len(listed)), {"version": 1, "sites": rules})
+    assert [row.status for row in fast.sites] == ["rewritten"] * len(listed)
 
 
 def test_one_site_that_refuses_does_not_keep_the_others_from_being_rewritten() -> None:

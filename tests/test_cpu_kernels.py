@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from kernel_calls import ATTENDS, SCANS, B, D, Dv, H, M, N, drawn, minimum, said, same, wide
+from processes import at_once
 
 from reattend.codegen.cpu import attend as attending
 from reattend.codegen.cpu import attend_backward as backwards
@@ -166,13 +165,8 @@ def test_a_torn_library_is_built_again(tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_processes_build_at_once(tmp_path: Path) -> None:
-    code = f"from reattend.codegen.cpu.toolchain import toolchain; print(toolchain().build({ANSWER!r}).answer())"
-    environment = {"REATTEND_CACHE": str(tmp_path), "PATH": "/usr/bin:/bin", "PYTHONPATH": ":".join(sys.path)}
-    running = [
-        subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
-        for _ in range(3)
-    ]
-    assert [process.communicate()[0] for process in running] == ["42\n"] * 3
+    work = "from reattend.codegen.cpu.toolchain import toolchain", f"print(toolchain().build({ANSWER!r}).answer())"
+    assert at_once(4, *work, cache=tmp_path) == ["42"] * 4
 
 
 def test_a_text_that_does_not_build_is_kept_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

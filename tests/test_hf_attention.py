@@ -209,7 +209,9 @@ def test_a_model_that_computes_with_its_mask_is_refused() -> None:
         model(*args, **kwargs)
 
 
-@pytest.mark.parametrize(("name", "beside"), [("deberta_v2", 2), ("siglip", 1), ("llama", 0)])
+@pytest.mark.parametrize(
+    ("name", "beside"), [pytest.param("deberta_v2", 2, marks=pytest.mark.slow), ("siglip", 1), ("llama", 0)]
+)
 def test_attentions_beside_the_interface_are_counted(name: str, beside: int) -> None:
     family = ZOO[name]
     model: Any = family.build("sdpa" if "sdpa" in family.spellings else "eager")

@@ -1,21 +1,20 @@
-"""Pages in a real browser: what is folded opens, search finds, dark is dark, keys work; nothing is loaded or cut."""
+"""Pages in a real browser: what is folded opens, search finds, dark is dark, keys work; nothing is loaded or cut.
+
+`pip install 'reattend[browser]'` and a chromium; without nbconvert only the executed notebook is left out.
+"""
 
 from __future__ import annotations
 
-import html
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from small_models import stack
 
-import reattend
-
-playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed: pip install playwright")
+playwright = pytest.importorskip("playwright.sync_api", reason="no playwright: pip install 'reattend[browser]'")
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium") or shutil.which("google-chrome")
 pytestmark = [
     pytest.mark.slow,
@@ -23,21 +22,56 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module")
-def report() -> Any:
-    recipe = {"version": 1, "sites": [{"match": {"layer": "0-15"}, "attention": {"window": {"window": 4}}},
-                                      {"match": {"layer": "16"}, "attention": "agent"}]}  # fmt: skip
-    return reattend.optimize(stack(32), recipe, (torch.randn(2, 9, 32),), measure=False, name="32 layers").report
+CELL = """
+import torch
+from small_models import stack
+import reattend
+recipe = {"version": 1, "sites": [{"match": {"layer": "0-15"}, "attention": {"window": {"window": 4}}},
+                                  {"match": {"layer": "16"}, "attention": "agent"}]}
+fast = reattend.optimize(stack(32), recipe, (torch.randn(2, 9, 32),), measure=False, name="32 layers")
+fast.report
+"""
+AROUND = "<!doctype html><meta charset=utf-8><style>table{color:red}</style><main><h1>Beside</h1>%s</main>"
+PAGES = ("page", "inside", "notebook")
 
 
 @pytest.fixture(scope="module")
-def pages(report: Any, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The report as a page, and inside what a notebook's HTML is: other people's elements and styles around it."""
-    folder = tmp_path_factory.mktemp("pages")
-    around = "<!doctype html><meta charset=utf-8><style>table{color:red}</style><main><h1>Notebook</h1>{}</main>"
-    around = around.replace("{}", f"<pre>{html.escape('fast.report')}</pre>{report._repr_html_()}")
-    (folder / "notebook.html").write_text(around, encoding="utf-8")
-    return {"page": report.write(folder / "page.html"), "notebook": folder / "notebook.html"}
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("pages")
+
+
+@pytest.fixture(scope="module")
+def alone(folder: Path) -> dict[str, Path]:
+    """The report as a page, and among other people's elements and styles."""
+    space: dict[str, Any] = {}
+    exec(CELL, space)
+    report = space["fast"].report
+    (folder / "inside.html").write_text(AROUND % report._repr_html_(), encoding="utf-8")
+    return {"page": report.write(folder / "page.html"), "inside": folder / "inside.html"}
+
+
+@pytest.fixture(scope="module")
+def notebook_page(folder: Path) -> Path:
+    """A notebook that a kernel has run, as nbconvert writes it, without what that would load from elsewhere."""
+    told = "no nbconvert, nbclient or ipykernel: pip install 'reattend[browser]'"
+    nbconvert, nbclient, nbformat, _ = (
+        pytest.importorskip(n, reason=told) for n in ("nbconvert", "nbclient", "nbformat", "ipykernel")
+    )
+    cells = [nbformat.v4.new_markdown_cell("# A swap"), nbformat.v4.new_code_cell(CELL)]
+    book = nbformat.v4.new_notebook(cells=cells)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join(p for p in sys.path if p))
+        nbclient.NotebookClient(book, kernel_name="python3").execute()
+    elsewhere = ("mathjax_url", "require_js_url", "jquery_url", "mermaid_js_url", "widget_renderer_url")
+    page, _ = nbconvert.HTMLExporter(**dict.fromkeys(elsewhere, "")).from_notebook_node(book)
+    (folder / "notebook.html").write_text(page, encoding="utf-8")
+    return folder / "notebook.html"
+
+
+@pytest.fixture
+def path(request: pytest.FixtureRequest, name: str) -> Path:
+    """The page of a name; only the notebook needs nbconvert."""
+    return request.getfixturevalue("notebook_page") if name == "notebook" else request.getfixturevalue("alone")[name]
 
 
 @pytest.fixture(scope="module")
@@ -68,12 +102,16 @@ class Opened:
         return told
 
 
-@pytest.fixture(params=["page", "notebook"])
-def opened(request: pytest.FixtureRequest, browser: Any, pages: dict[str, Path]) -> Iterator[Opened]:
-    found = Opened(browser, pages[request.param])
+@pytest.fixture(params=PAGES)
+def name(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture
+def opened(browser: Any, path: Path) -> Iterator[Opened]:
+    found = Opened(browser, path)
     yield found
-    own = pages[request.param].as_uri()
-    assert found.said == [] and [url for url in found.asked if not url.startswith((own, "data:"))] == []
+    assert found.said == [] and [url for url in found.asked if not url.startswith((path.as_uri(), "data:"))] == []
     found.page.close()
 
 
@@ -103,14 +141,14 @@ def test_search_finds_a_site(opened: Opened) -> None:
     assert opened.shown(".layers tbody tr") == 0 and opened.page.locator("[data-empty]").is_visible()
 
 
-def test_dark_is_dark(opened: Opened, browser: Any, pages: dict[str, Path]) -> None:
+def test_dark_is_dark(opened: Opened, browser: Any, path: Path) -> None:
     light = opened.style(".reattend", "backgroundColor")
     opened.page.click("[data-theme-button]")
     dark = opened.style(".reattend", "backgroundColor")
     assert light != dark
     opened.page.click("[data-theme-button]")
     assert opened.style(".reattend", "backgroundColor") == light
-    preferred = Opened(browser, pages["page"], scheme="dark")
+    preferred = Opened(browser, path, scheme="dark")
     assert preferred.style(".reattend", "backgroundColor") == dark
     preferred.page.close()
 
@@ -136,9 +174,8 @@ def test_it_is_used_by_keys_alone(opened: Opened) -> None:
 
 
 @pytest.mark.parametrize("width", [1280, 390])
-@pytest.mark.parametrize("name", ["page", "notebook"])
-def test_nothing_is_cut_or_overlaps(browser: Any, pages: dict[str, Path], name: str, width: int) -> None:
-    opened = Opened(browser, pages[name], width)
+def test_nothing_is_cut_or_overlaps(browser: Any, path: Path, width: int) -> None:
+    opened = Opened(browser, path, width)
     opened.page.evaluate("document.querySelectorAll('details').forEach((d) => { d.open = true })")
     assert opened.page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     assert opened.page.evaluate(OUTSIDE, width) == []
@@ -157,14 +194,24 @@ OVERLAPS = """() => [...document.querySelectorAll(".layers tr")].slice(0, 4).fla
 })"""
 
 
-def test_it_opens_in_less_than_two_seconds(browser: Any, pages: dict[str, Path]) -> None:
-    opened = Opened(browser, pages["page"])
+def test_it_opens_in_less_than_two_seconds(browser: Any, path: Path) -> None:
+    opened = Opened(browser, path)
     timing = opened.page.evaluate("performance.getEntriesByType('navigation')[0].loadEventEnd")
     assert timing < 2000
     opened.page.close()
 
 
-def test_another_elements_styles_stay_outside(browser: Any, pages: dict[str, Path]) -> None:
-    opened = Opened(browser, pages["notebook"])
+def test_a_table_looks_alike_everywhere(opened: Opened) -> None:
+    """A notebook aligns its own tables to the right, stripes them, and lets the terms of a list float."""
+    opened.page.evaluate("document.querySelectorAll('details').forEach((d) => { d.open = true })")
+    rows = {opened.style(f".layers tbody tr:nth-child({n})", "backgroundColor") for n in (1, 2)}
+    assert rows == {"rgba(0, 0, 0, 0)"} and opened.style(".layers td.path", "textAlign") == "left"
+    term = ".card dl.facts dt"
+    assert opened.style(term, "float") == "none"
+    assert opened.page.eval_on_selector(term, "e => e.getBoundingClientRect().width") > 80
+
+
+def test_another_elements_styles_stay_outside(browser: Any, alone: dict[str, Path]) -> None:
+    opened = Opened(browser, alone["inside"])
     assert opened.style("main > h1", "fontSize") == "32px", "the report's own h1 is smaller"
     opened.page.close()

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from processes import at_once
 
 from reattend.codegen.triton import module
 from reattend.codegen.triton.attend import Attend
@@ -70,13 +71,8 @@ def test_a_torn_file_is_written_again(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_eight_processes_write_at_once(tmp_path: Path) -> None:
-    code = "from reattend.codegen.triton.module import loaded; print(loaded('answer = 42\\n' * 2000).answer)"
-    environment = {"REATTEND_CACHE": str(tmp_path), "PATH": "/usr/bin:/bin", "PYTHONPATH": ":".join(sys.path)}
-    running = [
-        subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
-        for _ in range(8)
-    ]
-    assert [process.communicate()[0] for process in running] == ["42\n"] * 8
+    work = "from reattend.codegen.triton.module import loaded", "print(loaded('answer = 42\\n' * 2000).answer)"
+    assert at_once(8, *work, cache=tmp_path) == ["42"] * 8
     assert [p.suffix for p in (tmp_path / "triton").iterdir() if p.is_file()] == [".py"]
 
 

@@ -13,6 +13,9 @@ from .mathml import mathml
 from .view import Computation, Layer, Module, Pair, Rule, View
 
 OPEN_COLOURS = 8  # mechanisms beyond begin again with the first
+BUILT = (
+    "registers, spills and shared memory: reattend build MODEL RECIPE --target cuda:80, cuda:90, cuda:100 or hip:gfx942"
+)
 
 
 @lru_cache(maxsize=4)
@@ -245,8 +248,9 @@ def _computation(c: Computation) -> Markup:
         el("details", el("summary", f"{k.name} ", el("small", k.device)), el("pre", el("code", k.source)))
         for k in c.kernels
     ]
+    built = el("p", BUILT, class_="note") if any(k.device == "cuda" for k in c.kernels) else None
     cascade = el("details", el("summary", "cascade, barriers, passes, loops"), el("pre", c.cascade), open=True)
-    body = el("div", el("dl", *formulas, class_="formulas"), *masks, cascade, *kernels, class_="card")
+    body = el("div", el("dl", *formulas, class_="formulas"), *masks, cascade, *kernels, built, class_="card")
     return el("details", head, body, class_="site", id=c.key)
 
 

@@ -9,16 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import (
-    adaptive_avg_pool1d,
-    adaptive_avg_pool2d,
-    gelu,
-    layer_norm,
-    linear,
-    normalize,
-    pad,
-    softplus,
-)
+from torch.nn.functional import adaptive_avg_pool2d, gelu, layer_norm, linear, normalize, pad, softplus
 
 from ...compiler.functional import attention
 from ...compiler.mechanism import Limit, Mechanism, Param, register
@@ -30,9 +21,8 @@ from ...compiler.refusal import Refused
 from ...compiler.site import Grid, Site
 from ...compiler.starts import constant, normal, uniform
 from ...compiler.symbols import build, table
+from .bias_network import bias_of_pooled, bias_of_steps, network
 from .grid_windows import no_grid
-
-HIDDEN = 512  # width of the network behind the pooled keys' bias
 
 
 @register("transnext")
@@ -101,10 +91,7 @@ class TransNeXt(Mechanism):
         own = {
             "temperature": Param((heads,), constant(math.log(math.exp(1 / 0.24) - 1))),
             "query_embed": Param((heads, dim)),
-            "fc1_weight": Param((HIDDEN, 2), uniform(2)),
-            "fc1_bias": Param((HIDDEN,), uniform(2)),
-            "fc2_weight": Param((heads, HIDDEN)),
-            "fc2_bias": Param((heads,)),
+            **network(heads),
         }
         if self._all:
             return own
@@ -148,7 +135,7 @@ class TransNeXt(Mechanism):
         return as_type(o, narrow)
 
     def _everywhere(self, p: Any, grid: Grid, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        bias, w, prefix = table(self._bias_of_steps(p, grid)), grid.w, grid.prefix
+        bias, w, prefix = table(bias_of_steps(p, grid, self.pretrain_grid)), grid.w, grid.prefix
 
         def score(s: Any, h: Any, i: Any, j: Any) -> Any:
             i, j = i - prefix, j - prefix
@@ -163,7 +150,8 @@ class TransNeXt(Mechanism):
     ) -> Tensor:
         """One softmax over the window's keys and the few that everybody sees."""
         half, size, w = self.window // 2, self.window, grid.w
-        local, far = table(widened(p.local_bias)), table(pad(self._bias(p, grid), (grid.prefix, 0)))
+        known = bias_of_pooled(p, grid, self.pooled(grid), self.pretrain_grid)
+        local, far = table(widened(p.local_bias)), table(pad(known, (grid.prefix, 0)))
 
         def here(s: Any, h: Any, i: Any, j: Any) -> Any:
             return s + local[h, (j // w - i // w + half) * size + j % w - i % w + half]
@@ -187,29 +175,6 @@ class TransNeXt(Mechanism):
             [site.kv_heads * site.dim, site.kv_heads * site.v_dim], 2
         )
         return tuple(t.unflatten(2, (site.kv_heads, -1)).transpose(1, 2) for t in made)
-
-    def _bias(self, p: Any, grid: Grid) -> Tensor:
-        """(H, h * w, P): every query against every pooled key."""
-        steps = []
-        for size, few in zip((grid.h, grid.w), self.pooled(grid), strict=True):
-            place = torch.arange(size, device=p.fc1_weight.device, dtype=widened(p.fc1_weight).dtype)
-            steps.append(place[:, None] - adaptive_avg_pool1d(place[None], few)[0])
-        y, x = steps[0][:, None, :, None], steps[1][None, :, None, :]
-        return self._network(p, grid, y, x).flatten(3, 4).flatten(1, 2)
-
-    def _bias_of_steps(self, p: Any, grid: Grid) -> Tensor:
-        """(H, 2 h - 1, 2 w - 1): every step between two tokens of the grid."""
-        like = widened(p.fc1_weight)
-        y, x = (torch.arange(1 - n, n, device=like.device, dtype=like.dtype) for n in (grid.h, grid.w))
-        return self._network(p, grid, y[:, None], x)
-
-    def _network(self, p: Any, grid: Grid, y: Tensor, x: Tensor) -> Tensor:
-        whole = self.pretrain_grid or (grid.h, grid.w)
-        far = [t / max(side - 1, 1) * 8 for t, side in zip((y, x), whole, strict=True)]
-        logs = [t.sign() * torch.log2(t.abs() + 1) / 3 for t in far]
-        both = torch.stack(torch.broadcast_tensors(*logs), -1)
-        inner = torch.relu(linear(both, widened(p.fc1_weight), widened(p.fc1_bias)))
-        return linear(inner, widened(p.fc2_weight), widened(p.fc2_bias)).movedim(-1, 0)
 
     def limits(self) -> Iterable[Limit]:
         q, k, v = problem(12)
