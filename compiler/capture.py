@@ -16,6 +16,7 @@ from .checkpointing import unflagged
 from .containers import Layout, Leaf, absorb, lay_out_caches, put_together, take_apart
 from .graph_state import graph_from, state_of
 from .leaves import plain_calls, stamp_leaves
+from .padding import zeros_at_padding
 from .plain_graph import operations, plain, written
 from .ranges import Sizes, Symbol
 from .refusal import Refused, Uncapturable
@@ -176,7 +177,14 @@ def export(model: nn.Module, call: Call, attempt: Attempt) -> Captured:
     tensors = tuple(t.detach() for t in attempt.tensors)  # one object passed twice would become one input
     grad = torch.is_grad_enabled()
     try:
-        with torch.no_grad(), unchanged(model), quiet(), _fakes(attempt), plain_calls(model) as leaves:
+        with (
+            torch.no_grad(),
+            unchanged(model),
+            quiet(),
+            _fakes(attempt),
+            zeros_at_padding(model),
+            plain_calls(model) as leaves,
+        ):
             unflagged(model)
             program = torch.export.export(flat, tensors, dynamic_shapes=(shapes,), strict=False)
     finally:

@@ -15,6 +15,7 @@ from torch import fx
 from torch._functorch import predispatch
 
 ATTENDING = frozenset({"softmax", "_softmax", "_safe_softmax", "log_softmax", "scaled_dot_product_attention"})
+_NESTING = {"_vmap_increment_nesting": 1, "_vmap_decrement_nesting": -1}
 _CHECKS = "_assert_tensor_metadata"
 for _name in ("lazy_load_decompositions", "_vmap_increment_nesting", "_vmap_decrement_nesting"):
     if (_function := getattr(predispatch, _name, None)) is not None:
@@ -37,12 +38,26 @@ def attention_in_regions(module: fx.GraphModule) -> Iterator[tuple[fx.Node, str]
     depth = 0
     for node in module.graph.nodes:
         kind = getattr(node.target, "__name__", str(node.target))
-        depth += {"_vmap_increment_nesting": 1, "_vmap_decrement_nesting": -1}.get(kind, 0)
+        depth += _NESTING.get(kind, 0)
         if depth and _attends(node):
             yield node, "it stands inside torch.vmap, written for one example; write the batch out"
         found = _submodule(module, node)
         if found is not None and any(_attends(inner) for inner in found[0].graph.nodes):
             yield node, f"it stands inside a region of its own ({kind}); attention is found outside of such"
+
+
+def mapped(graph: fx.Graph) -> list[list[fx.Node]]:
+    """The nodes of every torch.vmap, from where it begins to where it ends."""
+    found: list[list[fx.Node]] = []
+    depth = 0
+    for node in graph.nodes:
+        change = _NESTING.get(getattr(node.target, "__name__", ""), 0)
+        if change > 0 and depth == 0:
+            found.append([])
+        depth += change
+        if depth or change:
+            found[-1].append(node)
+    return found
 
 
 def _attends(node: fx.Node) -> bool:

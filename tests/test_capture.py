@@ -124,6 +124,19 @@ def test_a_captured_model_has_the_same_gradients(name: str) -> None:
         torch.testing.assert_close(gradients[0][path], gradients[1][path], atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")  # torch itself, where it packs
+def test_an_encoder_that_packs_gives_zeros_where_its_input_is_padding() -> None:
+    layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+    model = nn.TransformerEncoder(layer, 1, norm=nn.LayerNorm(16)).eval()
+    x, length = torch.randn(2, 7, 16), torch.arange(7)
+    right, middle = length >= torch.tensor([[7], [3]]), (length == 2).expand(2, 7)
+    with torch.no_grad():
+        captured = capture(model, (x,), {"src_key_padding_mask": right})
+        for padding in (right, middle):  # the second is not packed
+            wanted = model(x, src_key_padding_mask=padding)
+            assert (captured.graph(x, padding)[0] - wanted).abs().max() <= 1e-5
+
+
 def test_the_graph_is_over_the_models_own_tensors_under_their_own_names() -> None:
     model = FAMILIES["llama"].make().eval()
     graph = capture(model, kwargs={"input_ids": ids(2, 5)}).graph

@@ -1,8 +1,8 @@
 """Raising: every spelling of attention in a graph becomes one `attend` node; what only looks like it gets a reason.
 
-The search starts at every softmax and at every fused attention. From a softmax it reads backwards through pointwise
-steps to a product of queries and keys, and forwards to the product with values; dimensions are tracked as axes (batch,
-heads, queries, keys), so that layouts do not matter. docs/raising.md tells the rest.
+The search starts at every softmax and at every fused attention, flex_attention included. From a softmax it reads
+backwards through pointwise steps to a product of queries and keys, and forwards to the product with values; dimensions
+are tracked as axes (batch, heads, queries, keys), so that layouts do not matter. docs/raising.md tells the rest.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from torch import fx
 from ..refusal import Refused
 from ..regions import attention_in_regions
 from .deferred import normalise_first
+from .flex import erase_block_masks, is_flex, place_of_flex
 from .found import place_of
 from .inplace import make_values
-from .layout import is_idle, op_name
+from .layout import erase_idle, op_name
 from .likeness import forget_likeness
 from .near import NearMiss, Unraised, module_path
 from .place import Place, write
@@ -40,7 +41,7 @@ class Raised:
 def raise_sites(graph_module: fx.GraphModule) -> Raised:
     """Raise every site in place. Numbers are unchanged, but for rows filled with minus infinity: NaN becomes 0."""
     graph = graph_module.graph
-    _erase_idle(graph)
+    erase_idle(graph)
     make_values(graph)
     forget_likeness(graph)
     normalise_first(graph)
@@ -57,7 +58,8 @@ def raise_sites(graph_module: fx.GraphModule) -> Raised:
                 made.append(_written(place))
         except Unraised as reason:
             misses.append(NearMiss(module_path(node), reason.node.name, reason.reason))
-    _erase_idle(graph)
+    erase_idle(graph)
+    erase_block_masks(graph)
     misses.extend(_unnormalised(graph))
     graph.lint()
     graph_module.recompile()
@@ -77,6 +79,8 @@ def _unnormalised(graph: fx.Graph) -> list[NearMiss]:
 def _place(node: fx.Node) -> Place | None:
     if is_sdpa(node):
         return place_of_sdpa(node)
+    if is_flex(node):
+        return place_of_flex(node)
     softmax = softmax_at(node)
     return None if softmax is None else place_of(softmax)
 
@@ -86,9 +90,3 @@ def _written(place: Place) -> fx.Node:
         return write(place)
     except Refused as refused:
         raise Unraised(place.node, str(refused)) from None
-
-
-def _erase_idle(graph: fx.Graph) -> None:
-    for node in reversed(graph.nodes):
-        if is_idle(node):
-            graph.erase_node(node)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..regions import mapped
 from .build import Builder
 from .layout import CASTS, KEEPING, TURNS, VIEWS, argument, op_name, tensor_of
 
@@ -17,7 +18,10 @@ _ALIASING = VIEWS | TURNS | CASTS | (KEEPING - {"clone"}) | {"slice", "select", 
 
 def make_values(graph: fx.Graph) -> None:
     """Every in-place operator whose target is a value of the graph, read in one order only, is replaced."""
+    inside = {node for nodes in mapped(graph) for node in nodes}  # values of one example: no operator runs on them here
     for node in list(graph.nodes):
+        if node in inside:
+            continue
         if op_name(node).endswith("_") and not op_name(node).startswith("_") and tensor_of(node) is not None:
             _make_value(node)
 

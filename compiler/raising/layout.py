@@ -135,6 +135,12 @@ def is_idle(node: fx.Node) -> bool:
     return off.get(op_name(node), lambda n: not n.is_impure())(node)
 
 
+def erase_idle(graph: fx.Graph) -> None:
+    for node in reversed(graph.nodes):
+        if is_idle(node):
+            graph.erase_node(node)
+
+
 def ahead(node: fx.Node, groups: Groups) -> Groups | None:
     """Through one layout operator towards its output, from the groups of its first input."""
     name, shape = op_name(node), extents(tensor_of(node)) if tensor_of(node) is not None else ()

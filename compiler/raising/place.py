@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -48,7 +48,7 @@ class Place:
     sink: Expr | None = None
     empty: Expr | None = None  # the score of rows that keep nothing
     heads: Group | None = None  # where the spelling itself says it
-    leaves: dict[str, tuple[Any, Groups]] = field(default_factory=dict)
+    leaves: Mapping[str, tuple[Any, Any]] = field(default_factory=dict)  # with its axes, or its indices
 
 
 def write(place: Place) -> fx.Node:
@@ -145,7 +145,11 @@ def _tables(
         if word == DRAWN:
             node, indices = _drawn(place, builder, index), [name(n) for n in INDICES]
         else:
-            node, indices = builder.table(*place.leaves[word], index)
+            node, where = place.leaves[word]
+            if any(isinstance(w, Expr) for w in where):
+                indices = list(where)
+            else:
+                node, indices = builder.table(node, where, index)
         if node not in tables:
             tables.append(node)
         words[word] = Expr("lookup", (f"t{tables.index(node)}", *map(as_expr, indices)))

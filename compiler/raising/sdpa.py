@@ -29,8 +29,8 @@ def place_of_sdpa(node: fx.Node) -> Place:
     q_groups = fresh_groups(tensor_of(q))
     *outer, i, d = q_groups
     j = fresh(tensor_of(k).shape[-2])
-    k_outer, e = _outer_of(k, outer, given), fresh(tensor_of(v).shape[-1])
-    v_outer = _outer_of(v, outer, given)
+    k_outer, e = outer_of(k, outer, given), fresh(tensor_of(v).shape[-1])
+    v_outer = outer_of(v, outer, given)
     size = tensor_of(q).shape[-1]
     scale = given.get("scale")
     score: Expr = name("s") * (float(extent(size)) ** -0.5 if scale is None else float(scale))
@@ -59,7 +59,7 @@ def place_of_sdpa(node: fx.Node) -> Place:
     )  # fmt: skip
 
 
-def _outer_of(node: fx.Node, outer: list[Group], given: dict[str, Any]) -> Groups:
+def outer_of(node: fx.Node, outer: list[Group], given: dict[str, Any]) -> Groups:
     """The batch and head axes of keys or values: equal, broadcast, or groups of heads."""
     found: list[Group] = []
     sizes = extents(tensor_of(node))[:-2]
