@@ -20,7 +20,7 @@ CONFIG = {
     "num_key_value_heads": 2,
     "intermediate_size": 64,
     "vocab_size": 60,
-    "num_hidden_layers": 2,
+    "num_hidden_layers": 1,
     "pad_token_id": 0,
     "eos_token_id": None,
 }
@@ -30,8 +30,8 @@ def identity(model: nn.Module, call: Call) -> Captured:
     return capture(model, call.args, call.kwargs)
 
 
-def llama() -> Any:
-    return hf.LlamaForCausalLM(hf.LlamaConfig(**CONFIG)).eval()
+def llama(**more: Any) -> Any:
+    return hf.LlamaForCausalLM(hf.LlamaConfig(**CONFIG | more)).eval()
 
 
 def call_of(model: Any, batch: int, queries: int, past: int) -> dict[str, Any]:
@@ -54,7 +54,7 @@ def copied(kwargs: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_one_graph_serves_prefill_and_decode() -> None:
-    model = llama()
+    model = llama(num_hidden_layers=2)
     fast = host(model, identity)
     with torch.no_grad():
         for batch, queries, past in ((2, 3, 10), (2, 7, 0), (3, 1, 7), (1, 1, 5)):
@@ -71,7 +71,7 @@ def test_one_graph_serves_prefill_and_decode() -> None:
 
 
 def test_query_and_past_lengths_are_open() -> None:
-    model = llama()
+    model = llama(num_hidden_layers=2)
     captured = capture(model, kwargs=call_of(model, 2, 3, 10))
     shapes = dict(zip(captured.dims.inputs, captured.dims.shapes))
     batch, queries = shapes["input_ids"]

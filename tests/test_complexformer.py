@@ -92,7 +92,7 @@ def test_a_llama_is_converted_without_loss_and_learns() -> None:
     torch.manual_seed(0)
     model = hf.LlamaForCausalLM(
         hf.LlamaConfig(hidden_size=32, num_attention_heads=4, num_key_value_heads=2, intermediate_size=64,
-                       vocab_size=60, num_hidden_layers=2)
+                       vocab_size=60, num_hidden_layers=1)
     ).eval()  # fmt: skip
     ids = torch.randint(1, 60, (2, 9))
     knobs = {"softmax_scale": None, "base": 10000.0}
@@ -102,4 +102,4 @@ def test_a_llama_is_converted_without_loss_and_learns() -> None:
     assert torch.allclose(logits, model(input_ids=ids).logits, atol=1e-5)
     logits.square().mean().backward()
     learned = [p for n, p in fast.named_parameters() if n.endswith(("delta", "phase_bias"))]
-    assert len(learned) == 4 and all(t.grad is not None and t.grad.any() for t in learned)
+    assert len(learned) == 2 and all(t.grad is not None and t.grad.any() for t in learned)

@@ -98,8 +98,8 @@ def documents(s: Tensor, p: Tensor) -> Tensor:
     return s + (~same[:, None]).float() * -1e9
 
 
-FORMS = [outer, keys, keys_lightly, causal_keys, causal_additive, two_fills, two_sums, infinite_then_finite,
-         filled_before_scaling, strictly_before, window_of_padding, documents]  # fmt: skip
+FORMS = [outer, keys, causal_keys, two_fills, strictly_before, documents]
+MORE = [keys_lightly, causal_additive, two_sums, infinite_then_finite, filled_before_scaling, window_of_padding]
 PADDINGS = {
     "right": lambda b, n: (torch.arange(n) < max(1, n - 3)).long().expand(b, n),
     "left": lambda b, n: (torch.arange(n) >= n // 2).long().expand(b, n),
@@ -108,7 +108,9 @@ PADDINGS = {
 }
 
 
-@pytest.mark.parametrize("scores", FORMS, ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "scores", [*FORMS, *(pytest.param(f, marks=pytest.mark.slow) for f in MORE)], ids=lambda f: f.__name__
+)
 def test_the_folded_graph_gives_what_the_model_gives(scores: Callable[[Tensor, Tensor], Tensor]) -> None:
     torch.manual_seed(0)
     model = Masked(scores).eval()

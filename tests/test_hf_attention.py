@@ -76,7 +76,12 @@ def test_softmax_is_what_stood_there(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("slug", "knobs"), [("window", {"window": 5, "sinks": 1}), ("sigmoid", {"bias": -2.0}), ("linear", {})]
+    ("slug", "knobs"),
+    [
+        ("window", {"window": 5, "sinks": 1}),
+        pytest.param("sigmoid", {"bias": -2.0}, marks=pytest.mark.slow),
+        ("linear", {}),
+    ],
 )
 @torch.no_grad()
 def test_a_mechanism_is_what_optimize_puts_there(slug: str, knobs: dict[str, Any]) -> None:

@@ -81,7 +81,7 @@ def test_in_a_llama_it_starts_as_the_model_and_learns() -> None:
     torch.manual_seed(0)
     model = hf.LlamaForCausalLM(
         hf.LlamaConfig(hidden_size=32, num_attention_heads=4, num_key_value_heads=2, intermediate_size=64,
-                       vocab_size=60, num_hidden_layers=2)
+                       vocab_size=60, num_hidden_layers=1)
     ).eval()  # fmt: skip
     ids = torch.randint(1, 60, (2, 7))
     recipe = {"version": 1, "sites": [{"match": "*", "attention": {"music_rel": {"max_len": 16}}}]}
@@ -90,4 +90,4 @@ def test_in_a_llama_it_starts_as_the_model_and_learns() -> None:
     assert torch.allclose(logits, model(input_ids=ids).logits, atol=1e-5)
     logits.square().mean().backward()
     tables = [p for n, p in fast.named_parameters() if n.endswith("rel_emb")]
-    assert len(tables) == 2 and all(t.grad is not None and t.grad.any() for t in tables)
+    assert len(tables) == 1 and all(t.grad is not None and t.grad.any() for t in tables)

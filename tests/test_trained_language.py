@@ -94,6 +94,7 @@ def test_a_loss_weighs_bytes() -> None:
     torch.testing.assert_close(loss_of(model, rows, weights), alone)
 
 
+@pytest.mark.slow
 def test_a_run_that_was_interrupted_ends_with_the_same_bits(tmp_path: Path) -> None:
     whole = LanguageRun(TINY, tmp_path / "whole")
     whole.train()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from base64 import b64encode
+from collections.abc import Sequence
 from functools import lru_cache
 from importlib import resources
 
@@ -183,11 +184,11 @@ def _bar(filled: float, outline: float | None) -> Markup:
 
 def _folded(view: View) -> list[Markup]:
     found = [
-        (_fold("Cards", f"{len(view.layers)} sites", *_cards(view), id_="cards"), bool(view.layers)),
-        (_fold("What is computed", f"{len(view.computations)} different attentions",
+        (_fold("Cards", _count(view.layers, "site"), *_cards(view), id_="cards"), bool(view.layers)),
+        (_fold("What is computed", _count(view.computations, "different attention"),
                *(_computation(c) for c in view.computations), id_="computations"), bool(view.computations)),
         (_fold("Graph", _changes(view.graph), *(_module(m) for m in view.graph), id_="graph"), bool(view.graph)),
-        (_fold("Recipe", f"{len(view.rules)} rules", *(_rule(r) for r in view.rules), id_="recipe"), bool(view.rules)),
+        (_fold("Recipe", _count(view.rules, "rule"), *(_rule(r) for r in view.rules), id_="recipe"), bool(view.rules)),
         (_fold("Heads", ", ".join(m.name for m in view.heads), *map(picture.heads, view.heads), id_="heads"),
          bool(view.heads)),
         (_fold("Quality against cost", "", _plot(view), id_="quality"), bool(view.plot)),
@@ -204,6 +205,10 @@ def _plot(view: View) -> Markup:
 
 def _fold(title: str, note: str, *inside: Markup, id_: str) -> Markup:
     return el("details", el("summary", el("h2", title), el("small", note)), *inside, class_="fold", id=id_)
+
+
+def _count(things: Sequence[object], one: str) -> str:
+    return f"{len(things)} {one}{'s' * (len(things) != 1)}"
 
 
 def _cards(view: View) -> list[Markup]:
@@ -274,7 +279,6 @@ def _module(m: Module) -> Markup:
 
 
 def _rule(rule: Rule) -> Markup:
-    count = f"{len(rule.sites)} site" + "s" * (len(rule.sites) != 1)
     matched = ", ".join(rule.sites) or "none"
     return el("div", el("p", el("code", rule.text), " ", el("small", rule.where)),
-              el("p", f"{count}: {matched}", class_="note"), class_="rule")  # fmt: skip
+              el("p", f"{_count(rule.sites, 'site')}: {matched}", class_="note"), class_="rule")  # fmt: skip
