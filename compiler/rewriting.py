@@ -16,6 +16,7 @@ from .cost import Cost, graph_cost, site_costs
 from .draft import drafting
 from .fidelity import against_model, too_far
 from .held_out import Batch, calibration
+from .held_rows import as_bytes, as_numbers
 from .lowering import lower_calls
 from .mechanism import KINDS
 from .pipeline import Checked, Outcome, Step, checked_rewrite, lower, raise_program, rewrite
@@ -83,7 +84,8 @@ class Rewriting:
     def program_for(self, model: nn.Module, call: Call) -> Captured:
         """The lowered graph of one call's signature."""
         with drafting():
-            captured = ringed(self._program_for(model, unringed(call)), call)
+            plain = unringed(as_numbers(call))
+            captured = ringed(as_bytes(self._program_for(model, plain), plain), call)
             lower_calls(captured.graph)
             return captured
 
@@ -101,7 +103,7 @@ class Rewriting:
     def replay(self, model: nn.Module, call: Call) -> tuple[Captured, Outcome]:
         """What was decided, on a capture of its own: the graph before any rewrite and after, with sites and ports."""
         with drafting():
-            call = unringed(call)
+            call = unringed(as_numbers(call))
             captured = capture(model, call.args, dict(call.kwargs))
             raised, _ = raise_program(captured, self.store, self.prefix)
             assert self.settled is not None, "replay follows a first decision"
