@@ -25,6 +25,7 @@ from reattend.models.vision_ops import declare_missing_vision_ops
 LENGTH, ROWS, CALIBRATED = 512, 16, 8
 SMOOTH: list[Any] = ["smooth_attention"]
 QOQ: list[Any] = [{"rotate": {"values": True}}, "reorder", "smooth_attention", "smooth_proj"]
+STILL: list[Any] = QOQ[1:]
 HEADS: list[Any] = [{"rotate": {"stream": False, "values": True}}, "reorder"]  # what BERT's norms allow
 
 
@@ -33,33 +34,32 @@ def asked(weights: Any = None, passes: list[Any] | None = None, kv: str = "", he
     return found | ({"quantize": {head: "keep", "*": weights}} if weights else {})
 
 
-def four(size: int, scheme: str = "qserve") -> dict[str, Any]:
-    return {scheme: {"group_size": size}}
+def four(size: int, scheme: str = "qserve", rounding: str = "nearest") -> dict[str, Any]:
+    return {scheme: {"group_size": size, "rounding": rounding}}
 
 
 # name, bits of weights, activations, keys and values; rows of equal bits stand together
 BYTE_LM: dict[str, tuple[str, dict[str, Any]]] = {
     "qserve, groups of 64, to nearest": ("4 8 16", asked(four(64))),
-    "qserve, groups of 64, QoQ": ("4 8 16", asked(four(64), QOQ)),
+    "qserve, groups of 64, QoQ without rotation": ("4 8 16", asked(four(64, rounding="gptq"), STILL)),
+    "qserve, groups of 64, QoQ": ("4 8 16", asked(four(64, rounding="gptq"), QOQ)),
+    "qserve, an output a group, to nearest": ("4 8 16", asked(four(-1))),
+    "qserve, an output a group, QoQ": ("4 8 16", asked(four(-1, rounding="gptq"), QOQ)),
     "int4 keys and values": ("16 16 4", asked(kv="int4")),
     "int4 keys and values, smooth_attention": ("16 16 4", asked(passes=SMOOTH, kv="int4")),
-    "all of it, groups of 64, to nearest": ("4 8 4", asked(four(64), kv="int4")),
-    "all of it, groups of 64, QoQ": ("4 8 4", asked(four(64), QOQ, "int4")),
+    "all of it, an output a group, to nearest": ("4 8 4", asked(four(-1), kv="int4")),
+    "all of it, an output a group, QoQ": ("4 8 4", asked(four(-1, rounding="gptq"), QOQ, "int4")),
     "w8": ("8 16 16", asked("w8")),
     "w8a8": ("8 8 16", asked("w8a8")),
     "w4a16, groups of 64": ("4 16 16", asked(four(64, "w4a16"))),
     "int8 keys and values": ("16 16 8", asked(kv="int8")),
-    "qserve, an output a group, to nearest": ("4 8 16", asked(four(-1))),
-    "qserve, an output a group, QoQ": ("4 8 16", asked(four(-1), QOQ)),
 }
 MINILM: dict[str, tuple[str, dict[str, Any]]] = {
+    "qserve, groups of 128, to nearest": ("4 8", asked(four(128), head="pooler.*")),
+    "qserve, groups of 128, QoQ": ("4 8", asked(four(128, rounding="gptq"), HEADS, head="pooler.*")),
     "w8": ("8 16", asked("w8", head="pooler.*")),
     "w8a8": ("8 8", asked("w8a8", head="pooler.*")),
     "w4a16, groups of 128": ("4 16", asked(four(128, "w4a16"), head="pooler.*")),
-    "qserve, groups of 128, to nearest": ("4 8", asked(four(128), head="pooler.*")),
-    "qserve, groups of 128, QoQ": ("4 8", asked(four(128), HEADS, head="pooler.*")),
-    "qserve, an output a group, to nearest": ("4 8", asked(four(-1), head="pooler.*")),
-    "qserve, an output a group, QoQ": ("4 8", asked(four(-1), HEADS, head="pooler.*")),
 }
 
 

@@ -21,6 +21,7 @@ from .lowering import lower_calls
 from .mechanism import KINDS
 from .pipeline import Checked, Outcome, Step, checked_rewrite, lower, raise_program, rewrite
 from .program import Change, Program, Store
+from .quantize import QuantizeLayers
 from .recipe import Recipe
 from .refusal import Refused
 from .report import NO_DATA, Report, Row, SiteList
@@ -150,13 +151,16 @@ class Rewriting:
         if not raised.sites:
             nearest = "; ".join(misses) or "nothing in it multiplies a softmax of a product with values"
             raise Refused("no attention found", where=self.name, fits=nearest)
-        self.moved = move_weights(model, raised, steps, lambda: self._calibration(captured, call))
-        if self.moved.fitted and self.recipe.data.calibrate is None:
-            warnings = (*warnings, "no `data: {calibrate: FILE}`: weights were fitted to the example inputs")
+        read = lambda: self._calibration(captured, call)
+        self.moved = move_weights(model, raised, steps, read)
         steps = [step for step in steps if step.mechanism.stage != "weights"]
+        fits = [s.mechanism.fit(raised, read) for s in steps if isinstance(s.mechanism, QuantizeLayers)]
+        if (self.moved.fitted or any(fits)) and self.recipe.data.calibrate is None:
+            warnings = (*warnings, "no `data: {calibrate: FILE}`: weights were fitted to the example inputs")
         batches = [_batch(captured, call, batch, number) for number, batch in enumerate(self.batches)]
         wait = self.recipe.recover is not None
         self.first = checked_rewrite(raised, steps, batches or [captured.inputs(call)], self.recipe.verify, wait=wait)
+        self.store.grams = {}
         self.captured, self.misses = captured, misses
         self.faithful = against_model(model, captured, call)
         lost = too_far(self.faithful, model) if self.faithful is not None else ""
