@@ -17,7 +17,7 @@ from torch import Tensor
 from .refusal import Refused
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, enum.Enum, type, torch.Size)
-_FILLED_IN = ("is_initialized", "dtype", "device")  # attributes of a cache layer that its tensors say again
+_FILLED_IN = ("is_initialized", "dtype", "device", "rows")  # attributes of a cache layer that its tensors say again
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,8 @@ from .rewrite import put
 from .verification import Deviation, SiteResult, check_sites, compare_outputs, mean_of, worst_first, worst_of
 
 log = logging.getLogger("reattend")
-ORDER = ("core", "region", "gate", "model", "insert", "cache", "quantize")  # parts or stages, in their order
+# parts or stages in their order; how k and v are stored comes first: what is put at a site reads them as they come back
+ORDER = ("cache", "core", "region", "gate", "model", "insert", "quantize")
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from .calibration import Gram, Reducer, calibrate
 from .leaves import Stamp, stamp_text
 from .mechanism import Mechanism
 from .path_glob import glob
@@ -28,26 +29,35 @@ class Scheme(Mechanism):
     stage = "quantize"
     kind = "approximate"
 
+    @property
+    def fitted(self) -> bool:
+        """Whether its codes depend on what a layer reads: `tensors` is then given the Gram matrix of that."""
+        return False
+
     def spec(self, inputs: int, *, bias: bool) -> QLinearSpec:
         """The text of a layer of so many inputs; refused where they do not fit the scheme's groups."""
         raise Refused(
             f"{self.slug} has no spec(inputs, bias)", where="quantize", fits="a scheme says what its layers are"
         )
 
-    def tensors(self, weight: Tensor) -> Sequence[Tensor]:
+    def tensors(self, weight: Tensor, gram: Tensor | None = None) -> Sequence[Tensor]:
         """The tensors that the spec names, of float32 weights (N, K) without holes."""
         raise Refused(
             f"{self.slug} has no tensors(weight)", where="quantize", fits="a scheme says what its layers hold"
         )
 
-    def layer(self, weight: Tensor, bias: Any = None) -> QuantizedLinear:
-        """A layer of these weights (N, K)."""
+    def layer(self, weight: Tensor, bias: Any = None, gram: Tensor | None = None) -> QuantizedLinear:
+        """A layer of these weights (N, K), its inputs' Gram matrix (K, K) beside them where it is fitted."""
         spec = self.spec(weight.shape[1], bias=bias is not None)
         wide = weight.detach().float()
         if not weight.is_meta and not bool(wide.isfinite().all()):
             count = int((~wide.isfinite()).sum())
             raise Refused(f"{count} weights that are no finite numbers", fits="mend the weights, or `keep` this layer")
-        return QuantizedLinear(spec, self.tensors(wide), scheme=repr(self), dtype=weight.dtype, bias=bias)
+        if self.fitted and gram is None and not weight.is_meta:
+            fits = "`data: {calibrate: FILE}`, and calls that reach this layer"
+            raise Refused("nothing is known of what it reads", where=repr(self), fits=fits)
+        tensors = self.tensors(wide, gram) if self.fitted and not weight.is_meta else self.tensors(wide)
+        return QuantizedLinear(spec, tensors, scheme=repr(self), dtype=weight.dtype, bias=bias)
 
 
 def divisible(inputs: int, group: int, scheme: str) -> int:
@@ -75,12 +85,27 @@ class QuantizeLayers(Mechanism):
     def __repr__(self) -> str:
         return "quantize(" + ", ".join(f"{pattern}: {chosen or 'keep'!r}" for pattern, chosen in self.choices) + ")"
 
+    def chosen(self, path: str) -> tuple[str, Scheme | None]:
+        """The first pattern that matches a layer, and its scheme."""
+        return next(((p, s) for p, s in self.choices if glob(p).matches(path)), ("", None))
+
+    def fit(self, program: Program, batches: Callable[[], Sequence[Sequence[Tensor]]]) -> bool:
+        """Take the Gram matrices of what the layers read whose scheme is fitted to that; whether there are any."""
+        wanted: dict[str, tuple[fx.Node, Reducer]] = {}
+        for path, calls in linear_layers(program.graph).items():
+            scheme = self.chosen(".".join(part for part in (program.prefix, path) if part))[1]
+            if scheme is not None and scheme.fitted and isinstance(read := calls[0].args[0], fx.Node):
+                wanted[path] = (read, Gram())
+        if wanted:
+            program.store.grams = calibrate(program.graph, batches(), wanted)
+        return bool(wanted)
+
     def apply(self, program: Program, paths: Sequence[str]) -> None:
         layers, refused, done = linear_layers(program.graph), dict[str, Refused](), dict[str, list[str]]()
         matched: set[str] = set()
         for path, calls in layers.items():
             full = ".".join(part for part in (program.prefix, path) if part)
-            pattern, scheme = next(((p, s) for p, s in self.choices if glob(p).matches(full)), ("", None))
+            pattern, scheme = self.chosen(full)
             matched.add(pattern)
             if scheme is None:
                 continue
@@ -139,7 +164,7 @@ def _quantize(program: Program, path: str, calls: Sequence[fx.Node], scheme: Sch
         bias = _bias(calls[0])
         value = _tensor(program.graph, str(held.target))
         given = None if bias is None else _tensor(program.graph, str(bias.target))
-        program.store.modules[path] = scheme.layer(value, given)
+        program.store.modules[path] = scheme.layer(value, given, program.store.grams.get(path))
     layer = program.store.modules[path]
     assert isinstance(layer, QuantizedLinear)
     for node in calls:

@@ -34,6 +34,8 @@ def put(program: Program, path: str, mechanism: Mechanism, *, dropped: frozenset
     setting = Setting(replace(site, features=site.features - dropped), spec)
     inputs = _inputs(program, site, mechanism, attend, anchor)
     fragment = _fragment(program, mechanism, setting, inputs)
+    if mechanism.part == "cache":
+        return _stored(program, mechanism, setting, fragment, dropped)
     anchor.meta |= {"site": path, "mechanism": mechanism.slug}
     before = anchor.next if mechanism.part == "gate" else anchor  # a gate reads the value that it replaces
     results, made = insert_before(before, fragment.graph, {n: inputs[n] for n in fragment.inputs}, like=anchor)
@@ -49,6 +51,25 @@ def put(program: Program, path: str, mechanism: Mechanism, *, dropped: frozenset
                     tuple(sorted(dropped)))  # fmt: skip
     program.changes.append(change)
     ports.nodes["o"] = results[0] if mechanism.part in ("core", "gate") else ports.nodes["o"]
+    return change
+
+
+def _stored(program: Program, mechanism: Any, setting: Setting, fragment: Fragment, dropped: frozenset[str]) -> Change:
+    """k and v, wherever the site's attention or what is put in its place reads them, as they come back from storage."""
+    path = setting.site.path
+    ports = program.ports[path]
+    attend, made = ports.attend, dict[fx.Node, fx.Node]()
+    for port in ("k", "v"):
+        rows = ports.nodes[port]
+        if rows not in made:
+            (made[rows],) = insert(program, attend, mechanism.store, {"rows": rows}, like=attend)
+            made[rows].meta |= {"site": path, "mechanism": mechanism.slug}
+        ports.nodes[port] = made[rows]
+    attend.args = (attend.args[0], [made.get(n, n) for n in attend.args[1]], *attend.args[2:])  # type: ignore[arg-type,union-attr]
+    change = Change(
+        program.site(path), mechanism, setting, fragment, str(attend.args[3]), dropped=tuple(sorted(dropped))
+    )
+    program.changes.append(change)
     return change
 
 
@@ -77,7 +98,7 @@ def without(spec: AttendSpec, dropped: frozenset[str]) -> AttendSpec:
 def _anchor(program: Program, path: str, mechanism: Mechanism) -> fx.Node:
     """The node whose value the mechanism replaces."""
     ports = program.ports[path]
-    if mechanism.part in ("core", "gate"):
+    if mechanism.part in ("core", "gate", "cache"):
         return ports.nodes["o"]
     if mechanism.part == "region":
         if ports.projected is None:
@@ -85,7 +106,7 @@ def _anchor(program: Program, path: str, mechanism: Mechanism) -> fx.Node:
                 "the output projection was not found", where=path, fits="a site whose o feeds one linear layer"
             )
         return ports.projected
-    raise Refused(f"part {mechanism.part!r}", where=path, fits="core, gate or region mechanisms stand at a site")
+    raise Refused(f"part {mechanism.part!r}", where=path, fits="core, gate, cache or region mechanisms stand at a site")
 
 
 def _inputs(program: Program, site: Site, mechanism: Mechanism, attend: fx.Node, anchor: fx.Node) -> dict[str, fx.Node]:

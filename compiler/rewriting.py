@@ -16,10 +16,12 @@ from .cost import Cost, graph_cost, site_costs
 from .draft import drafting
 from .fidelity import against_model, too_far
 from .held_out import Batch, calibration
+from .held_rows import as_bytes, as_numbers
 from .lowering import lower_calls
 from .mechanism import KINDS
 from .pipeline import Checked, Outcome, Step, checked_rewrite, lower, raise_program, rewrite
 from .program import Change, Program, Store
+from .quantize import QuantizeLayers
 from .recipe import Recipe
 from .refusal import Refused
 from .report import NO_DATA, Report, Row, SiteList
@@ -83,7 +85,8 @@ class Rewriting:
     def program_for(self, model: nn.Module, call: Call) -> Captured:
         """The lowered graph of one call's signature."""
         with drafting():
-            captured = ringed(self._program_for(model, unringed(call)), call)
+            plain = unringed(as_numbers(call))
+            captured = ringed(as_bytes(self._program_for(model, plain), plain), call)
             lower_calls(captured.graph, self.recipe.target)
             return captured
 
@@ -101,7 +104,7 @@ class Rewriting:
     def replay(self, model: nn.Module, call: Call) -> tuple[Captured, Outcome]:
         """What was decided, on a capture of its own: the graph before any rewrite and after, with sites and ports."""
         with drafting():
-            call = unringed(call)
+            call = unringed(as_numbers(call))
             captured = capture(model, call.args, dict(call.kwargs))
             raised, _ = raise_program(captured, self.store, self.prefix)
             assert self.settled is not None, "replay follows a first decision"
@@ -148,13 +151,16 @@ class Rewriting:
         if not raised.sites:
             nearest = "; ".join(misses) or "nothing in it multiplies a softmax of a product with values"
             raise Refused("no attention found", where=self.name, fits=nearest)
-        self.moved = move_weights(model, raised, steps, lambda: self._calibration(captured, call))
-        if self.moved.fitted and self.recipe.data.calibrate is None:
-            warnings = (*warnings, "no `data: {calibrate: FILE}`: weights were fitted to the example inputs")
+        read = lambda: self._calibration(captured, call)
+        self.moved = move_weights(model, raised, steps, read)
         steps = [step for step in steps if step.mechanism.stage != "weights"]
+        fits = [s.mechanism.fit(raised, read) for s in steps if isinstance(s.mechanism, QuantizeLayers)]
+        if (self.moved.fitted or any(fits)) and self.recipe.data.calibrate is None:
+            warnings = (*warnings, "no `data: {calibrate: FILE}`: weights were fitted to the example inputs")
         batches = [_batch(captured, call, batch, number) for number, batch in enumerate(self.batches)]
         wait = self.recipe.recover is not None
         self.first = checked_rewrite(raised, steps, batches or [captured.inputs(call)], self.recipe.verify, wait=wait)
+        self.store.grams = {}
         self.captured, self.misses = captured, misses
         self.faithful = against_model(model, captured, call)
         lost = too_far(self.faithful, model) if self.faithful is not None else ""

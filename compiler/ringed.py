@@ -21,6 +21,7 @@ from torch import Tensor, fx
 
 from .capture import Captured
 from .containers import is_cache
+from .held_rows import as_numbers, numbers_like, rows_held
 from .ports import ATTEND, op_name
 from .primitives.attend_spec import AttendSpec
 from .program import insert_before
@@ -89,7 +90,7 @@ def as_captured(
     captured: Captured, call: Call, tensors: Sequence[Tensor]
 ) -> tuple[Call, tuple[Tensor, ...], tuple[frozenset[int], ...]]:
     """The call with rings unrolled, its tensors and open dimensions: what the model itself was captured with."""
-    parts = ("keys", "values", LENGTH)
+    parts, bytes_of = ("keys", "values", LENGTH), rows_held(captured)
     seen = {f"{path}.{part}": layer for path, layer in _ring_layers(call).items() for part in parts}
     sizes, opened = [], []
     for name, shape, tensor in zip(captured.dims.inputs, captured.dims.shapes, tensors, strict=True):
@@ -97,9 +98,11 @@ def as_captured(
             continue
         if name in seen:
             tensor = tensor.new_zeros((*tensor.shape[:2], seen[name].cumulative_length, *tensor.shape[3:]))
+        if name in bytes_of:
+            tensor = numbers_like(tensor, bytes_of[name])
         sizes.append(tensor)
         opened.append(frozenset(d for d, size in enumerate(shape) if isinstance(size, str)))
-    return unringed(call), tuple(sizes), tuple(opened)
+    return unringed(as_numbers(call)), tuple(sizes), tuple(opened)
 
 
 # --- the call ---------------------------------------------------------------------------------------------------------
@@ -161,16 +164,23 @@ def _grown(ring: Ring, past: fx.Node) -> fx.Node:
 def _attend_by_position(ring: Ring, keys: fx.Node, values: fx.Node) -> None:
     for node in (keys, values):
         _without_whole_slices(node)
-    for user in list(dict.fromkeys((*keys.users, *values.users))):
-        if user.op == "output" or op_name(user) == "sym_size":
+    read = [_numbers(node) for node in (keys, values)]
+    for user in list(dict.fromkeys(user for node in (keys, values, *read) for user in node.users)):
+        if user.op == "output" or op_name(user) in ("sym_size", "unpack_rows") or user in read:
             continue
-        if user.target is not ATTEND or list(user.args[1])[:2] != [keys, values]:  # type: ignore[arg-type]
+        if user.target is not ATTEND or list(user.args[1])[:2] != read:  # type: ignore[arg-type]
             found = f"the kept keys are read by {op_name(user)} (%{user.name})"
             raise Refused(found, where=ring.path, fits="one attend; DynamicCache() for this model")
         text = str(user.args[3])
         _fits(ring, text)
         if not moves_freely(text):
             _tell_positions(ring, user, keys)
+
+
+def _numbers(rows: fx.Node) -> fx.Node:
+    """What rows of bytes are read as."""
+    unpacked = next((u for u in rows.users if op_name(u) == "unpack_rows"), None)
+    return rows if unpacked is None else next(iter(unpacked.users))
 
 
 def _without_whole_slices(node: fx.Node) -> None:

@@ -142,6 +142,9 @@ def in_turn(
         got, *named = answer if isinstance(answer, tuple | list) else (answer,)
         losses += named[: len(change.fragment.losses)]
         seen["o"] = got
+        if change.mechanism.part == "cache":
+            rows: Any = change.mechanism
+            seen |= {name: rows.store(seen[name]) for name in ("k", "v")}
     return seen["o"], losses
 
 

@@ -4,6 +4,8 @@ from .heads import head_order as head_order
 from .heads import kd_gqa as kd_gqa
 from .heads import moh as moh
 from .kv import duo as duo
+from .kv import int4 as int4
+from .kv import int8 as int8
 from .kv import tidal as tidal
 from .linear import aaren as aaren
 from .linear import agent as agent

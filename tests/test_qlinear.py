@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from reattend.codegen.cpu import qlinear_units
+from reattend.compiler.doctor import cpu_flags
 from reattend.compiler.primitives.operator import watched
 from reattend.compiler.primitives.qlinear import qlinear, qlinear_meaning, qlinear_op, rounded_rows
 from reattend.compiler.primitives.qlinear_spec import QLinearSpec, dequantized, packed, unpacked
@@ -125,6 +127,22 @@ def test_every_kernel_is_the_meaning(spec: QLinearSpec, rows: int, dtype: torch.
             assert got.dtype == dtype and got.shape == expected.shape, kernel.name
             near = {torch.float32: 1e-5, torch.bfloat16: 2**-7}[dtype] * largest
             torch.testing.assert_close(got, expected, rtol=0, atol=near)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spec", [*SPECS[:5], SPECS[6], QLinearSpec("int8", 1152)], ids=lambda spec: spec.text)
+def test_generated_kernels_are_the_meaning(spec: QLinearSpec, dtype: torch.dtype) -> None:
+    """Vectors for few rows, matrix units for any; loops stand in for the units' instructions where there are none."""
+    tensors, near = stored(spec, 36), {torch.float32: 1e-5, torch.bfloat16: 2**-7}[dtype]
+    for rows in (1, 3, 37):
+        x = torch.randn(rows, spec.inputs).to(dtype)
+        (expected,) = qlinear_meaning([[x], tensors], spec.text)
+        if rows < 5 and qlinear_units.no_vectors([[x], tensors], spec.text) is None:
+            (got,) = qlinear_units.run_few([[x], tensors], spec.text)
+            torch.testing.assert_close(got, expected, rtol=0, atol=near * expected.abs().max().item())
+        if qlinear_units.no_tiles([[x], tensors], spec.text) is None and cpu_flags() & {"avx512_bf16"}:
+            (got,) = qlinear_units.run([[x], tensors], spec.text, halves="emulated")
+            torch.testing.assert_close(got, expected, rtol=0, atol=near * expected.abs().max().item())
 
 
 def test_a_call_runs_a_kernel() -> None:

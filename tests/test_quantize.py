@@ -71,3 +71,29 @@ def test_a_cast_leaves_codes_and_scales() -> None:
     layer: Any = mechanism("w8").layer(torch.randn(4, 8))  # type: ignore[attr-defined]
     layer.to(torch.bfloat16)
     assert (layer.codes.dtype, layer.scale.dtype) == (torch.int8, torch.float32)
+
+
+@pytest.mark.parametrize("scheme", ["w4a16", "qserve"])
+def test_rounding_that_makes_up_for_itself_loses_less(scheme: str) -> None:
+    draw = torch.Generator().manual_seed(0)
+    mix = torch.randn(64, 64, generator=draw) * torch.logspace(-1, 1, 64)
+    x, w = torch.randn(500, 64, generator=draw) @ mix, torch.randn(24, 64, generator=draw)
+    x[:, 7] = 0  # an input that is never there
+    gram = x.double().T @ x.double() / len(x)
+    make = lambda **knobs: mechanism(scheme, group_size=16, **knobs)
+    lost = [
+        float((x @ (layer.weight - w).T).norm())
+        for layer in (make().layer(w), make(rounding="gptq").layer(w, None, gram))  # type: ignore[attr-defined]
+    ]
+    assert lost[1] < 0.8 * lost[0]
+    with pytest.raises(Refused, match="nothing is known of what it reads.*calibrate"):
+        make(rounding="gptq").layer(w)  # type: ignore[attr-defined]
+
+
+def test_it_is_fitted_to_calls() -> None:
+    wishes = {"**.o_proj": "keep", "*": {"qserve": {"group_size": 16, "rounding": "gptq"}}}
+    fast = quantized(Stack().eval(), wishes)
+    assert any("fitted to the example inputs" in line for line in fast.report.warnings)
+    plain = quantized(Stack().eval(), {"**.o_proj": "keep", "*": {"qserve": {"group_size": 16}}})
+    codes = [layers["layers.0.mlp.0"].codes for layers in map(quantized_layers, (fast, plain))]
+    assert not torch.equal(*codes)

@@ -4,7 +4,7 @@ from ...compiler.primitives.attend import attend_op
 from ...compiler.primitives.operator import Kernel
 from ...compiler.primitives.qlinear import qlinear_op
 from ...compiler.primitives.scan import scan_op
-from . import attend, attend_backward, qlinear, scan
+from . import attend, attend_backward, qlinear, qlinear_units, scan
 
 NAME = "generated C++"
 
@@ -13,7 +13,9 @@ attend_op.kernels.setdefault("cpu", []).insert(0, _attend)
 scan_op.kernels.setdefault("cpu", []).insert(0, Kernel(NAME, scan.few, scan.run))
 qlinear_op.kernels.setdefault("cpu", []).extend(
     [
+        Kernel(f"{NAME}, vectors", qlinear_units.few, qlinear_units.run_few),
         Kernel("numbers with bytes", qlinear.no_bytes, qlinear.by_bytes),
+        Kernel(f"{NAME}, matrix units", qlinear_units.refuses, qlinear_units.run),
         Kernel("whole numbers", qlinear.no_whole, qlinear.by_whole),
         Kernel("weights made whole", qlinear.no_numbers, qlinear.by_numbers, plain=True),
     ]

@@ -67,7 +67,7 @@ def by_numbers(groups: Groups, text: str) -> list[Tensor]:
     """Weights made whole again, in the type of x, for this call alone."""
     (x,), tensors = groups
     spec = QLinearSpec.of(text)
-    weights = dequantized(tensors, spec).to(x.dtype)
+    weights = dequantized(tensors, spec, torch.float32).to(x.dtype)
     if not spec.activations:
         y = torch.nn.functional.linear(x, weights)
     else:

@@ -21,10 +21,18 @@ static void multiply(Unit& c, const Unit& a, const Unit& b) {
         memcpy(c.bytes[m] + 4 * n, &x, 4);
     }
 }
+static void multiply_whole(Unit& c, const Unit& a, const Unit& b) {
+    for (int m = 0; m < 16; m++) for (int n = 0; n < 16; n++) {
+        int32_t x; memcpy(&x, c.bytes[m] + 4 * n, 4);
+        for (int k = 0; k < 64; k++) x += (int)(signed char)a.bytes[m][k] * (signed char)b.bytes[k / 4][4 * n + k % 4];
+        memcpy(c.bytes[m] + 4 * n, &x, 4);
+    }
+}
 #define ZERO(t) memset(&unit[t], 0, sizeof(Unit))
 #define LOAD(t, from, stride) for (int r = 0; r < 16; r++) memcpy(unit[t].bytes[r], (const char*)(from) + r * (stride), 64)
 #define STORE(t, to, stride) for (int r = 0; r < 16; r++) memcpy((char*)(to) + r * (stride), unit[t].bytes[r], 64)
 #define MULTIPLY(c, a, b) multiply(unit[c], unit[a], unit[b])
+#define MULTIPLY_WHOLE(c, a, b) multiply_whole(unit[c], unit[a], unit[b])
 #else
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -42,6 +50,7 @@ static bool units_allowed() { return syscall(SYS_arch_prctl, 0x1023, 18) == 0; }
 #define LOAD(t, from, stride) asm volatile("tileloadd (%0,%1,1), %%tmm" #t ::"r"(from), "r"(stride) : "memory")
 #define STORE(t, to, stride) asm volatile("tilestored %%tmm" #t ", (%0,%1,1)" ::"r"(to), "r"(stride) : "memory")
 #define MULTIPLY(c, a, b) asm volatile("tdpbf16ps %%tmm" #b ", %%tmm" #a ", %%tmm" #c ::)
+#define MULTIPLY_WHOLE(c, a, b) asm volatile("tdpbssd %%tmm" #b ", %%tmm" #a ", %%tmm" #c ::)
 #endif
 
 // R x C registers of sums: 0 1 / 2 3; rows of A in 4, 5, columns of B in 6, 7.

@@ -57,21 +57,21 @@ def unpacked(stored: Tensor, inputs: int) -> Tensor:
     return torch.cat((halves & 15, halves >> 4), 2).reshape(stored.shape[0], -1)[:, :inputs]
 
 
-def whole_weights(tensors: Sequence[Tensor], spec: QLinearSpec) -> Tensor:
+def whole_weights(tensors: Sequence[Tensor], spec: QLinearSpec, dtype: torch.dtype = torch.float64) -> Tensor:
     """The whole numbers w8 (N, K) that are multiplied by one scale an output: "int8" and "qoq"."""
     if spec.format == "int8":
-        return tensors[0].to(torch.float64)
+        return tensors[0].to(dtype)
     codes, _, step, zero = tensors[:4]
-    return _by_group(unpacked(codes, spec.inputs), step, zero)
+    return _by_group(unpacked(codes, spec.inputs), step, zero, dtype)
 
 
-def dequantized(tensors: Sequence[Tensor], spec: QLinearSpec) -> Tensor:
-    """The weights (N, K) in float64 that stand for a layer's: what every kernel multiplies with."""
+def dequantized(tensors: Sequence[Tensor], spec: QLinearSpec, dtype: torch.dtype = torch.float64) -> Tensor:
+    """The weights (N, K) that stand for a layer's; in float64 what every kernel multiplies with."""
     if spec.format == "int4":
-        return _by_group(unpacked(tensors[0], spec.inputs), tensors[1], tensors[2])
-    return whole_weights(tensors, spec) * tensors[1].double()[:, None]
+        return _by_group(unpacked(tensors[0], spec.inputs), tensors[1], tensors[2], dtype)
+    return whole_weights(tensors, spec, dtype) * tensors[1].to(dtype)[:, None]
 
 
-def _by_group(codes: Tensor, scale: Tensor, zero: Tensor) -> Tensor:
-    grouped = codes.to(torch.float64).view(*scale.shape, -1)
-    return (grouped * scale.double()[..., None] - zero.double()[..., None]).flatten(1)
+def _by_group(codes: Tensor, scale: Tensor, zero: Tensor, dtype: torch.dtype) -> Tensor:
+    grouped = codes.to(dtype).view(*scale.shape, -1)
+    return (grouped * scale.to(dtype)[..., None] - zero.to(dtype)[..., None]).flatten(1)

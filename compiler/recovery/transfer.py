@@ -65,7 +65,7 @@ def _transfer(outcome: Outcome, path: str, changes: list[Change], learns: frozen
     ports = reference.ports[path]
     region = changes[-1].mechanism.part == "region"
     asked = {name for change in changes for name in change.fragment.inputs}
-    if changes[0].mechanism.part == "core":
+    if changes[0].mechanism.part in ("core", "cache"):
         asked -= {"o"}  # a gate reads what the core before it gives
     wanted = {name: ports.nodes[name] for name in sorted(asked) if name in ports.nodes}
     wanted |= {f"table_{k}": node for k, node in enumerate(ports.attend.args[2])}  # type: ignore[arg-type]

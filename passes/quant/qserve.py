@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from torch import Tensor
 
@@ -26,14 +27,20 @@ from .rounding import by_group, progressive
 class QServe(Scheme):
     group_size: int = 128  # inputs that share the second scale; -1: all of an output's
 
+    rounding: Literal["nearest", "gptq"] = "nearest"  # gptq: errors made up for, by the inputs of the calibration data
+
     paper = "arXiv 2405.04532"
+
+    @property
+    def fitted(self) -> bool:
+        return self.rounding == "gptq"
 
     def spec(self, inputs: int, *, bias: bool) -> QLinearSpec:
         group = divisible(inputs, self.group_size, "qserve")
         format = "int4" if self.group_size == -1 else "qoq"
         return QLinearSpec(format, inputs, group=group, activations="int8", bias=bias)
 
-    def tensors(self, weight: Tensor) -> Sequence[Tensor]:
+    def tensors(self, weight: Tensor, gram: Tensor | None = None) -> Sequence[Tensor]:
         spec = self.spec(weight.shape[1], bias=False)
-        codes, *scales = (by_group if spec.format == "int4" else progressive)(weight, spec.group)
+        codes, *scales = (by_group if spec.format == "int4" else progressive)(weight, spec.group, gram)
         return (packed(codes), *scales)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...compiler.refusal import Refused
+from .gptq import compensated
 
 LEVELS = 15  # of 4 bits
 PROTECTED = 120  # the largest u for which 4-bit codes of groups always multiply back into 8 bits (QServe, section 4.1)
@@ -20,16 +21,22 @@ def by_output(w: Tensor) -> tuple[Tensor, Tensor]:
     return (w / scale[:, None]).round().clamp(-127, 127).to(torch.int8), scale
 
 
-def by_group(w: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor]:
-    """codes (N, K) 0..15, scale and zero (N, G) float16: w ~ codes scale - zero."""
+def by_group(w: Tensor, group: int, gram: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """codes (N, K) 0..15, scale and zero (N, G) float16: w ~ codes scale - zero; `gram` of the inputs: by GPTQ."""
     grouped = _grouped(w, group)
     most, least = grouped.amax(-1), grouped.amin(-1)
     scale, zero = _nonzero(half((most - least) / LEVELS)), half(-least)
-    codes = ((grouped + zero[..., None]) / scale[..., None]).round().clamp(0, LEVELS)
-    return codes.flatten(1).to(torch.uint8), scale.half(), zero.half()
+
+    def nearest(column: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        s, z = scale[:, k // grouped.shape[-1]].double(), zero[:, k // grouped.shape[-1]].double()
+        code = ((column + z) / s).round().clamp(0, LEVELS)
+        return code, code * s - z
+
+    codes = ((grouped + zero[..., None]) / scale[..., None]).round().clamp(0, LEVELS).flatten(1).to(torch.uint8)
+    return (codes if gram is None else compensated(w, gram, nearest)), scale.half(), zero.half()
 
 
-def progressive(w: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def progressive(w: Tensor, group: int, gram: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """codes (N, K) 0..15, scale (N,) float16, step and zero (N, G) int8: w ~ (codes step - zero) scale.
 
     codes step - zero is a whole number of 8 bits for whatever w: products stay in 8 bits (QServe, equations 4 to 6).
@@ -39,8 +46,15 @@ def progressive(w: Tensor, group: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     most, least = u.amax(-1), u.amin(-1)
     step = _nonzero(((most - least) / LEVELS).round().clamp(-127, 127))
     zero = (-least).round().clamp(-128, 127)
-    codes = ((u + zero[..., None]) / step[..., None]).round().clamp(0, LEVELS)
-    return codes.flatten(1).to(torch.uint8), scale.half(), step.to(torch.int8), zero.to(torch.int8)
+
+    def nearest(column: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        s, t, z = scale.double(), step[:, k // u.shape[-1]].double(), zero[:, k // u.shape[-1]].double()
+        code = (((column / s).clamp(-PROTECTED, PROTECTED) + z) / t).round().clamp(0, LEVELS)
+        return code, (code * t - z) * s
+
+    codes = ((u + zero[..., None]) / step[..., None]).round().clamp(0, LEVELS).flatten(1).to(torch.uint8)
+    codes = codes if gram is None else compensated(w, gram, nearest)
+    return codes, scale.half(), step.to(torch.int8), zero.to(torch.int8)
 
 
 def half(t: Tensor) -> Tensor:

@@ -24,5 +24,5 @@ class W8A8(Scheme):
     def spec(self, inputs: int, *, bias: bool) -> QLinearSpec:
         return QLinearSpec("int8", inputs, activations="int8", bias=bias)
 
-    def tensors(self, weight: Tensor) -> Sequence[Tensor]:
+    def tensors(self, weight: Tensor, gram: Tensor | None = None) -> Sequence[Tensor]:
         return by_output(weight)

@@ -1,0 +1,105 @@
+// A linear layer over stored weights for a few rows of x: y = x W^T + b, weights unpacked in registers, once for all rows.
+//
+//   ROWS, K, N   rows (up to 4), inputs, outputs     CODES   how weights are stored: BYTES (c s), NIBBLES (c s - z a group)
+
+enum { BYTES, NIBBLES };
+enum { FLOAT, HALF };
+
+struct Call {
+    const float* x; const uint8_t* codes; const void *scale, *step, *zero; const float* bias; float* y;
+    int64_t M, K, N, row, groups, bias_type, threads;
+};
+
+typedef uint8_t packed __attribute__((vector_size(VL), aligned(1), may_alias));
+typedef int8_t bytes __attribute__((vector_size(VL), aligned(1), may_alias));
+
+// Conversions that a compiler would take apart.
+#ifdef __AVX512F__
+INLINE vi whole(packed x) { vi y; asm("vpmovzxbd %1, %0" : "=v"(y) : "v"(x)); return y; }
+INLINE vi whole(bytes x) { vi y; asm("vpmovsxbd %1, %0" : "=v"(y) : "v"(x)); return y; }
+#else
+INLINE vi whole(packed x) { return __builtin_convertvector(x, vi); }
+INLINE vi whole(bytes x) { return __builtin_convertvector(x, vi); }
+#endif
+INLINE float of_half(uint16_t h) {  // without what a processor may lack
+    const uint32_t sign = (h & 0x8000u) << 16, exponent = h >> 10 & 31, rest = h & 1023;
+    if (exponent == 0) return (sign ? -1.f : 1.f) * rest * 0x1p-24f;
+    const uint32_t bits = sign | (exponent == 31 ? 255u : exponent + 112) << 23 | rest << 13;
+    float x; memcpy(&x, &bits, 4); return x;
+}
+INLINE float factor(const void* from, int64_t at) { return SCALES == HALF ? of_half(((const uint16_t*)from)[at]) : ((const float*)from)[at]; }
+
+// The sum of codes times x over inputs from k to end, for each row; whole vectors, then what is left.
+template <int ROWS>
+INLINE void products(const Call& c, const uint8_t* codes, int64_t k, int64_t end, vf sums[ROWS][2]) {
+    if constexpr (CODES == BYTES) {
+        const int8_t* from = (const int8_t*)codes;
+        for (; k + 2 * VL <= end; k += 2 * VL)
+            for (int side = 0; side < 2; side++) {
+                const vf w = floats(whole(*(const bytes*)(from + k + side * VL)));
+                for (int m = 0; m < ROWS; m++) sums[m][side] += w * load(c.x + m * c.K + k + side * VL);
+            }
+        for (; k < end; k++) for (int m = 0; m < ROWS; m++) sums[m][0][0] += from[k] * c.x[m * c.K + k];
+    } else {
+        for (; k + 64 <= end && k % 64 == 0; k += 64)
+            for (int at = 0; at < 32; at += VL) {
+                const vi both = whole(*(const packed*)(codes + k / 2 + at));
+                const vf low = floats(both & 15), high = floats(both >> 4);
+                for (int m = 0; m < ROWS; m++) {
+                    sums[m][0] += low * load(c.x + m * c.K + k + at);
+                    sums[m][1] += high * load(c.x + m * c.K + k + at + 32);
+                }
+            }
+        for (; k < end; k++) {
+            const uint8_t two = codes[k / 64 * 32 + k % 32], code = k % 64 < 32 ? two & 15 : two >> 4;
+            for (int m = 0; m < ROWS; m++) sums[m][0][0] += code * c.x[m * c.K + k];
+        }
+    }
+}
+
+template <int ROWS>
+static void output(const Call& c, const float* totals, int64_t n) {
+    const uint8_t* codes = c.codes + n * c.row;
+    float y[ROWS];
+    if constexpr (CODES == BYTES) {
+        vf sums[ROWS][2] = {};
+        products<ROWS>(c, codes, 0, c.K, sums);
+        for (int m = 0; m < ROWS; m++) y[m] = total(sums[m][0] + sums[m][1]) * factor(c.scale, n);
+    } else {
+        const int64_t size = c.K / c.groups;
+        vf whole[ROWS] = {};
+        float zeros[ROWS] = {};
+        for (int64_t g = 0; g < c.groups; g++) {
+            vf sums[ROWS][2] = {};
+            products<ROWS>(c, codes, g * size, (g + 1) * size, sums);
+            const float s = factor(c.scale, n * c.groups + g), z = factor(c.zero, n * c.groups + g);
+            for (int m = 0; m < ROWS; m++) whole[m] += (sums[m][0] + sums[m][1]) * s, zeros[m] += totals[m * c.groups + g] * z;
+        }
+        for (int m = 0; m < ROWS; m++) y[m] = total(whole[m]) - zeros[m];
+    }
+    for (int m = 0; m < ROWS; m++) c.y[m * c.N + n] = y[m] + (c.bias ? c.bias[n] : 0.f);
+}
+
+template <int ROWS>
+static void outputs(const Call& c, const float* totals) {
+#pragma omp parallel for schedule(dynamic, 32) num_threads(c.threads)
+    for (int64_t n = 0; n < c.N; n++) output<ROWS>(c, totals, n);
+}
+
+extern "C" int run(const Call* given) {
+    const Call& c = *given;
+    float* totals = (float*)calloc(c.M * c.groups, sizeof(float));  // of x over each group: what a zero is multiplied with
+    if (!totals) return 2;
+    const int64_t size = c.K / c.groups;
+    if constexpr (CODES == NIBBLES)
+        for (int64_t m = 0; m < c.M; m++) for (int64_t k = 0; k < c.K; k++) totals[m * c.groups + k / size] += c.x[m * c.K + k];
+    switch (c.M) {
+        case 1: outputs<1>(c, totals); break;
+        case 2: outputs<2>(c, totals); break;
+        case 3: outputs<3>(c, totals); break;
+        case 4: outputs<4>(c, totals); break;
+        default: free(totals); return 1;
+    }
+    free(totals);
+    return 0;
+}

@@ -1,0 +1,153 @@
+"""`qlinear` by generated C++: few rows by vectors, weights unpacked in registers; more by the matrix units."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from ...compiler.doctor import cpu_flags
+from ...compiler.primitives.operator import Groups
+from ...compiler.primitives.qlinear_spec import QLinearSpec
+from .memory import pointer
+from .qlinear import by_numbers
+from .skeleton import skeleton
+from .toolchain import built
+
+FEW, _MOST_FEW = 2, 4  # rows up to which vectors are faster than units, and of any numbers; measured
+_LEAST = 1 << 16  # weights of a layer; fewer are not worth a library of their own
+_MOST = 1 << 16  # inputs whose products are sure to fit into a sum of 32 bits
+_CODES = {"int8": "BYTES", "int4": "NIBBLES", "qoq": "NESTED"}
+_TYPES = {torch.float32: "FLOAT", torch.bfloat16: "HALF", torch.float16: "HALF"}
+_address, _whole = ctypes.c_void_p, ctypes.c_int64
+
+
+class Call(ctypes.Structure):
+    _fields_ = [*[(name, _address) for name in ("x", "codes", "scale", "step", "zero", "bias", "y")],
+                *[(size, _whole) for size in ("M", "K", "N", "row", "groups", "bias_type", "threads")]]  # fmt: skip
+
+
+def source(codes: str, whole: bool, x: str, scales: str, halves: str) -> str:
+    """The whole C++ text for a way of storing weights, whole or plain activations, and the types of x and scales."""
+    parts = 3 if x == "FLOAT" and not whole else 1
+    head = [
+        f"#define CODES {codes}",
+        f"#define INPUT {x}",
+        f"#define SCALES {scales}",
+        f"#define MULTIPLY_ALL {'MULTIPLY_WHOLE' if whole else 'MULTIPLY'}",
+        f"constexpr bool WHOLE = {'true' if whole else 'false'};",
+        f"constexpr int PARTS = {parts}, AHEAD = 1024;",
+    ]
+    return skeleton("qlinear.cpp", head, halves=halves)
+
+
+def source_few(codes: str, scales: str) -> str:
+    """The whole C++ text for few rows of float32."""
+    return skeleton("qlinear_few.cpp", [f"#define CODES {codes}", f"#define SCALES {scales}"])
+
+
+def few(groups: Groups, text: str) -> str | None:
+    """Why a call is not handed to the vectors."""
+    (x,), tensors = groups
+    spec = QLinearSpec.of(text)
+    rows = x.numel() // max(spec.inputs, 1)
+    if not 0 < rows <= (FEW if x.dtype == torch.bfloat16 else _MOST_FEW):
+        return f"{rows} rows"
+    if spec.format == "int8" and x.dtype == torch.bfloat16:
+        return "bfloat16 with bytes: torch's own is as fast"
+    if tensors[0].shape[0] * spec.inputs < _LEAST:
+        return "few weights"
+    return no_vectors(groups, text) or built(source_few, *_said_few(groups, spec))[1]
+
+
+def no_vectors(groups: Groups, text: str) -> str | None:
+    """Why the skeleton for few rows cannot say a call."""
+    (x,), tensors = groups
+    spec = QLinearSpec.of(text)
+    if spec.activations or spec.format == "qoq":
+        return "whole activations"
+    if x.dtype not in (torch.float32, torch.bfloat16):
+        return f"{x.dtype}"
+    return _odd(tensors, spec)
+
+
+def run_few(groups: Groups, text: str) -> list[Tensor]:
+    (x,), tensors = groups
+    spec = QLinearSpec.of(text)
+    named = dict(zip(spec.names, tensors))
+    rows = x.reshape(-1, spec.inputs).float().contiguous()
+    y = torch.empty(rows.shape[0], tensors[0].shape[0])
+    call = _call(rows, named, y, spec)
+    bias = named["bias"].float() if spec.bias else None
+    call.bias = pointer(bias)
+    function, _ = built(source_few, *_said_few(groups, spec))
+    if function is None or function(ctypes.byref(call)):
+        return by_numbers(groups, text)
+    return [y.to(x.dtype).view(*x.shape[:-1], y.shape[1])]
+
+
+def refuses(groups: Groups, text: str) -> str | None:
+    """Why a call is not handed to the matrix units."""
+    (x,), tensors = groups
+    spec = QLinearSpec.of(text)
+    if "amx_int8" not in cpu_flags() or "amx_bf16" not in cpu_flags():
+        return "no matrix units"
+    if x.numel() == 0 or tensors[0].shape[0] * spec.inputs < _LEAST:
+        return "few weights"
+    return no_tiles(groups, text) or built(source, *_said(groups, spec), "units")[1]
+
+
+def no_tiles(groups: Groups, text: str) -> str | None:
+    """Why the skeleton cannot say a call, whatever the processor."""
+    (x,), tensors = groups
+    spec = QLinearSpec.of(text)
+    if x.dtype not in (torch.float32, torch.bfloat16):
+        return f"{x.dtype}"
+    if spec.inputs > _MOST:
+        return f"{spec.inputs} inputs"
+    if spec.group % 32 or (spec.format == "int4" and spec.activations and spec.group):
+        return f"groups of {spec.group}"
+    if spec.format == "int4" and not spec.activations and x.dtype == torch.float32:
+        return "weights of 4 bits in float32"  # they become bfloat16
+    if spec.format == "qoq" and not spec.activations:
+        return "nested scales without whole activations"
+    return _odd(tensors, spec)
+
+
+def _odd(tensors: Sequence[Tensor], spec: QLinearSpec) -> str | None:
+    if any(not t.is_contiguous() for t in tensors) or tensors[1].dtype not in (torch.float32, torch.float16):
+        return "scales of another type, or not contiguous"
+    return "a bias of another type" if spec.bias and tensors[-1].dtype not in (torch.float32, torch.bfloat16) else None
+
+
+def run(groups: Groups, text: str, halves: str = "units") -> list[Tensor]:
+    (x,), tensors = groups
+    spec = QLinearSpec.of(text)
+    named = dict(zip(spec.names, tensors))
+    rows = x.reshape(-1, spec.inputs).contiguous()
+    y = torch.empty(rows.shape[0], tensors[0].shape[0], dtype=x.dtype)
+    call = _call(rows, named, y, spec)
+    call.bias_type = int(spec.bias and named["bias"].dtype == torch.bfloat16)
+    function, _ = built(source, *_said(groups, spec), halves)
+    if function is None or function(ctypes.byref(call)):
+        return by_numbers(groups, text)  # no matrix units for this process
+    return [y.view(*x.shape[:-1], y.shape[1])]
+
+
+def _call(rows: Tensor, named: Mapping[str, Tensor], y: Tensor, spec: QLinearSpec) -> Call:
+    call = Call(M=rows.shape[0], K=spec.inputs, N=y.shape[1], row=named["codes"].stride(0), groups=spec.groups)
+    call.x, call.y, call.threads = rows.data_ptr(), y.data_ptr(), torch.get_num_threads()
+    for name in ("codes", "scale", "step", "zero", "bias"):
+        setattr(call, name, pointer(named.get(name)))
+    return call
+
+
+def _said_few(groups: Groups, spec: QLinearSpec) -> tuple[str, str]:
+    return _CODES[spec.format], _TYPES[groups[1][1].dtype]
+
+
+def _said(groups: Groups, spec: QLinearSpec) -> tuple[str, bool, str, str]:
+    (x,), tensors = groups
+    return _CODES[spec.format], bool(spec.activations), _TYPES[x.dtype], _TYPES[tensors[1].dtype]
