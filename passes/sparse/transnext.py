@@ -10,7 +10,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.nn.functional import (
-    adaptive_avg_pool1d,
     adaptive_avg_pool2d,
     gelu,
     layer_norm,
@@ -33,6 +32,7 @@ from ...compiler.symbols import build, table
 from .grid_windows import no_grid
 
 HIDDEN = 512  # width of the network behind the pooled keys' bias
+AT_ONCE = 2**24  # numbers inside the network that are held at once
 
 
 @register("transnext")
@@ -189,13 +189,13 @@ class TransNeXt(Mechanism):
         return tuple(t.unflatten(2, (site.kv_heads, -1)).transpose(1, 2) for t in made)
 
     def _bias(self, p: Any, grid: Grid) -> Tensor:
-        """(H, h * w, P): every query against every pooled key."""
-        steps = []
-        for size, few in zip((grid.h, grid.w), self.pooled(grid), strict=True):
-            place = torch.arange(size, device=p.fc1_weight.device, dtype=widened(p.fc1_weight).dtype)
-            steps.append(place[:, None] - adaptive_avg_pool1d(place[None], few)[0])
-        y, x = steps[0][:, None, :, None], steps[1][None, :, None, :]
-        return self._network(p, grid, y, x).flatten(3, 4).flatten(1, 2)
+        """(H, h * w, P): every query against every pooled key; the network sees each step once."""
+        like = widened(p.fc1_weight)
+        (y, at_y), (x, at_x) = (
+            _steps(size, few, like) for size, few in zip((grid.h, grid.w), self.pooled(grid), strict=True)
+        )
+        found = self._network(p, grid, y[:, None], x)  # (H, steps down, steps right)
+        return found[:, at_y[:, None, :, None], at_x[None, :, None, :]].flatten(3, 4).flatten(1, 2)
 
     def _bias_of_steps(self, p: Any, grid: Grid) -> Tensor:
         """(H, 2 h - 1, 2 w - 1): every step between two tokens of the grid."""
@@ -208,8 +208,11 @@ class TransNeXt(Mechanism):
         far = [t / max(side - 1, 1) * 8 for t, side in zip((y, x), whole, strict=True)]
         logs = [t.sign() * torch.log2(t.abs() + 1) / 3 for t in far]
         both = torch.stack(torch.broadcast_tensors(*logs), -1)
-        inner = torch.relu(linear(both, widened(p.fc1_weight), widened(p.fc1_bias)))
-        return linear(inner, widened(p.fc2_weight), widened(p.fc2_bias)).movedim(-1, 0)
+        found = []
+        for part in both.split(max(1, AT_ONCE // (both.shape[1] * HIDDEN))):
+            inner = torch.relu(linear(part, widened(p.fc1_weight), widened(p.fc1_bias)))
+            found.append(linear(inner, widened(p.fc2_weight), widened(p.fc2_bias)))
+        return torch.cat(found).movedim(-1, 0)
 
     def limits(self) -> Iterable[Limit]:
         q, k, v = problem(12)
@@ -222,6 +225,15 @@ class TransNeXt(Mechanism):
         yield Limit("longer queries see the same", lambda: near(3 * q, k), lambda: near(q, k))
         yield Limit("a bias behind the softmax adds its value",
                     lambda: near(q, k, learn_bias=torch.eye(9)[4].expand(4, 9)), lambda: near(q, k) + v)  # fmt: skip
+
+
+def _steps(size: int, few: int, like: Tensor) -> tuple[Tensor, Tensor]:
+    """The different steps from the middles of few cells to tokens 0 .. size - 1, and which of them (size, few)."""
+    middles = [c * size // few - (-(c + 1) * size // few) - 1 for c in range(few)]  # twice the middle
+    twice = [[2 * i - middle for middle in middles] for i in range(size)]
+    order = {step: n for n, step in enumerate(sorted({step for row in twice for step in row}))}
+    which = torch.tensor([[order[step] for step in row] for row in twice], device=like.device)
+    return torch.tensor(list(order), dtype=like.dtype, device=like.device) / 2, which
 
 
 def _window(grid: Grid, size: int, device: torch.device) -> Tensor:
