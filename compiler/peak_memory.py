@@ -16,9 +16,10 @@ from torch.profiler import ProfilerActivity, profile
 HOW = {"cpu": "allocator events of torch.profiler", "cuda": "torch.cuda.max_memory_allocated"}
 
 
-def peak_bytes(run: Callable[[], Any], device: str = "cpu") -> int:
-    """The peak of one call; the call is made once before, so that what it keeps for good is not counted."""
-    run()
+def peak_bytes(run: Callable[[], Any], device: str = "cpu", *, warm: bool = True) -> int:
+    """The peak of one call; `warm`: it is made once before, so that what it keeps for good is not counted."""
+    if warm:
+        run()
     return _on_gpu(run) if device == "cuda" else _on_cpu(run)
 
 

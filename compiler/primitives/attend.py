@@ -19,11 +19,12 @@ from torch import Tensor
 from ..refusal import Refused, nearest
 from ..symbol_read import read
 from ..symbols import FALSE, TRUE, Expr, Table, as_expr, build, name
+from .attend_blocks import attend_in_blocks
 from .attend_meaning import attend_meaning, attend_shapes
 from .attend_spec import NORMALISERS, AttendSpec, count_of
 from .operator import Primitive
 
-attend_op = Primitive("attend", ("q", "kv*", "tables*"), attend_meaning, attend_shapes)
+attend_op = Primitive("attend", ("q", "kv*", "tables*"), attend_meaning, attend_shapes, frugal=attend_in_blocks)
 
 Predicate = Callable[..., Any]
 _INDICES = {n: name(n) for n in ("b", "h", "i", "j", "N", "M")}

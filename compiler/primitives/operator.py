@@ -73,6 +73,7 @@ class Primitive:
     shapes: Meaning  # the same outputs, empty
     kernels: dict[str, list[Kernel]] = field(default_factory=dict)
     in_torch: list[InTorch] = field(default_factory=list)
+    frugal: Meaning | None = None  # the meaning piece by piece, where the whole would hold much at once
 
     def __post_init__(self) -> None:
         PRIMITIVES[self.name] = self
@@ -141,7 +142,7 @@ class Primitive:
             names = [k.name if k else "" for k in (kernel, there)]
             watching.append(Ran(self.name, names[0], tuple(refused), names[1], tuple(refused_there)))
         taken = {t.untyped_storage()._cdata for group in groups for t in group}
-        return [_own(r, taken) for r in (kernel.run if kernel else self.meaning)(groups, spec)]
+        return [_own(r, taken) for r in (kernel.run if kernel else self.frugal or self.meaning)(groups, spec)]
 
     def _empty(self, *arguments: Any) -> list[Tensor]:
         *tensors, spec = arguments

@@ -70,7 +70,8 @@ class Titans(Mechanism):
         {"expansion_factor": 0.1, "chunk_size": 3, "max_lr": 0.1},
         {"heads": 2, "dim_head": 4, "memory_depth": 1, "residual_norm": False, "qk_rmsnorm": True,
          "post_rmsnorm": True, "momentum": False, "chunk_size": 2},
-        {"variant": "mag", "expansion_factor": 0.1, "window": 3, "num_persist": 2, "chunk_size": 4, "max_lr": 0.1},
+        *({"variant": variant, "expansion_factor": 0.1, "window": 3, "num_persist": 2, "chunk_size": 4, "max_lr": 0.1}
+          for variant in ("mag", "mal")),
     )  # fmt: skip
 
     def __post_init__(self) -> None:

@@ -178,6 +178,8 @@ class Combiner(Mechanism):
         def lines(along: str, *, back: bool = False) -> Summary:
             return self._running(site.scale, q, k, v, *_lines(k, size, along, back))
 
+        if site.causal and size == 1:  # a row has nothing beside its token
+            return []
         left, right = lines("row"), lines("row", back=True)
         if site.causal:
             others = lambda i, j: (j // size + 1 == i // size) & (j % size != i % size)
@@ -186,13 +188,16 @@ class Combiner(Mechanism):
                 Segment(*left, keep=lambda i, j: (j // size < i // size) & (j % size + 1 == i % size)),
                 Segment(*right, keep=lambda i, j: (j // size < i // size) & (j % size == i % size + 1)),
             ]
-        return [
+        above_and_below = [
             Segment(k, v, keep=lambda i, j: j % size == i % size),
             Segment(*lines("column"), keep=lambda i, j: j // size + 1 == i // size),
             Segment(*lines("column", back=True), keep=lambda i, j: j // size == i // size + 1),
+        ]
+        beside = [
             Segment(*left, keep=lambda i, j: j % size + 1 == i % size),
             Segment(*right, keep=lambda i, j: j % size == i % size + 1),
         ]
+        return above_and_below + (beside if size > 1 else [])
 
     def _running(self, scale: float, q: Tensor, k: Tensor, v: Tensor, numbers: Tensor, place: Tensor) -> Summary:
         """The summary of every line up to each of its tokens, at the token."""
@@ -210,7 +215,9 @@ class Combiner(Mechanism):
         yield Limit(
             "one row is causal attention", lambda: attention(q, k, v, Combiner(seg_len=12), causal=True), causal
         )
-        yield Limit("rows of one token too", lambda: attention(q, k, v, Combiner(seg_len=1), causal=True), causal)
+        for variant in ("fixed", "axial_mixture"):
+            alone = Combiner(variant, 1)
+            yield Limit(f"rows of one token too ({variant})", partial(attention, q, k, v, alone, causal=True), causal)
         flat, ports = v[:, :, :1].expand_as(v), {"x": hidden(12)}
         for variant in VARIANTS:
             same, before = Combiner(variant, 5), variant != "axial_mixture_bidir"
