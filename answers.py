@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import typer
+import typer.core
 from rich.console import Console
 
 from .compiler.refusal import Refused
@@ -34,6 +35,28 @@ def answers(*, as_json: bool = False) -> Iterator[None]:
         _refusal(f"{error.filename}: {error.strerror}", as_json=as_json)
     except Exception as fault:
         _fault(fault)
+
+
+class Commands(typer.core.TyperGroup):
+    """A mistake in the words themselves, an unknown option or command, is the caller's too: exit 1, not 2."""
+
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
+        with _callers():
+            return super().make_context(*args, **kwargs)
+
+    def invoke(self, ctx: Any) -> Any:
+        with _callers():
+            return super().invoke(ctx)
+
+
+@contextmanager
+def _callers() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:  # click's UsageError, which newer typers hold in a place of their own
+        if hasattr(error, "ctx") and getattr(error, "exit_code", 0) == 2:
+            error.exit_code = 1  # type: ignore[attr-defined]
+        raise
 
 
 def _refusal(text: str, *, as_json: bool) -> NoReturn:

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .answers import Commands
 from .answers import answers as _answers
 from .answers import working as _working
 from .cli_arguments import AsJson, ModelName, RecipeName
@@ -16,7 +17,9 @@ from .cli_heads import heads, plan
 from .cli_report import report
 from .compiler.refusal import Refused
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+app = typer.Typer(
+    cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__
+)
 recipes = typer.Typer(no_args_is_help=True, help="Recipes: check one, list the shipped ones, print the JSON Schema.")
 app.add_typer(recipes, name="recipe")
 for command in (report, heads, plan):

@@ -139,7 +139,11 @@ def is_cache(value: Any) -> bool:
 
 
 def lay_out_caches(model: Any, values: Iterable[Any]) -> None:
-    """Give caches that make their layers at the first update those layers now, so that every call finds them."""
+    """Give caches that make their layers at the first update those layers now, so that every call finds them.
+
+    Layers that would forget what left a sliding window keep everything instead, while they are empty: the graph's masks
+    say the window again, and one graph serves every length.
+    """
     for value in values:
         made_of = getattr(value, "layer_class_to_replicate", None) if is_cache(value) else None
         if made_of is not None and not value.layers and hasattr(model, "config"):
@@ -147,6 +151,13 @@ def lay_out_caches(model: Any, values: Iterable[Any]) -> None:
             value.layers.extend(made_of() for _ in range(config.num_hidden_layers))
         elif is_cache(value) and hasattr(value, "self_attention_cache"):
             lay_out_caches(model, (value.self_attention_cache, value.cross_attention_cache))
+        elif is_cache(value) and any(_forgets(layer) for layer in getattr(value, "layers", ())):
+            whole = next(b for b in type(next(filter(_forgets, value.layers))).__mro__ if b.__name__ == "DynamicLayer")
+            value.layers[:] = [whole() if _forgets(layer) else layer for layer in value.layers]
+
+
+def _forgets(layer: Any) -> bool:
+    return type(layer).__name__ == "DynamicSlidingWindowLayer" and not layer.is_initialized
 
 
 def is_layer(value: Any) -> bool:

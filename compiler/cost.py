@@ -93,8 +93,8 @@ _FREE = frozenset({"view", "reshape", "transpose", "permute", "unsqueeze", "sque
 
 
 def sizes(tensor: Tensor) -> tuple[int, ...]:
-    """A shape with symbols at the example's values."""
-    return tuple(int(s) if isinstance(s, int) else int(s.node.hint) for s in tensor.shape)
+    """A shape with symbols at the example's values; a size that only the data tell counts as 1."""
+    return tuple(int(s) if isinstance(s, int) else int(s.node.hint or 1) for s in tensor.shape)
 
 
 def _bytes(tensor: Tensor) -> int:

@@ -65,7 +65,10 @@ def example_inputs(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
             continue
         return (), kwargs
     found = f"tried {'; '.join(tried[:3])}" if tried else "nothing in its signature or config says what it takes"
-    fits = f"pass example_inputs=(positional,), {{keyword: ...}} or both for forward{forward_signature(model)}"
+    fits = (
+        f"pass example_inputs=(positional,), {{keyword: ...}} or both for forward{forward_signature(model)}; a factory"
+    )
+    fits += " of py:module:factory gives them as a pair (model, inputs)"
     raise Refused(found, where=type(model).__name__, fits=fits)
 
 

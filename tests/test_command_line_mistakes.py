@@ -55,6 +55,12 @@ def mistake(*words: str) -> str:
     return said
 
 
+@pytest.mark.parametrize("words", [["nosuch"], ["sites"], ["sites", "mha", "--nosuch"], ["recipe", "nosuch"]], ids=str)
+def test_words_that_are_no_command_are_a_mistake_of_the_caller(words: list[str]) -> None:
+    answer = CliRunner().invoke(app, words)
+    assert answer.exit_code == 1 and ("No such" in answer.stderr or "Missing" in answer.stderr)
+
+
 @pytest.mark.parametrize(
     ("model", "says"),
     [

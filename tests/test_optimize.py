@@ -46,6 +46,26 @@ def test_exact_gives_the_same_numbers_at_other_sizes_and_the_same_gradients() ->
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
+class Picks(nn.Module):
+    """Attention, and a layer for those samples only that their data choose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attend, self.more = stack(1), nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.attend(x)
+        chosen = (x[:, 0, 0] > 0).nonzero().squeeze(1)
+        return y.index_add(0, chosen, self.more(y.index_select(0, chosen)))
+
+
+def test_sizes_that_only_the_data_tell_are_no_obstacle() -> None:
+    model = Picks().eval()
+    fast = optimized(model, "exact")
+    for x in (X, -X.abs(), torch.randn(4, 5, 32)):
+        torch.testing.assert_close(fast(x), model(x), atol=1e-5, rtol=1e-5)
+
+
 def test_the_original_is_bit_identical_afterwards_and_after_a_failure() -> None:
     model = stack()
     before = {name: t.clone() for name, t in model.state_dict().items()}

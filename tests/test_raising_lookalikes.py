@@ -304,7 +304,7 @@ LOOK_ALIKES = [
     LookAlike("slot attention, renormalised", slots_renormalised, ("the weights meet %add",)),
     LookAlike("softmax over heads", over_heads, ("softmax over axis 1, the keys of its product",)),
     LookAlike("weights returned", returned_weights, ("the weights are returned",)),
-    LookAlike("mean weights returned", mean_weights, ("the weights are also used by %mean",)),
+    LookAlike("mean weights returned", mean_weights, ("also used by %mean; need_weights=False",)),
     LookAlike("scores returned", returned_scores, ("the scores are returned",)),
     LookAlike("scores handed on", scores_of_next_layer, ("the scores are also used by %add",)),
     LookAlike("no values", no_values, ("the weights are returned",)),

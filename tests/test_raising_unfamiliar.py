@@ -249,6 +249,25 @@ def slice_cleared(m: M, q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
     return s.softmax(-1) @ v
 
 
+def last_column_cleared(m: M, q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
+    s = q @ k.mT
+    s[:, :2] += 1.5
+    s[:, :, :, -1] = -1e9
+    return s.softmax(-1) @ v
+
+
+def put_where(m: M, q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
+    s, (i, j) = q @ k.mT, count(q)
+    s[(i < j).expand_as(s)] = -math.inf
+    return s.softmax(-1) @ v
+
+
+def half_of_another(m: M, q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
+    s = q @ k.mT
+    s[..., :1] = s[..., -1:] * 2.0
+    return s.softmax(-1) @ v
+
+
 def documents(m: M, q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
     same = ids.unsqueeze(1) == ids.unsqueeze(2)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=same.unsqueeze(1))
@@ -311,6 +330,7 @@ FORMS = [
     Form(fused_grouped, "j <= i", kv_heads=2), Form(memory_in_front),
     Form(cosine), Form(normed), Form(rotary), Form(alibi, "j <= i"), Form(bucketed),
     Form(scaled_behind_the_mask, "j <= i"), Form(multiplied_mask, "0 < t0[b, j]"), Form(zeroed_then_lowered, "j <= i"),
+    Form(slice_written, None), Form(slice_cleared, None), Form(last_column_cleared, None), Form(put_where, "j <= i"),
     Form(triangle_of_infinity, "j <= i"), Form(filled_like, "j <= i"), Form(documents, "t0[b, i] == t0[b, j]"),
     Form(block_diagonal, "i // 4 == j // 4"), Form(prefix, "(j <= 2) | (j <= i)"),
     Form(dilated, "((i - j) % 2 == 0) & (i <= j + 5) & (j <= i)"), Form(window_by_triangles, "(i <= j + 3) & (j <= i)"),
@@ -338,7 +358,7 @@ def test_unfamiliar_spelling(form: Form) -> None:
 
 
 LEFT = [
-    (mapped, "inside torch.vmap"), (slice_written, "stands %slice_scatter"), (slice_cleared, "stands %slice_scatter"),
+    (mapped, "inside torch.vmap"), (half_of_another, "stands %slice_scatter"),
     (in_half_precision, "inside a region of its own (wrap_with_autocast)"),
 ]  # fmt: skip
 

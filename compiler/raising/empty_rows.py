@@ -37,6 +37,8 @@ def _value(node: fx.Node, known: dict[fx.Node, Any]) -> Any:
     fake = node.meta.get("val")
     if fake is not None and tensor_of(node) is None and not isinstance(fake, list | tuple):
         known[node] = fake.node.hint if hasattr(fake, "node") else fake
+        if known[node] is None:
+            raise _Unknown  # a size that only the data tell
     elif node.op == "get_attr":
         known[node] = _stored(node)
     elif node.op == "call_function" and not node.is_impure():

@@ -10,7 +10,9 @@ from torch import fx
 
 from ..regions import mapped
 from .build import Builder
-from .layout import CASTS, KEEPING, TURNS, VIEWS, argument, op_name, tensor_of
+from .layout import CASTS, KEEPING, TURNS, VIEWS, argument, erase_idle, op_name, tensor_of
+from .parts import same_part, step_on_part, views_of
+from .scores import carries_scores
 
 # what may share the memory of its input; "" is one of several results, which split and unbind share
 _ALIASING = VIEWS | TURNS | CASTS | (KEEPING - {"clone"}) | {"slice", "select", "expand", "expand_as", ""}
@@ -19,25 +21,39 @@ _ALIASING = VIEWS | TURNS | CASTS | (KEEPING - {"clone"}) | {"slice", "select", 
 def make_values(graph: fx.Graph) -> None:
     """Every in-place operator whose target is a value of the graph, read in one order only, is replaced."""
     inside = {node for nodes in mapped(graph) for node in nodes}  # values of one example: no operator runs on them here
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default):
+        if _onto_itself(node):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
     for node in list(graph.nodes):
         if node in inside:
             continue
         if op_name(node).endswith("_") and not op_name(node).startswith("_") and tensor_of(node) is not None:
             _make_value(node)
+    erase_idle(graph)  # views that were only there to be written to
+
+
+def _onto_itself(node: fx.Node) -> bool:
+    """What Python makes of `s[:, :2] += 1`: the part that was changed in place, copied onto itself."""
+    target, source = node.args[:2]
+    if not (op_name(source).endswith("_") and not node.users):
+        return False
+    return same_part(source.args[0], target)  # type: ignore[union-attr]
 
 
 def _make_value(node: fx.Node) -> None:
-    chain: list[Any] = [node.args[0]]
-    while op_name(chain[-1]) == "slice":
-        chain.append(chain[-1].args[0])
+    chain = views_of(node.args[0])
     base = chain[-1]
     if base.op != "call_function" or op_name(base) in _ALIASING or _seen_otherwise(base, chain, node):
         return
-    builder = Builder(node, [])
-    value = _value(node, builder)
+    builder = Builder(node, [base])
+    value = step_on_part(node, chain, builder) if len(chain) > 1 and carries_scores(base) else None
+    views = [] if value is not None else chain
+    if value is None and all(op_name(view) == "slice" for view in chain[:-1]):
+        value = _value(node, builder)
     if value is None:
         return
-    for inner, outer in pairwise(chain):
+    for inner, outer in pairwise(views):
         where = [argument(inner, k, name) for k, name in enumerate(("dim", "start", "end", "step"), 1)]
         where = [0 if where[0] is None else where[0], *where[1:3], 1 if where[3] is None else where[3]]
         value = builder.call(torch.ops.aten.slice_scatter.default, outer, value, *where)
@@ -69,6 +85,8 @@ def _read_after(view: fx.Node, node: fx.Node) -> bool:
 def _value(node: fx.Node, builder: Builder) -> fx.Node | None:
     name, overload = op_name(node).removesuffix("_"), node.target._overloadname  # type: ignore[union-attr]
     target, rest = node.args[0], node.args[1:]
+    if name == "index_put" and _is_filled(node):
+        return builder.call(torch.ops.aten.masked_fill.Tensor, target, rest[0][0], rest[1])  # type: ignore[index]
     if name == "copy":
         source = rest[0]
         if tensor_of(source).dtype != tensor_of(target).dtype:
@@ -80,6 +98,16 @@ def _value(node: fx.Node, builder: Builder) -> fx.Node | None:
     if packet is None or overload not in packet.overloads():
         return None
     return builder.call(getattr(packet, overload), target, *rest, **node.kwargs)
+
+
+def _is_filled(node: fx.Node) -> bool:
+    """One number put where a mask of the same shape says."""
+    target, where, number, *accumulated = node.args
+    value = tensor_of(number)
+    if len(where) != 1 or any(accumulated) or value is None or value.ndim:  # type: ignore[arg-type]
+        return False
+    mask = tensor_of(where[0])  # type: ignore[index]
+    return mask is not None and mask.dtype == torch.bool and mask.ndim == tensor_of(target).ndim
 
 
 def _replace_later(base: fx.Node, value: fx.Node, node: fx.Node) -> None:

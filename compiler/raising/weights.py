@@ -11,11 +11,13 @@ from ..symbols import Expr, build, const, name
 from .axes import Group, Groups, all_leaves, cut, extents, fresh, leaves
 from .axes import product as extent_of
 from .constants import constant
-from .layout import ahead, argument, data_users, op_name, tensor_of
+from .layout import KEEPING, TURNS, VIEWS, ahead, argument, data_users, op_name, tensor_of
 from .near import Unraised
 from .products import Product, product_of
 
 DRAWN = "@drawn"  # uniform random numbers, one for each weight
+
+_HANDED_ON = VIEWS | TURNS | KEEPING | {"mean", "sum", "div"}
 
 
 @dataclass(frozen=True)
@@ -61,10 +63,19 @@ def _only_user(node: fx.Node) -> fx.Node:
         meets = [u for u in users if product_of(u) is None]
         other = (meets or users)[0]
         kind = "returned" if other.op == "output" else f"also used by %{other.name}"
+        if _is_returned(other):
+            kind += "; need_weights=False or output_attentions=False leaves them out"
         raise Unraised(other, f"the weights are {kind}")
     if users[0].op == "output":
         raise Unraised(node, "the weights are returned: no product with values follows")
     return users[0]
+
+
+def _is_returned(node: fx.Node) -> bool:
+    """Whether a model gives its weights away, as they are or as their mean over heads."""
+    while node.op != "output" and len(node.users) == 1 and op_name(node) in _HANDED_ON:
+        node = next(iter(node.users))
+    return node.op == "output"
 
 
 def _coming_product(user: fx.Node) -> Product | None:
