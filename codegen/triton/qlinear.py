@@ -150,4 +150,5 @@ def qlinear_blocks(rows: int, spec: QLinearSpec, bits: int, target: str) -> tupl
         return Blocks(min(tall, 64), 64, 4, 2), 64
     if target.startswith("hip"):
         return Blocks(tall, 64, 4, 1), depth
-    return Blocks(tall, 128 if tall >= 64 else 64, 8 if tall == 128 else 4, 3), depth
+    wide = 128 if tall >= 64 and spec.format == "int8" else 64  # a product that is scaled by group is held twice
+    return Blocks(tall, wide, 8 if tall == 128 else 4, 3), depth
