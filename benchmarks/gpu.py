@@ -21,14 +21,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from reattend.codegen.triton import launch, launch_gradient
+from reattend.codegen.triton import launch, launch_gradient, qlinear
 from reattend.codegen.used import Call, calls_of
 from reattend.compiler.cost import density
 from reattend.compiler.primitives.attend import attend
 from reattend.compiler.primitives.attend_meaning import attend_meaning
+from reattend.compiler.primitives.qlinear import qlinear_meaning
+from reattend.compiler.primitives.qlinear_spec import QLinearSpec
 from reattend.compiler.symbols import table
 
 HEADS, BATCH_TOKENS, ROUNDS, BUDGET = 16, 16384, 15, 420.0  # seconds that the whole may take
+LAYER = 4096  # inputs and outputs of a quantized layer
 TOLERANCE = 2e-2  # of bfloat16, relative to the largest number
 SLOPES = 2.0 ** -torch.arange(1.0, HEADS + 1)
 CASES: dict[str, dict[str, Any]] = {
@@ -42,6 +45,7 @@ CASES: dict[str, dict[str, Any]] = {
     "stick-breaking": {"causal": True, "normaliser": "stick"},
 }
 Timed = dict[str, Callable[[], object]]
+Made = Callable[[tuple[int, ...]], Tensor]
 
 
 def main() -> None:
@@ -56,6 +60,7 @@ def main() -> None:
     began, rows = time.monotonic(), list[dict[str, Any]]()
     about, most = device(), ceilings()
     print(json.dumps(about | most))
+    rows += tokens_and_layers(given.dim)
     for case in given.cases:
         for dim in given.dim:
             wrong = check(case, dim)
@@ -69,6 +74,63 @@ def main() -> None:
                 print(json.dumps(row), flush=True)
                 given.out.parent.mkdir(parents=True, exist_ok=True)
                 given.out.write_text(json.dumps({"device": about, "ceilings": most, "rows": rows}, indent=1))
+
+
+def tokens_and_layers(dims: list[int]) -> list[dict[str, Any]]:
+    """One token that reads many keys, by programs that share them and by one each; quantized layers."""
+    rows = []
+    for dim in dims:
+        for keys in (4096, 32768):
+            rows.append({"case": "one token", "dim": dim, "tokens": keys} | one_token(dim, keys))
+    for format, group in (("int8", 0), ("qoq", 128), ("int4", 128)):
+        for tokens in (16, 2048):
+            rows.append({"case": f"layer of {format}", "dim": LAYER, "tokens": tokens} | layer(format, group, tokens))
+    for row in rows:
+        print(json.dumps(row), flush=True)
+    return rows
+
+
+def one_token(dim: int, keys: int) -> dict[str, Any]:
+    q = torch.randn(8, 4 * HEADS // 2, 1, dim, device="cuda", dtype=torch.bfloat16)
+    k, v = (torch.randn(8, HEADS // 2, keys, dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    (call,) = calls_of(lambda: attend(*(t.cpu()[:, :, :4] for t in (q, k, v))))
+    groups = [[q], [k, v], []]
+    exact = attend_meaning([[t.float() for t in group] for group in groups], call.text)[0]
+    contestants: Timed = {
+        "ours": lambda: launch.run(groups, call.text),
+        "not shared": lambda: launch.run(groups, call.text, shares=1),
+        "sdpa": lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True),
+    }
+    return timed(contestants, launch.run(groups, call.text)[0], exact, 2.0 * (k.numel() + v.numel()))
+
+
+def layer(format: str, group: int, tokens: int) -> dict[str, Any]:
+    """Any codes: the time does not depend on them."""
+    spec = QLinearSpec(format, LAYER, group, "" if format == "int4" else "int8")
+    x = torch.randn(tokens, LAYER, device="cuda", dtype=torch.bfloat16)
+    small: Made = lambda sizes: torch.rand(sizes, device="cuda", dtype=torch.float16) * 0.01
+    whole: Made = lambda sizes: torch.randint(1, 9, sizes, device="cuda", dtype=torch.int8)
+    codes = torch.randint(0, 256, (LAYER, LAYER // 2), device="cuda", dtype=torch.uint8)
+    size = (LAYER, spec.groups)
+    tensors = {
+        "int8": [whole((LAYER, LAYER)), small((LAYER,))],
+        "int4": [codes, small(size), small(size)],
+        "qoq": [codes, small((LAYER,)), whole(size), whole(size)],
+    }[format]
+    groups = [[x], tensors]
+    dense = torch.randn(LAYER, LAYER, device="cuda", dtype=torch.bfloat16)
+    contestants: Timed = {"ours": lambda: qlinear.run(groups, spec.text), "bfloat16": lambda: F.linear(x, dense)}
+    found, exact = qlinear.run(groups, spec.text)[0], qlinear_meaning(groups, spec.text)[0]
+    return timed(contestants, found, exact.float(), float(tensors[0].numel()))
+
+
+def timed(contestants: Timed, found: Tensor, exact: Tensor, read: float) -> dict[str, Any]:
+    """Milliseconds, and the bytes of keys or codes that pass in one; only of results that are right."""
+    apart = float((found.float() - exact).abs().max() / exact.abs().max())
+    if not apart < TOLERANCE:
+        return {"wrong": f"{apart:.2g} apart"}
+    times = medians(contestants)
+    return {f"{name} ms": round(ms, 4) for name, ms in times.items()} | {"TB/s": round(read / times["ours"] / 1e9, 3)}
 
 
 def device() -> dict[str, Any]:

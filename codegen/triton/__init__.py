@@ -3,8 +3,9 @@
 from ...compiler.primitives.attend import attend_op
 from ...compiler.primitives.merge import merge_op
 from ...compiler.primitives.operator import Kernel
+from ...compiler.primitives.qlinear import qlinear_op
 from ...compiler.primitives.scan import scan_op
-from . import attend, launch, launch_gradient, launch_scan, launch_scan_gradient, merge
+from . import attend, launch, launch_gradient, launch_scan, launch_scan_gradient, merge, qlinear
 
 NAME = "generated Triton"
 
@@ -15,3 +16,4 @@ attend_op.kernels.setdefault("cuda", []).insert(
 _scan = Kernel(NAME, launch_scan.refuses, launch_scan.run, gradients=launch_scan_gradient.gradients)
 scan_op.kernels.setdefault("cuda", []).insert(0, _scan)
 merge_op.kernels.setdefault("cuda", []).insert(0, Kernel(NAME, merge.refuses, merge.run))
+qlinear_op.kernels.setdefault("cuda", []).insert(0, Kernel(NAME, qlinear.refuses, qlinear.run, source=qlinear.shown))

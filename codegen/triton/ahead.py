@@ -31,19 +31,20 @@ class Device:
     arch: int | str
     warp: int
     shared: int
-    matrix: str  # in its assembly
+    matrix: str  # in its assembly, for blocks of 64 rows and more
 
     @property
     def name(self) -> str:
         return f"{self.backend}:{self.arch}"
 
 
+_NARROW = "[HI]MMA"
 TARGETS = {
     d.name: d
     for d in (
-        Device("cuda", 80, 32, 163 * 1024, "HMMA"),
-        Device("cuda", 90, 32, 227 * 1024, "HGMMA"),
-        Device("cuda", 100, 32, 227 * 1024, "UTCHMMA"),
+        Device("cuda", 80, 32, 163 * 1024, _NARROW),
+        Device("cuda", 90, 32, 227 * 1024, "[HI]GMMA"),
+        Device("cuda", 100, 32, 227 * 1024, "UTC[HI]MMA"),
         Device("hip", "gfx942", 64, 64 * 1024, "v_mfma"),
     )
 }
@@ -60,6 +61,7 @@ class Compiled:
     shared: int  # bytes of a block
     matrix: int  # matrix instructions
     warps: int
+    narrow: int = 0  # matrix instructions for blocks of fewer rows, where a device has others for these
 
     @property
     def fits(self) -> bool:
@@ -67,7 +69,8 @@ class Compiled:
 
     def __str__(self) -> str:
         said = f"{self.registers} registers, {self.spilled} B spilled, {self.shared // 1024} KB shared"
-        return f"{self.kernel} for {self.target}: {said}, {self.matrix} matrix instructions, {self.warps} warps"
+        said += f", {self.matrix or self.narrow} matrix instructions, {self.warps} warps"
+        return f"{self.kernel} for {self.target}: {said}"
 
 
 def device(name: str) -> Device:
@@ -87,11 +90,12 @@ def compiled(target: str, call: Callable[[], object]) -> list[Compiled]:
 def _compile(target: Device, source: str, name: str, grid: tuple[int, ...], given: dict[str, Any]) -> Compiled:
     made = getattr(loaded(source), name).warmup(grid=grid, **given)
     read = _of_amd if target.backend == "hip" else _of_nvidia
-    registers, spilled, matrix = read(made, target)
-    return Compiled(name, target.name, registers, spilled, made.metadata.shared, matrix, made.metadata.num_warps)
+    registers, spilled, matrix, narrow = read(made, target)
+    about = made.metadata
+    return Compiled(name, target.name, registers, spilled, about.shared, matrix, about.num_warps, narrow)
 
 
-def _of_nvidia(made: Any, target: Device) -> tuple[int, int, int]:
+def _of_nvidia(made: Any, target: Device) -> tuple[int, int, int, int]:
     import triton
 
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -102,13 +106,14 @@ def _of_nvidia(made: Any, target: Device) -> tuple[int, int, int]:
         found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
         assert found is not None, usage
         code = _said(str(tools / "nvdisasm"), "-c", file.name)
-    return int(found[1]), int(found[2]), len(re.findall(rf"\b{target.matrix}", code))
+    wide, narrow = (len(re.findall(rf"\b{name}", code)) for name in (target.matrix, _NARROW))
+    return int(found[1]), int(found[2]), wide, 0 if target.matrix == _NARROW else narrow
 
 
-def _of_amd(made: Any, target: Device) -> tuple[int, int, int]:
+def _of_amd(made: Any, target: Device) -> tuple[int, int, int, int]:
     code = made.asm["amdgcn"]
     counts = {key: int(value) for key, value in re.findall(r"\.(vgpr_count|vgpr_spill_count):\s*(\d+)", code)}
-    return counts["vgpr_count"], 4 * counts["vgpr_spill_count"], code.count(target.matrix)
+    return counts["vgpr_count"], 4 * counts["vgpr_spill_count"], code.count(target.matrix), 0
 
 
 def _said(*command: str) -> str:

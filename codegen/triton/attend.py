@@ -28,6 +28,7 @@ class Attend:
     tables: str = ""
     packed: bool = False  # the query heads of a key head are rows of one block
     keeps: bool = False  # each row's number for its gradient comes out as well
+    shared: bool = False  # a program passes a share of a block's tiles; what it gathered comes out, to be joined
 
     @cached_property
     def spec(self) -> AttendSpec:
@@ -86,7 +87,7 @@ class Attend:
 
     @property
     def name(self) -> str:
-        return "forward" if self.values else "rows_alone"
+        return "share" if self.shared else "forward" if self.values else "rows_alone"
 
     @property
     def state(self) -> str:
@@ -128,28 +129,50 @@ class Attend:
         return filled("attend_tile", flags, said)
 
     def _forward(self) -> str:
-        folding = self.folding
-        results = ["O"] if self.values else []
-        results += ["LSE"] if "lse" in self.spec.outputs else []
-        results += ["KEPT"] if self.keeps and folding.kept else []
-        begin = [f"{name} = tl.full((BM,), {start}, tl.float32)" for name, start in folding.state]
-        begin += ["o = tl.zeros((BM, EP), tl.float32)"] if self.values else []
-        store = [f"tl.store(LSE + row, {folding.lse}, mask=inside)"] if "LSE" in results else []
-        store += [f"tl.store(KEPT + row, {folding.kept}, mask=inside)"] if "KEPT" in results else []
         said = {
             "name": self.name,
-            "results": listed(results),
+            "results": listed([*self.gathered, "R"] if self.shared else self.results),
             "keys": listed(self.keys),
             "group": self.group,
             "tables": listed(self.looked_up),
             "block": self.block,
-            "begin": [*folding.given, *begin],
+            "begin": self.begin,
             "loops": list(self._loops()),
-            "settle": folding.settled,
-            "divisor": folding.divisor,
-            "store": store,
+            "end": self._share() if self.shared else self.end,
         }
-        return filled("attend_forward", {"VALUES": self.values, "DIVIDED": bool(folding.divisor)}, said)
+        return filled("attend_forward", {}, said)
+
+    @property
+    def results(self) -> list[str]:
+        found = ["O"] if self.values else []
+        found += ["LSE"] if "lse" in self.spec.outputs else []
+        return found + (["KEPT"] if self.keeps and self.folding.kept else [])
+
+    @property
+    def gathered(self) -> list[str]:
+        """What a share of the keys leaves behind for each row."""
+        return [f"OF_{name}" for name in self.state.split(", ")]
+
+    @property
+    def begin(self) -> list[str]:
+        """The state of a row that has met no key."""
+        running = [f"{name} = tl.full((BM,), {start}, tl.float32)" for name, start in self.folding.state]
+        running += ["o = tl.zeros((BM, EP), tl.float32)"] if self.values else []
+        return [*self.folding.given, *running]
+
+    @property
+    def end(self) -> list[str]:
+        """From what a row has gathered to its results."""
+        folding = self.folding
+        store = [f"tl.store(LSE + row, {folding.lse}, mask=inside)"] if "LSE" in self.results else []
+        store += [f"tl.store(KEPT + row, {folding.kept}, mask=inside)"] if "KEPT" in self.results else []
+        flags = {"VALUES": self.values, "DIVIDED": bool(folding.divisor)}
+        said = {"settle": folding.settled, "divisor": folding.divisor, "store": store}
+        return filled("attend_end", flags, said).splitlines()
+
+    def _share(self) -> list[str]:
+        store = [f"tl.store(OF_{name} + part, {name}, mask=inside)" for name, _ in self.folding.state]
+        return filled("attend_share", {"VALUES": self.values}, {"store": store}).splitlines()
 
     @property
     def group(self) -> str:
@@ -183,7 +206,7 @@ class Attend:
             yield "    jt = tl.load(LIST + tile * LISTED + t // PARTS) * PARTS + t % PARTS"
             yield f"    {calls[0]}"
             return
-        walk = Walk(str(segment), f"M{segment}", "BN").past(self._reached(segment))
+        walk = Walk(str(segment), f"M{segment}", "BN", shared=self.shared).past(self._reached(segment))
         yield from walk.lines
         yield from walked(walk.loops, "jt", calls, backwards=self.folding.backwards)
 
@@ -206,6 +229,28 @@ class Attend:
     def _reached(self, segment: int) -> tuple[Reached, ...]:
         moved = self.spec.rows_of(segment) or self.spec.segments[segment][2] or self.spec.q_positions
         return EVERYWHERE if moved else spans(self.predicate(segment), "j")
+
+
+@lru_cache(maxsize=1024)
+def joining(of: Attend) -> str:
+    """The module that joins the shares of a spec's rows: the steps of a tile, between what two ranges of keys gave."""
+    folding, values = of.folding, of.values
+    load = [f"{name}_part = tl.load(OF_{name} + part, mask=inside, other={start})" for name, start in folding.state]
+    said = {
+        "results": listed(of.results),
+        "gathered": listed(of.gathered),
+        "keys": "at_q, at_q_b, at_q_h, at_q_n, " if of.spec.q_positions else "",
+        "tables": listed(of.looked_up),
+        "begin": of.begin,
+        "load": load,
+        "joined": folding.joined,
+        "correction": folding.correction("[:, None]"),
+        "correction_of_part": folding.correction("[:, None]", of="_part"),
+        "moved": folding.moved,
+        "end": of.end,
+    }
+    flags = {"VALUES": values, "MOVED_QUERIES": bool(of.spec.q_positions)}
+    return text_of("functions") + filled("attend_join", flags, said)
 
 
 def listed(words: list[str]) -> str:

@@ -8,7 +8,7 @@ no normaliser is known by its name. Scores are in powers of two wherever only ex
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -180,21 +180,55 @@ class Folding:
     def _guarded(self, word: str, now: dict[str, str]) -> list[str]:
         """Where nothing has been kept so far a maximum is -inf: scores are measured against 0 then."""
         now[word] = f"{word}_now"
-        exp = "tl.exp2" if self.powers else "tl.exp"
         safe = f'{word}_at = tl.where({word}_now == float("-inf"), 0.0, {word}_now)'
-        return [safe, f"{word}_less = {exp}({word} - {word}_at)"]
+        return [safe, f"{word}_less = {self._exp}({word} - {word}_at)"]
+
+    @property
+    def _exp(self) -> str:
+        return "tl.exp2" if self.powers else "tl.exp"
 
     def _corrects(self, word: str) -> bool:
         return any(g == f"{POWER}{word}" for s in self.nest.sums.values() for g, _ in s.change.of)
 
-    def correction(self, beside: str = "", node: Node | None = None) -> str:
-        """The factor that puts a sum right, written `beside` it; "" where there is none."""
+    def correction(self, beside: str = "", node: Node | None = None, of: str = "") -> str:
+        """The factor that puts a sum right, written `beside` it; "" where there is none. `of`: whose sum, in a join."""
         sum_ = self.nest.sums[(node or self._values).name]
         words = [(g.removeprefix(POWER), power) for g, power in sum_.change.of if g.startswith(POWER)]
         words = [(word, power) for word, power in words if not word.endswith("_carry")]
         if any(power != -1 for _, power in words):
             raise Refused(f"a sum that changes by {sum_.change}", fits="one factor of an exponential")
-        return "".join(f" * {word}_less{beside}" for word, _ in words)
+        return "".join(f" * {word}{of}_less{beside}" for word, _ in words)
+
+    @property
+    def joined(self) -> list[str]:
+        """What two ranges of keys have gathered, the second's as `_part`, becomes what both have."""
+        if self.nest.scans:
+            raise Refused("what runs along the keys in their order", fits="sums and maxima")
+        lines: list[str] = []
+        now: dict[str, str] = {}
+        parts = {name: f"{name}_part" for name, _ in self.state}
+        for node in self._of_rows:
+            if node.kind == "map":
+                lines += [f"{node.name}_part = {self.printed(node.expr, parts)}", *self._settled(node, now)]
+            elif node.monoid == "max":
+                now[node.name] = f"{node.name}_now"
+                lines.append(f"{node.name}_now = tl.maximum({node.name}, {node.name}_part)")
+                lines += self._guarded(node.name, now) if self._corrects(node.name) else []
+            else:
+                own, other = self.correction(node=node), self.correction(node=node, of="_part")
+                lines.append(f"{node.name} = {node.name}{own} + {node.name}_part{other}")
+            if self._corrects(node.name):
+                lines.append(f"{node.name}_part_less = {self._exp}({node.name}_part - {node.name}_at)")
+        return lines
+
+    @property
+    def _of_rows(self) -> Iterator[Node]:
+        """What keys are gathered into, and what follows from it and puts other sums right."""
+        for node in self._nodes:
+            if self._along(node) or node is self._values or node.name in self.nest.cascade.outputs[1:]:
+                continue
+            if node.kind == "reduce" or (node.kind == "map" and not self._is_leaf(node) and self._corrects(node.name)):
+                yield node
 
     @property
     def moved(self) -> list[str]:

@@ -19,6 +19,7 @@ from ...compiler.refusal import Refused
 from .arguments import Arguments, index, kinds, looked_up, named, port
 from .attend import Attend, tables_in, why_not
 from .blocks import Blocks, forward_blocks, padded, smaller
+from .launch_shares import in_shares, shares_of
 from .launching import TooLargeError, launched, precision, target
 
 log = logging.getLogger("reattend")
@@ -75,15 +76,19 @@ def _block(size: int, most: int) -> tuple[int, int] | None:
     return (padded(size), 1) if size <= _MOST_LISTED else None
 
 
-def run(groups: Groups, text: str, *, keeps: bool = False, blocks: Blocks | None = None) -> list[Tensor]:
+def run(
+    groups: Groups, text: str, *, keeps: bool = False, blocks: Blocks | None = None, shares: int = 0
+) -> list[Tensor]:
     """The outputs that a spec asks for; with `keeps` also each row's number for its gradient.
 
+    `shares`: among how many programs the keys of a block of rows are divided, 0: as the roofline has it.
     Blocks that a device has no room for become smaller; a device without room for the smallest runs the plain meaning.
     """
     chosen = blocks or _blocks(groups, text)
+    shares = shares or shares_of(groups, text, chosen, _rows(groups, text))
     for tried in (chosen, *smaller(chosen)):
         try:
-            return _run(groups, text, keeps, tried)
+            return _run(groups, text, keeps, tried, shares)
         except TooLargeError as error:
             log.info("attend in blocks of %d x %d: %s", tried.rows, tried.keys, error)
     if keeps:
@@ -93,20 +98,23 @@ def run(groups: Groups, text: str, *, keeps: bool = False, blocks: Blocks | None
 
 def _blocks(groups: Groups, text: str) -> Blocks:
     (q,), kv, _ = groups
-    spec = AttendSpec.of(text)
-    rows = q.shape[2] * (q.shape[1] // kv[0].shape[1] if _packs(spec, groups) else 1)
-    return forward_blocks(q.shape[-1], kv[1].shape[-1], rows, q.element_size() * 8, target(q))
+    return forward_blocks(q.shape[-1], kv[1].shape[-1], _rows(groups, text), q.element_size() * 8, target(q))
 
 
-def _run(groups: Groups, text: str, keeps: bool, blocks: Blocks) -> list[Tensor]:
+def _rows(groups: Groups, text: str) -> int:
+    """How many rows share the keys of a head."""
+    (q,), kv, _ = groups
+    return q.shape[2] * (q.shape[1] // kv[0].shape[1] if _packs(AttendSpec.of(text), groups) else 1)
+
+
+def _run(groups: Groups, text: str, keeps: bool, blocks: Blocks, shares: int) -> list[Tensor]:
     (q,), kv, tables = groups
     spec = AttendSpec.of(text)
     kernel = Attend(text, kinds(tables), _packs(spec, groups), keeps)
     heads, group = q.shape[1], q.shape[1] // kv[0].shape[1] if not spec.kv_heads else 1
-    rows = q.shape[2] * (group if kernel.packed else 1)
     step, parts, wide, blocks = _steps(spec, blocks)
     made = _results(kernel, q, kv[1])
-    given: Arguments = {**port("Q", q), **made, "H": heads, "N": q.shape[2]} | ({"G": group} if kernel.packed else {})
+    given: Arguments = {**port("Q", q), "H": heads, "N": q.shape[2]} | ({"G": group} if kernel.packed else {})
     for number, (k, v) in enumerate(zip(kv[::2], kv[1::2], strict=True)):
         given |= _segment(kernel, number, k, v, q, named(groups))
     given |= _placed(spec, q, kv, named(groups), parts)
@@ -115,8 +123,11 @@ def _run(groups: Groups, text: str, keeps: bool, blocks: Blocks) -> list[Tensor]
     given |= {"D": q.shape[-1], "DP": padded(q.shape[-1]), "E": kv[1].shape[-1], "EP": padded(kv[1].shape[-1])}
     given |= {"BM": blocks.rows, "BN": blocks.keys, "STEP": step, "WIDE": wide, "STAGES": blocks.stages}
     given |= {"PRECISION": precision(q), "num_warps": blocks.warps, "num_stages": blocks.stages}
-    programs = (-(-rows // step), q.shape[0] * (kv[0].shape[1] if kernel.packed else heads))
-    launched(kernel.source, kernel.name, programs, given)
+    programs = (-(-_rows(groups, text) // step), q.shape[0] * (kv[0].shape[1] if kernel.packed else heads))
+    if shares > 1:
+        in_shares(kernel, given, made, programs, shares)
+    else:
+        launched(kernel.source, kernel.name, programs, given | made)
     found = {"o": made.get("O"), "lse": made.get("LSE")}
     return [found[which] for which in spec.outputs] + ([made["KEPT"]] if "KEPT" in made else [])
 

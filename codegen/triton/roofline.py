@@ -8,7 +8,7 @@ blocks before there are measurements, not a promise.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .blocks import Blocks
 
@@ -35,6 +35,8 @@ MACHINES = {
 }
 _PER_SCORE = 12.0  # arithmetic on one score: scale, mask, maximum, power, sum, conversion
 _HIDING = 8  # warps that hide each other's waiting
+_LAUNCH = 4e-6  # seconds that one more kernel takes to begin: assumed, of all four
+_MOST_SHARES = 64
 _NEAR = 2.5  # how much faster than memory the cache before it is: assumed, of all four
 
 
@@ -57,7 +59,7 @@ def forward_work(batch: int, heads: int, kv_heads: int, n: int, m: int, dim: int
 
 def seconds(work: Work, programs: int, blocks: Blocks, registers: int, shared: int, target: str) -> float:
     """The time of one kernel with these blocks, of which one occupies so many registers a thread and bytes."""
-    gpu = MACHINES[target]
+    gpu = machine(target)
     held = occupancy(blocks, registers, shared, target)
     if held == 0:
         return math.inf
@@ -79,10 +81,35 @@ def occupancy(blocks: Blocks, registers: int, shared: int, target: str) -> int:
     >>> occupancy(Blocks(64, 64, 4, 2), 128, 48 * 1024, "cuda:90")
     4
     """
-    gpu = MACHINES[target]
+    gpu = machine(target)
     by_registers = gpu.registers // (max(registers, 1) * blocks.warps * gpu.lanes)
     by_shared = gpu.shared // max(shared, 1)
     return min(by_registers, by_shared, gpu.warps // blocks.warps)
+
+
+def machine(target: str) -> Machine:
+    """The one of a target, or the smallest of its make."""
+    return MACHINES.get(target, MACHINES["hip:gfx942" if target.startswith("hip") else "cuda:80"])
+
+
+def best_shares(work: Work, programs: int, tiles: int, gathered: int, blocks: Blocks, target: str) -> int:
+    """Among how many programs the `tiles` of each should be divided, where `gathered` numbers of a share are joined.
+
+    >>> one_token = forward_work(1, 32, 8, 1, 32768, 128, 128, 1.0)
+    >>> best_shares(one_token, 8, 512, 32 * 130, Blocks(16, 64, 4, 2), "cuda:90")
+    64
+    >>> best_shares(forward_work(1, 32, 8, 1, 64, 128, 128, 1.0), 8, 1, 32 * 130, Blocks(16, 64, 4, 2), "cuda:90")
+    1
+    """
+    width = work.read / max(tiles * blocks.keys, 1)  # bytes of one key and its value
+    shared = int(width * blocks.keys * blocks.stages)
+
+    def taken(count: int) -> float:
+        alone = seconds(replace(work, read=work.read / count), programs * count, blocks, 128, shared, target)
+        joined = 8.0 * gathered * count / machine(target).bandwidth + _LAUNCH
+        return alone + (joined if count > 1 else 0.0)
+
+    return min((1 << power for power in range(_MOST_SHARES.bit_length()) if 1 << power <= max(tiles, 1)), key=taken)
 
 
 def ranked(

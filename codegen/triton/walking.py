@@ -23,21 +23,25 @@ class Loop:
 class Walk:
     """Ranges of indices as ranges of tiles: statements that compute them, then the loops over them.
 
-    `size` is how many indices there are, `block` how many a tile has, `shift` what an index is ahead of its place.
+    `size` is how many indices there are, `block` how many a tile has, `shift` what an index is ahead of its place;
+    `shared`: of each range only a share is passed, by the program's place on the third axis.
     """
 
     name: str
     size: str
     block: str
     shift: str = ""
+    shared: bool = False
     lines: list[str] = field(default_factory=list)
     loops: list[Loop] = field(default_factory=list)
 
     def past(self, found: Sequence[Reached], *, always_cut: bool = False) -> Walk:
-        for number, reached in enumerate(found):
-            suffix = f"{self.name}_{number}" if len(found) > 1 else self.name
-            before = f"high{self.name}_{number - 1}" if number else ""
-            self._range(suffix, before, reached.some)
+        suffixes = [f"{self.name}_{number}" if len(found) > 1 else self.name for number in range(len(found))]
+        for number, (suffix, reached) in enumerate(zip(suffixes, found, strict=True)):
+            self._range(suffix, f"high{suffixes[number - 1]}" if number else "", reached.some)
+        for suffix in suffixes if self.shared else ():
+            self._share(suffix)
+        for suffix, reached in zip(suffixes, found, strict=True):
             if reached.every is NOTHING or always_cut:
                 self.loops.append(Loop(f"low{suffix}", f"high{suffix}", True))
             else:
@@ -51,6 +55,12 @@ class Walk:
         self.lines.append(f"low{suffix} = {low}")
         end = self._guarded(span.guard, f"tl.cdiv(tl.maximum({self._end(span)}, 0), {self.block})")
         self.lines.append(f"high{suffix} = {end if low == '0' else f'tl.maximum({end}, low{suffix})'}")
+
+    def _share(self, suffix: str) -> None:
+        low, high, share = f"low{suffix}", f"high{suffix}", f"share{suffix}"
+        self.lines.append(f"{share} = tl.cdiv({high} - {low}, tl.num_programs(2))")
+        self.lines.append(f"{low} = {low} + {share} * tl.program_id(2)")
+        self.lines.append(f"{high} = tl.maximum(tl.minimum({low} + {share}, {high}), {low})")
 
     def _whole(self, suffix: str, reached: Reached) -> None:
         """Between the tiles that are cut at the beginning and at the end."""

@@ -28,7 +28,7 @@ def network(heads: int) -> dict[str, Param]:
 
 
 def bias_of_pooled(p: Any, grid: Grid, pooled: tuple[int, int], trained: tuple[int, int] | None) -> Tensor:
-    """(H, h * w, P): every query against every pooled key, in the middle of its cell; the network sees each step once."""
+    """(H, h * w, P): every query against every pooled key, where the network sees each step once."""
     like = widened(p.fc1_weight)
     (y, at_y), (x, at_x) = (_steps(size, few, like) for size, few in zip((grid.h, grid.w), pooled, strict=True))
     found = _bias(p, trained or (grid.h, grid.w), y[:, None], x)  # (H, steps down, steps right)
