@@ -13,7 +13,7 @@ from .attend_meaning import attend_meaning
 from .attend_spec import AttendSpec, count_of
 from .operator import Groups
 
-AT_ONCE = 2**23  # scores, and numbers of rows gathered for them
+AT_ONCE = 2**21  # scores, and numbers of rows gathered for them; 200 bytes each where a predicate is worked out
 BY_ROWS = {"o", "lse", "entropy", "topk"}  # outputs that a query has for itself, and that are not as long as the keys
 
 
