@@ -25,7 +25,9 @@ RESHAPING = frozenset(  # the same numbers in another order, shape or type
     | {"contiguous", "clone", "to", "_to_copy", "alias", "flatten", "unflatten", "split", "chunk", "unbind", "t"}
     | {"split_with_sizes", "movedim", "swapaxes", "detach", "numpy_T", "type_as"}
 )
-PROJECTIONS = frozenset({"linear", "addmm", "matmul", "mm", "conv2d", "conv1d", "_convolution", "convolution"})
+PROJECTIONS = frozenset(
+    {"linear", "addmm", "matmul", "mm", "conv2d", "conv1d", "_convolution", "convolution", "qlinear"}
+)
 
 
 @dataclass
@@ -116,6 +118,9 @@ def _projection_behind(start: fx.Node) -> fx.Node | None:
 
 def _weight_of(node: fx.Node) -> str:
     """The parameter that a projection multiplies with, through views of it; "" where there is none."""
+    if op_name(node) == "qlinear":  # named as before it was quantized
+        codes: Any = node.args[1][0]  # type: ignore[index]
+        return f"{str(codes.target).removesuffix('codes')}weight" if codes.op == "get_attr" else ""
     for arg in reversed(list(_tensor_inputs(node))):
         source = arg
         while source.op == "call_function" and op_name(source) in RESHAPING:
@@ -176,6 +181,7 @@ def _follow_output(ports: Ports) -> None:
         user = users[0]
         if op_name(user) in PROJECTIONS and _weight_of(user):
             ports.weights["o"] = _weight_of(user)
+            user = next(iter(user.users)) if op_name(user) == "qlinear" else user  # its one result
             after = list(user.users)
             flat = len(after) == 1 and _rank(user) == 2 and op_name(after[0]) in ("view", "reshape", "_unsafe_view")
             ports.projected = after[0] if flat else user

@@ -16,7 +16,7 @@ from .qlinear import by_numbers
 from .skeleton import skeleton
 from .toolchain import built
 
-FEW, _MOST_FEW = 2, 4  # rows up to which vectors are faster than units, and of any numbers; measured
+FEW = 4  # rows up to which vectors are faster than units; measured
 _LEAST = 1 << 16  # weights of a layer; fewer are not worth a library of their own
 _MOST = 1 << 16  # inputs whose products are sure to fit into a sum of 32 bits
 _CODES = {"int8": "BYTES", "int4": "NIBBLES", "qoq": "NESTED"}
@@ -53,7 +53,7 @@ def few(groups: Groups, text: str) -> str | None:
     (x,), tensors = groups
     spec = QLinearSpec.of(text)
     rows = x.numel() // max(spec.inputs, 1)
-    if not 0 < rows <= (FEW if x.dtype == torch.bfloat16 else _MOST_FEW):
+    if not 0 < rows <= FEW:
         return f"{rows} rows"
     if spec.format == "int8" and x.dtype == torch.bfloat16:
         return "bfloat16 with bytes: torch's own is as fast"
