@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers as hf
@@ -285,6 +286,15 @@ def test_a_model_is_as_it_was_after_an_interruption() -> None:
     with pytest.raises(KeyboardInterrupt):
         reattend.recover(fast, given, held_out=texts(14)[-2:], train="all", **QUICK)
     assert same(weights(fast), before) and all(p.requires_grad for p in fast.parameters())
+
+
+def test_what_a_judge_measures_may_be_any_number(tmp_path: Path) -> None:
+    """Numbers of numpy among them: a checkpoint that holds one is not read again."""
+    judge = lambda model: {"largest": np.float64(1.5)}
+    for _ in range(2):
+        fast = optimized(words(), everywhere("linear"), texts()[0])
+        got = reattend.recover(fast, texts(), folder=tmp_path, judge=judge, train="lora", **QUICK | {"steps": 2})
+    assert all(type(one["largest"]) is float for one in got.history)
 
 
 @pytest.mark.slow

@@ -196,7 +196,8 @@ class Run:
     def _measured(self, first: bool) -> dict[str, float]:
         found = self._held_out()
         found |= {"sites": self._site_error()} if first else {}
-        return found | (dict(self.judge(self.pair.student)) if self.judge is not None else {})
+        asked = self.judge(self.pair.student) if self.judge is not None else {}
+        return found | {name: float(value) for name, value in asked.items()}
 
     def _held_out(self) -> dict[str, float]:
         total, named = 0.0, dict[str, float]()
