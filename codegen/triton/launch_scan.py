@@ -112,7 +112,7 @@ def scanned(
     given |= _shared(kernel, x)
     width = padded(D) if kernel.decay == "channels" else 1
     given |= {"D": D, "DP": padded(D), "E": E, "W": width, "PRECISION": _precision(small)}
-    sizes = _sizes(kernel, D, E, small.element_size() * 8)
+    sizes = _sizes(kernel, D, E, small.element_size() * 8, target(x.q))
     while True:
         try:
             blocks = -(-E // sizes["BE"])
@@ -136,12 +136,16 @@ def _shared(kernel: Scan, x: Operands) -> Arguments:
     return given
 
 
-def _sizes(kernel: Scan, D: int, E: int, bits: int) -> Arguments:
+def _sizes(kernel: Scan, D: int, E: int, bits: int, on: str) -> Arguments:
     """Rows of a chunk and channels of a block: what a program's registers hold beside the state."""
     deep = padded(D)
-    rows = (64 if deep <= 128 else 32) if kernel.decay != "channels" else 32 if deep <= 64 else 16
+    kind, _, number = on.partition(":")
+    rows = 32 if kind == "hip" or deep > 128 else 64
+    if kernel.decay == "channels":
+        rows = 32 if deep <= 64 else 16
+    wide = 64 if deep <= 64 and not (kind == "cuda" and int(number) < 90) else 32
     stages = 2 if bits == 16 and deep <= 64 else 1
-    return {"T": rows, "BE": min(padded(E), 64 if deep <= 64 else 32), "STAGES": stages, "num_stages": stages,
+    return {"T": rows, "BE": min(padded(E), wide), "STAGES": stages, "num_stages": stages,
             "num_warps": 8 if deep >= 64 else 4}  # fmt: skip
 
 
