@@ -2,7 +2,7 @@
 
 >>> from .symbol_text import parse
 >>> carried(parse("tanh(s / 4) * 3 + (i - j) * h"), 2.0).text
-'(i - j) * h * 2.0 + tanh(s * 0.25) * 6.0'
+'h * (i - j) * 2.0 + tanh(s * 0.25) * 6.0'
 """
 
 from __future__ import annotations

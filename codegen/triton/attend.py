@@ -274,15 +274,16 @@ def why_not(text: str) -> str | None:
             return what
     if any(output not in ("o", "lse") for output in spec.outputs):
         return f"outputs {', '.join(spec.outputs)}"
-    return refusal(lambda: _plain(text).source)
+    return refusal(lambda: of_any_tables(text).source)
 
 
 def shown(text: str) -> str:
     """The source for a reader, as if all tables held floats; "" where the skeletons cannot say the spec."""
-    return "" if why_not(text) else _plain(text).source.removeprefix(text_of("functions")).lstrip()
+    return "" if why_not(text) else of_any_tables(text).source.removeprefix(text_of("functions")).lstrip()
 
 
-def _plain(text: str) -> Attend:
+def of_any_tables(text: str) -> Attend:
+    """A spec's kernel as if all tables that it looks up held floats."""
     axes = tables_in(AttendSpec.of(text))
     return Attend(text, " ".join(f"f{axes.get(n, 1)}" for n in range(max(axes, default=-1) + 1)))
 

@@ -12,7 +12,7 @@ from ...compiler.cost import density
 from ...compiler.primitives.attend_spec import AttendSpec
 from ...compiler.primitives.operator import Groups
 from .arguments import Arguments
-from .attend import Attend, joining, refusal
+from .attend import Attend, joining, of_any_tables, refusal
 from .blocks import Blocks, padded
 from .launching import launched, target
 from .roofline import best_shares, forward_work
@@ -40,7 +40,7 @@ def _decided(text: str, sizes: tuple[int, ...], heads: int, blocks: Blocks, targ
 @lru_cache(maxsize=1024)
 def why_not_shared(text: str) -> str | None:
     """Why the keys of a spec cannot be shared among programs; None where they can."""
-    return "listed tiles" if AttendSpec.of(text).tiles else refusal(lambda: joining(Attend(text)))
+    return "listed tiles" if AttendSpec.of(text).tiles else refusal(lambda: joining(of_any_tables(text)))
 
 
 def in_shares(kernel: Attend, given: Arguments, made: Arguments, programs: tuple[int, int], count: int) -> None:

@@ -97,7 +97,7 @@ def best_shares(work: Work, programs: int, tiles: int, gathered: int, blocks: Bl
 
     >>> one_token = forward_work(1, 32, 8, 1, 32768, 128, 128, 1.0)
     >>> best_shares(one_token, 8, 512, 32 * 130, Blocks(16, 64, 4, 2), "cuda:90")
-    64
+    32
     >>> best_shares(forward_work(1, 32, 8, 1, 64, 128, 128, 1.0), 8, 1, 32 * 130, Blocks(16, 64, 4, 2), "cuda:90")
     1
     """
