@@ -206,7 +206,8 @@ def page(rows: Mapping[str, Any]) -> str:
         "# What recovery brings back",
         "",
         "Made by `python benchmarks/recovery.py`; all judgements and settings are in recovery.json. The original",
-        "is the teacher of each row; judged on text or pictures that neither was trained on.",
+        "is the teacher of each row; judged on text or pictures that neither was trained on. Minutes are those of the",
+        "clock: on a machine that others use they say little about the work.",
         "",
     ]
     for name, row in rows.items():
