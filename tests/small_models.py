@@ -83,3 +83,25 @@ def words(**how: float) -> Any:
         for weight in model.body.parameters():
             weight.mul_(4 if weight.ndim == 2 else 1)  # attention that looks somewhere
     return model.eval()
+
+
+def decided_llama(hidden: int) -> Any:
+    """A tiny Hugging Face llama far enough from uniform that what is seen decides the token."""
+    import transformers
+
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=97,
+        hidden_size=hidden,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(4)
+    return model

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from small_models import decided_llama
 from torch import Tensor
 
 import reattend
@@ -34,28 +35,9 @@ def test_rows_come_back_within_half_a_level(spec: RowSpec) -> None:
     assert torch.equal(stored(x, spec), back)
 
 
-def llama() -> Any:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=97,
-        hidden_size=64,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-    )
-    model = transformers.LlamaForCausalLM(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(4)  # far enough from uniform that what is seen decides the token
-    return model
-
-
 def optimized(sites: Any, model: Any = None) -> Any:
     recipe = {"version": 1, "sites": [{"match": "*", **sites}]}
-    return reattend.optimize(model or llama(), recipe, {"input_ids": IDS}, measure=False)
+    return reattend.optimize(model or decided_llama(64), recipe, {"input_ids": IDS}, measure=False)
 
 
 def in_parts(fast: Any, ids: Tensor, sizes: list[int], cache: Any) -> Tensor:
@@ -75,7 +57,7 @@ def test_a_cache_holds_bytes_and_decoding_is_prefill(slug: str, row: int) -> Non
     torch.testing.assert_close(in_parts(fast, IDS, [4, 1, 3, 1], cache), whole, atol=2e-4, rtol=1e-4)
     assert all(t.dtype == torch.uint8 for layer in cache.layers for t in (layer.keys, layer.values))
     assert held(cache) == 2 * 2 * 2 * 2 * 9 * row  # layers, keys and values, batch, key heads, tokens, bytes
-    plain = llama()(IDS).logits.detach()
+    plain = decided_llama(64)(IDS).logits.detach()
     assert 1e-4 < float((whole - plain).norm() / plain.norm()) < (0.05 if slug == "int8" else 0.5)
     assert torch.equal(fast.generate(IDS, **GREEDY), greedy(fast))
 
@@ -93,7 +75,7 @@ def test_memory_is_what_was_predicted() -> None:
     fast, cache = optimized({"kv": "int4"}), transformers.DynamicCache()
     in_parts(fast, IDS, [9], cache)
     recipe = {"version": 1, "sites": [{"match": "*", "kv": "int4"}]}
-    found = reattend.preview(llama(), recipe, {"input_ids": IDS}, batch=2)
+    found = reattend.preview(decided_llama(64), recipe, {"input_ids": IDS}, batch=2)
     assert (found.after.kv, found.before.kv) == (held(cache), 2 * 2 * 2 * 2 * 9 * 16 * 4)
 
 
@@ -110,7 +92,7 @@ def test_a_ring_holds_bytes_too() -> None:
 
 def test_layers_that_are_kept_hold_numbers_and_a_returned_cache_goes_on() -> None:
     recipe = {"version": 1, "sites": [{"match": {"layer": "0"}, "kv": "keep"}, {"match": "*", "kv": "int8"}]}
-    fast = reattend.optimize(llama(), recipe, {"input_ids": IDS}, measure=False)
+    fast = reattend.optimize(decided_llama(64), recipe, {"input_ids": IDS}, measure=False)
     with torch.no_grad():
         first = fast(IDS[:, :6], use_cache=True)
         assert [layer.keys.dtype for layer in first.past_key_values.layers] == [torch.float32, torch.uint8]
@@ -159,6 +141,6 @@ def test_what_cannot_be_stored_is_refused() -> None:
                           (torch.randn(1, 5, 32),), measure=False)  # fmt: skip
     fast, cache = optimized({"kv": "int8"}), transformers.DynamicCache()
     with torch.no_grad():
-        llama()(IDS, past_key_values=cache, use_cache=True)
+        decided_llama(64)(IDS, past_key_values=cache, use_cache=True)
     with pytest.raises(Refused, match=r"past_key_values\.layers\.0\.keys"):
         fast(IDS[:, :1], past_key_values=cache, use_cache=True)

@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from small_models import decided_llama
 
 import reattend
 from reattend import Refused
 from reattend.compiler.decode import ring_cache
 from reattend.compiler.ring_cache import RingLayer, held_bytes
 
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
 
 GREEDY = {"max_new_tokens": 16, "do_sample": False, "pad_token_id": 0}
 IDS = torch.randint(1, 97, (2, 9), generator=torch.Generator().manual_seed(0))
@@ -21,28 +22,9 @@ PADDED[0, :3] = 0
 ROW = 2 * 2 * 8 * 4  # bytes of one key: batch, key heads, dim, float32
 
 
-def llama() -> Any:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-    )
-    model = transformers.LlamaForCausalLM(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.mul_(4)  # far enough from uniform that what is seen decides the token
-    return model
-
-
 def windowed(match: Any) -> Any:
     recipe = {"version": 1, "sites": [{"match": match, "attention": {"window": {"window": 6, "sinks": 2}}}]}
-    return reattend.optimize(llama(), recipe, {"input_ids": IDS}, measure=False)
+    return reattend.optimize(decided_llama(32), recipe, {"input_ids": IDS}, measure=False)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +39,7 @@ def tokens(model: Any, **how: Any) -> list[list[int]]:
 def test_a_cache_gives_the_tokens_of_full_runs(fast: Any) -> None:
     again = tokens(fast, use_cache=False)
     assert tokens(fast) == again
-    assert tokens(llama()) != again, "the window changes nothing: the comparison would show nothing"
+    assert tokens(decided_llama(32)) != again, "the window changes nothing: the comparison would show nothing"
 
 
 def test_a_ring_gives_them_too_and_does_not_grow(fast: Any) -> None:
@@ -109,7 +91,7 @@ def test_a_ring_that_drops_what_is_attended_is_refused() -> None:
 
 def test_a_model_as_it_came_has_no_rings() -> None:
     with pytest.raises(Refused, match="not optimized"):
-        ring_cache(llama())
+        ring_cache(decided_llama(32))
 
 
 def test_a_ring_cannot_go_back(fast: Any) -> None:
