@@ -73,14 +73,13 @@ INLINE vf turned(vf x, int by) { return __builtin_shuffle(x, (count() + by) & (V
 #endif
 INLINE float highest(vf x) { for (int by = VL / 2; by; by /= 2) x = most(x, turned(x, by)); return x[0]; }
 INLINE float total(vf x) { for (int by = VL / 2; by; by /= 2) x += turned(x, by); return x[0]; }
-// VL rows of VL numbers become columns.
-INLINE void transpose(const float* from, int64_t ld, float* to, int64_t ldt) {
+// VL rows of VL numbers become columns: in registers, and of memory.
+INLINE void turn(vf x[VL]) {
 #ifdef __clang__
-    for (int r = 0; r < VL; r++) for (int l = 0; l < VL; l++) to[l * ldt + r] = from[r * ld + l];
+    vf y[VL];
+    for (int r = 0; r < VL; r++) for (int l = 0; l < VL; l++) y[l][r] = x[r][l];
+    for (int r = 0; r < VL; r++) x[r] = y[r];
 #else
-    vf x[VL];
-#pragma GCC unroll 16
-    for (int r = 0; r < VL; r++) x[r] = load(from + r * ld);
 #pragma GCC unroll 4
     for (int by = 1; by < VL; by *= 2)
 #pragma GCC unroll 16
@@ -91,9 +90,15 @@ INLINE void transpose(const float* from, int64_t ld, float* to, int64_t ldt) {
                 x[r] = __builtin_shuffle(a, b, select(odd, at + (VL - by), at));
                 x[r + by] = __builtin_shuffle(a, b, select(odd, at + VL, at + by));
             }
+#endif
+}
+INLINE void transpose(const float* from, int64_t ld, float* to, int64_t ldt) {
+    vf x[VL];
+#pragma GCC unroll 16
+    for (int r = 0; r < VL; r++) x[r] = load(from + r * ld);
+    turn(x);
 #pragma GCC unroll 16
     for (int r = 0; r < VL; r++) store(to + r * ldt, x[r]);
-#endif
 }
 #ifdef __AVX512F__
 INLINE bool any_above(vf x, float m) {

@@ -177,32 +177,13 @@ INLINE void put(const Call& c, int64_t m, int64_t n, vf y) {
     }
 }
 
-// 16 vectors of 16, rows made columns.
-INLINE void turn(vi x[16]) {
-#ifdef __clang__
-    vi y[16];
-    for (int r = 0; r < 16; r++) for (int l = 0; l < 16; l++) y[l][r] = x[r][l];
-    for (int r = 0; r < 16; r++) x[r] = y[r];
-#else
-    const vi lane = count();
-#pragma GCC unroll 4
-    for (int by = 1; by < 16; by *= 2)
-#pragma GCC unroll 16
-        for (int r = 0; r < 16; r++) if (!(r & by)) {
-            const vi a = x[r], b = x[r + by], odd = (lane & by) != 0;
-            x[r] = __builtin_shuffle(a, b, select(odd, lane - by + 16, lane));
-            x[r + by] = __builtin_shuffle(a, b, select(odd, lane + 16, lane + by));
-        }
-#endif
-}
-
 static void finish(const Call& c, const Turned& t, const int32_t* sums, int64_t m0, int64_t n, const Factors& f) {
-    vi x[16];
-    for (int r = 0; r < 16; r++) x[r] = *(const vi*)(sums + r * 32);
+    vf x[16];
+    for (int r = 0; r < 16; r++) x[r] = *(const vf*)(sums + r * 32);
     turn(x);
     const int64_t rows = c.M - m0 < 16 ? c.M - m0 : 16;
     for (int64_t r = 0; r < rows; r++) {
-        vf y = WHOLE ? floats(x[r]) : (vf)x[r];
+        vf y = WHOLE ? floats((vi)x[r]) : x[r];
         if constexpr (WHOLE) {
             if constexpr (CODES == NIBBLES) y = y * f.scale - f.zero * t.sum[m0 + r]; else y = y * f.scale;
             y *= t.scale[m0 + r];
