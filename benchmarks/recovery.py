@@ -1,6 +1,6 @@
 """What recovery brings back on the shipped models, 15 minutes a row on 2 cores: docs/recovery.{json,md}.
 
-    python benchmarks/recovery.py [--only half-window all-linear vit-agent] [--steps 500] [--out out/recovery]
+    python benchmarks/recovery.py [--only half-window all-linear vit-agent] [--steps N] [--out out/recovery]
 
 A row that stands in the JSON is not run again; a row that was stopped goes on from its last judgement.
 """
@@ -26,8 +26,8 @@ from reattend.passes.linear.linear import FEATURES
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 WINDOW = {"window": {"window": 64, "sinks": 4}}
-ROWS = {"short": Plan(tokens=4096, seed=7, phases=(Phase(1, 512, 0.35),)),
-        "long": Plan(tokens=4096, seed=7, phases=(Phase(1, 2048, 0.35),))}  # fmt: skip
+ROWS = {"short": Plan(tokens=4096, seed=7, phases=(Phase(1, 512, 0.15),)),
+        "long": Plan(tokens=4096, seed=7, phases=(Phase(1, 2048, 0.15),))}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Bench:
     """What the rows share: where to write, how long to train, how the models are loaded."""
 
     out: Path
-    steps: int
+    steps: int | None
     context: int
     language: Callable[[], Any]
 
@@ -47,7 +47,7 @@ def everywhere(attention: Any, layers: str = "") -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", choices=list(CASES), default=list(CASES))
-    parser.add_argument("--steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, help="in the place of each row's own number")
     parser.add_argument("--context", type=int, default=2048, help="bytes that the language model is judged at")
     parser.add_argument("--out", type=Path, default=Path("out/recovery"))
     parser.add_argument("--docs", type=Path, default=DOCS)
@@ -77,7 +77,8 @@ def language(checkpoint: Path | None) -> Any:
 
 def half_window(bench: Bench) -> dict[str, Any]:
     """Every second site sees the 64 latest bytes."""
-    return bench_language(bench, "half-window", everywhere(WINDOW, "odd"), train="all", lr=2e-4, transfer=0.5)
+    return bench_language(bench, "half-window", everywhere(WINDOW, "odd"), train="all", lr=4e-4, transfer=0.2,
+                          steps=900)  # fmt: skip
 
 
 def all_linear(bench: Bench) -> dict[str, Any]:
@@ -85,17 +86,17 @@ def all_linear(bench: Bench) -> dict[str, Any]:
     trials = {name: trial(bench, name) for name in FEATURES if name != "identity"}
     best = min(trials, key=lambda name: trials[name])
     row = bench_language(bench, f"all-linear-{best}", everywhere({"linear": {"feature_map": best}}),
-                         train="all", lr=1e-3, transfer=0.4)  # fmt: skip
+                         train="all", lr=1e-3, transfer=0.4, steps=600)  # fmt: skip
     model = bench.language()
     cut = reattend.optimize(model, everywhere(WINDOW), calls(0), measure=False)
     return row | {"feature_map": best, "trials_kl": trials, "all_window_64_untrained": measured(cut, bench.context)}
 
 
 def trial(bench: Bench, feature_map: str) -> float:
-    """The held-out KL after a tenth of the steps."""
+    """The held-out KL after a few steps."""
     fast = reattend.optimize(bench.language(), everywhere({"linear": {"feature_map": feature_map}}), calls(0),
                              measure=False)  # fmt: skip
-    steps = max(2, bench.steps // 10)
+    steps = max(2, (bench.steps or 400) // 10)
     found = reattend.recover(fast, calls, held_out=held_out(), train="all", lr=1e-3, steps=steps, transfer=0.5,
                              every=steps, folder=bench.out / f"trial-{feature_map}")  # fmt: skip
     return float(found.after["kl"])
@@ -122,7 +123,8 @@ def vit_agent(bench: Bench) -> dict[str, Any]:
 
     before = {"original": whole(model.eval()), "rewritten": whole(fast)}
     held = [{"pixel_values": torch.from_numpy(pictures(12, k * 48, 48)[0])} for k in range(4)]
-    return run(bench, "vit-agent", fast, drawn, held, judge, whole, before, train="all", lr=5e-4, transfer=0.4)
+    return run(bench, "vit-agent", fast, drawn, held, judge, whole, before, train="all", lr=5e-4, transfer=0.4,
+               steps=800)  # fmt: skip
 
 
 CASES: dict[str, Callable[[Bench], dict[str, Any]]] = {
@@ -156,11 +158,14 @@ def run(
     judge: Callable[[Any], Mapping[str, float]],
     whole: Callable[[Any], Mapping[str, float]],
     before: dict[str, Any],
+    *,
+    steps: int,
     **how: Any,
 ) -> dict[str, Any]:
     began = time.monotonic()
-    found = reattend.recover(fast, data, held_out=held, judge=judge, steps=bench.steps,
-                             every=max(1, bench.steps // 5), folder=bench.out / name, **how)  # fmt: skip
+    steps = bench.steps or steps
+    found = reattend.recover(fast, data, held_out=held, judge=judge, steps=steps, every=max(1, steps // 5),
+                             folder=bench.out / name, **how)  # fmt: skip
     assert original(fast) is not fast
     return {
         **before, "recovered": dict(whole(fast)), "how": how, "steps": found.steps, "best_at": found.best_at,
