@@ -15,6 +15,7 @@ from .attempts import Attempt, attempts, filled
 from .checkpointing import unflagged
 from .containers import Layout, Leaf, absorb, lay_out_caches, put_together, take_apart
 from .graph_state import graph_from, state_of
+from .inside import inside
 from .leaves import plain_calls, stamp_leaves
 from .padding import zeros_at_padding
 from .plain_graph import operations, plain, written
@@ -142,9 +143,9 @@ def operations_at(model: nn.Module, call: Call, attempt: Attempt) -> tuple[str, 
 
 def setting(model: nn.Module) -> tuple[str, ...]:
     """What a graph depends on beside the call: the mode, and the dtype and device of the weights."""
-    inside = "".join(_modes(model))
-    if len(set(inside)) == 2:
-        code = int(inside, 2) % 65521  # torch.compile cannot trace zlib or hashlib
+    modes = "".join(["01"[module.training] for module in inside(model)])
+    if len(set(modes)) == 2:
+        code = int(modes, 2) % 65521  # torch.compile cannot trace zlib or hashlib
         mode = f"{'train' if model.training else 'eval'} mixed {code:04x}"
     else:
         mode = "train" if model.training else "eval"
@@ -153,18 +154,6 @@ def setting(model: nn.Module) -> tuple[str, ...]:
         return (mode,)
     device = "" if weight.device.type == "cpu" else f" {weight.device}"
     return mode, f"{str(weight.dtype).removeprefix('torch.')}{device}"
-
-
-def _modes(model: nn.Module) -> list[str]:
-    """1 (train) or 0 of every module, each once; asked at every call, so without the generators of modules()."""
-    found, seen, waiting = [], set(), [model]
-    while waiting:
-        module = waiting.pop()
-        if id(module) not in seen:
-            seen.add(id(module))
-            found.append("01"[module.training])
-            waiting += [m for m in module._modules.values() if m is not None]
-    return found
 
 
 # --- the export -------------------------------------------------------------------------------------------------------

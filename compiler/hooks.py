@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from .inside import inside
 from .refusal import Refused
 
 _KINDS = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
@@ -22,7 +23,7 @@ def hook_numbers(model: nn.Module) -> frozenset[int]:
 
 def refuse_silent_hooks(model: nn.Module, called: Sequence[str], traced: frozenset[int]) -> None:
     """Raise Refused where a hook was added to a module that the graph does not call."""
-    if any(_added(m, traced) for m in model.modules() if m is not model):
+    if any(_hooked(m) and _added(m, traced) for m in inside(model) if m is not model):
         late = silent_hooks(model, called, traced)
         if late:
             raise Refused(
@@ -37,6 +38,13 @@ def silent_hooks(model: nn.Module, called: Sequence[str], traced: frozenset[int]
     """Modules with hooks, those with these numbers aside, that do not fire where only `called` modules are called."""
     hooked = [path for path, m in model.named_modules() if path and _added(m, traced)]
     return [path for path in hooked if not any(path == c or path.startswith(f"{c}.") for c in called)]
+
+
+def _hooked(module: nn.Module) -> bool:
+    own = module.__dict__  # asked of every module at every call
+    return bool(
+        own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    )
 
 
 def _added(module: nn.Module, traced: frozenset[int]) -> bool:

@@ -59,6 +59,18 @@ def test_attend_sizes(sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -
         same(found, attend_meaning(wide(groups), text), 2e-6)
 
 
+@pytest.mark.parametrize("lie", ["rows", "heads inside", "an odd step", "columns"])
+@pytest.mark.parametrize("halves", ["", "emulated"])
+def test_however_keys_lie_in_memory(lie: str, halves: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole vectors of keys are turned in registers, what is left one by one: 72 and 41 are no multiples of any."""
+    k = {"rows": drawn(1, 2, 41, 72), "heads inside": drawn(1, 41, 2, 72).transpose(1, 2),
+         "an odd step": drawn(1, 2, 41, 75)[..., :72], "columns": drawn(1, 2, 72, 41).mT}[lie]  # fmt: skip
+    q, k, v = (t.bfloat16() if halves else t for t in (drawn(1, 2, 19, 72), k, drawn(1, 2, 41, 16)))
+    groups, text = said(monkeypatch, attend_front, "attend_op", lambda: attend(q, k, v))
+    groups = [[q], [k, v], groups[2]]
+    same(attending.run(groups, text, halves=halves), attend_meaning(wide(groups), text), 8e-3 if halves else 2e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_in_and_out(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = (drawn(1, 2, 65, 32).to(dtype) for _ in range(3))

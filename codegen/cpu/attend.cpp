@@ -56,10 +56,15 @@ INLINE int64_t stride(int64_t, int64_t columns) { return columns; }
 static bool values_as_they_are(const Call& c, const Source& s) { return s.v.d == 1 && c.Dv % VL == 0 && !s.at; }
 #endif
 
-// A key as column n of its tile; one or two rows of values, the first of them row n.
+// VL keys as columns n, n + 1, ... of their tile, and how many numbers of each that is; the numbers of one key from d on;
+// one or two rows of values, the first of them row n.
 #ifdef HALVES
-INLINE void put_key(const cell* key, int64_t step, int64_t D, int64_t deep, cell* k, int64_t n) {
-    int64_t d = 0;
+INLINE int64_t put_keys(const cell* key, int64_t next, int64_t D, int64_t deep, cell* k, int64_t n) {
+    int64_t d = 0;  // two numbers are moved as one
+    if (next % 2 == 0) for (; d + 2 * VL <= D; d += 2 * VL) transpose((const float*)(key + d), next / 2, (float*)(k + at(d, n, deep, LN)), 16);
+    return d;
+}
+INLINE void put_key(const cell* key, int64_t step, int64_t d, int64_t D, int64_t deep, cell* k, int64_t n) {
     if (step == 1) for (; d + 2 <= D; d += 2) memcpy(k + at(d, n, deep, LN), key + d, 2 * sizeof(cell));
     for (; d < D; d++) k[at(d, n, deep, LN)] = key[d * step];
 }
@@ -70,8 +75,13 @@ INLINE void put_values(const cell* const* rows, int64_t count, int64_t step, int
     for (; d < Dv; d++) for (int64_t r = 0; r < count; r++) v[at(n + r, d, BN, wide)] = rows[r][d * step];
 }
 #else
-INLINE void put_key(const cell* key, int64_t step, int64_t D, int64_t deep, cell* k, int64_t n) {
-    for (int64_t d = 0; d < D; d++) k[at(d, n, deep, LN)] = key[d * step];
+INLINE int64_t put_keys(const cell* key, int64_t next, int64_t D, int64_t deep, cell* k, int64_t n) {
+    int64_t d = 0;
+    for (; d + VL <= D; d += VL) transpose(key + d, next, k + at(d, n, deep, LN), LN);
+    return d;
+}
+INLINE void put_key(const cell* key, int64_t step, int64_t d, int64_t D, int64_t deep, cell* k, int64_t n) {
+    for (; d < D; d++) k[at(d, n, deep, LN)] = key[d * step];
 }
 INLINE void put_values(const cell* const* rows, int64_t count, int64_t step, int64_t Dv, cell* v, int64_t n, int64_t wide) {
     for (int64_t r = 0; r < count; r++) for (int64_t d = 0; d < Dv; d++) v[at(n + r, d, BN, wide)] = rows[r][d * step];
@@ -85,10 +95,13 @@ static void pack(const Call& c, const Source& s, int64_t b, int64_t h, int64_t t
     if (count < LN || deep != c.D) memset(k, 0, sizeof(cell) * deep * LN);
     if (to.v && (count < BN || wide != c.Dv)) memset(v, 0, sizeof(cell) * BN * wide);
     const cell* rows[2] = {};  // of values, one after the other
+    int64_t turned = 0;        // numbers of these VL keys that have come together
     for (int64_t n = 0; n < count; n++) {
         const int64_t row = s.at ? s.at[b * s.at_b + h * s.at_h + first + n] : first + n, from = row < 0 ? 0 : row;
         to.j[first + n] = row < 0 ? NOWHERE : s.place ? s.place[b * s.place_b + h * s.place_h + row] : (int32_t)row;
-        put_key(s.k.data + b * s.k.b + h * s.k.h + from * s.k.n, s.k.d, c.D, deep, k, n);
+        const cell* key = s.k.data + b * s.k.b + h * s.k.h + from * s.k.n;
+        if (n % VL == 0) turned = s.at || s.k.d != 1 || n + VL > count ? 0 : put_keys(key, s.k.n, c.D, deep, k, n);
+        put_key(key, s.k.d, turned, c.D, deep, k, n);
         if (!to.v) continue;
         rows[n % 2] = s.v.data + b * s.v.b + h * s.v.h + from * s.v.n;
         if (n % 2 || n + 1 == count) put_values(rows, 1 + n % 2, s.v.d, c.Dv, v, n / 2 * 2, wide);
