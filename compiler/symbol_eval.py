@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -39,23 +40,35 @@ def evaluate(
             [1, 1, 0],
             [1, 1, 1]], dtype=torch.int32)
     """
-    done: dict[int, Value] = {}
+    return _Reading(names, tables, whole).value(e)
 
-    def value(x: Expr) -> Value:
-        if id(x) not in done:
-            done[id(x)] = compute(x)
-        return done[id(x)]
 
-    def compute(x: Expr) -> Value:
+@dataclass(frozen=True)
+class _Reading:
+    """One reading of an expression: what it names, and the parts that are known. No closures that call each other: they
+    would keep every part, as large as the scores, until Python next looks for cycles."""
+
+    names: Mapping[str, Value]
+    tables: Mapping[str, Tensor]
+    whole: frozenset[str]
+    done: dict[int, Value] = field(default_factory=dict)
+
+    def value(self, x: Expr) -> Value:
+        if id(x) not in self.done:
+            self.done[id(x)] = self._computed(x)
+        return self.done[id(x)]
+
+    def _computed(self, x: Expr) -> Value:
         if x.op == "const":
             return x.args[0]
         if x.op == "name":
-            if x.args[0] not in names:
-                raise Refused(f"`{x.args[0]}` is not known here", fits=f"known: {', '.join(names)}")
-            return names[x.args[0]]
+            if x.args[0] not in self.names:
+                raise Refused(f"`{x.args[0]}` is not known here", fits=f"known: {', '.join(self.names)}")
+            return self.names[x.args[0]]
         if x.op == "lookup":
-            return lookup(tables[x.args[0]], x.args[1:], [value(a) for a in x.args[1:]], names, whole)
-        parts = [value(a) for a in x.args]
+            at = [self.value(a) for a in x.args[1:]]
+            return lookup(self.tables[x.args[0]], x.args[1:], at, self.names, self.whole)
+        parts = [self.value(a) for a in x.args]
         if x.op in ("and", "or", "not"):
             truths = [_truth(p) for p in parts]
             if x.op == "not":
@@ -70,8 +83,6 @@ def evaluate(
                 total = _OPERATORS[x.op](total, part)
             return total
         return _call(x.op, parts)
-
-    return value(e)
 
 
 def _truth(value: Value) -> Value:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .mechanism import KINDS
-from .primitives.attend_meaning import attend_meaning
+from .primitives.attend_blocks import attend_in_blocks
 from .program import Change, Program
 from .refusal import Refused
 from .taps import stream_groups
@@ -162,7 +162,7 @@ def _float64_error(change: Change, values: Mapping[str, Tensor]) -> float:
     tables = [wide[f"table_{k}"] for k in range(sum(n.startswith("table_") for n in wide))]
     with torch.no_grad():
         got, _ = forward(change.mechanism, change.setting, {n: wide[n] for n in change.fragment.inputs})
-        (expected,) = attend_meaning([[wide["q"]], [wide["k"], wide["v"]], tables], change.before)
+        (expected,) = attend_in_blocks([[wide["q"]], [wide["k"], wide["v"]], tables], change.before)
     largest = expected.abs().max().item() if expected.numel() else 0.0
     return compare(got, expected).max_abs / max(largest, 1e-30)
 

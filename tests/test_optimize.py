@@ -14,6 +14,7 @@ from torch import Tensor, nn
 import reattend
 from reattend import Mechanism, Refused, register
 from reattend.compiler import mechanism as registry
+from reattend.compiler.peak_memory import peak_bytes
 
 X = torch.randn(2, 9, 32, generator=torch.Generator().manual_seed(0))
 
@@ -292,3 +293,10 @@ def test_a_model_that_cannot_be_captured_whole_is_rewritten_in_islands(capfd: py
     for x in (X, -X, torch.randn(3, 12, 32)):
         torch.testing.assert_close(exact(x), model(x), atol=1e-5, rtol=1e-5)
     assert "def forward" not in capfd.readouterr().err
+
+
+def test_an_exact_swap_is_verified_without_all_scores_at_once() -> None:
+    q = torch.randn(1, 2048, 64)
+    model = nn.TransformerEncoderLayer(64, 8, 64, batch_first=True).eval()
+    peak = peak_bytes(lambda: reattend.optimize(model, "exact", q, measure=False), warm=False)
+    assert peak < 8 * 2048 * 2048 * 8, "a float64 number for every score"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -245,3 +247,17 @@ def test_whole_numbers_stay_whole_where_their_function_does() -> None:
         "5",
         "2.0",
     ]
+
+
+def test_nothing_of_a_reading_outlives_it() -> None:
+    """Its parts are as large as the scores: they go with it, not when Python next looks for cycles."""
+    s = S.clone()
+    gone, was = weakref.ref(s), gc.isenabled()
+    gc.disable()
+    try:
+        evaluate(parse("where(j <= i, tanh(s), s)"), {**VALUES, "s": s}, {})
+        del s
+        assert gone() is None
+    finally:
+        if was:
+            gc.enable()
