@@ -1,7 +1,8 @@
 """An `attend` that torch's fused attention says in one call becomes that call in the graph.
 
 Everything kept, causal rows, or a condition on keys alone, which is one additive row of keys for all queries: fused
-attention reads it without spreading it over N x M, and rows that keep nothing give 0 there too.
+attention reads it without spreading it over N x M, and rows that keep nothing give 0 there too. Where generated code
+is ahead of that call the attend stays as it is.
 """
 
 from __future__ import annotations
@@ -12,12 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ..compiler.cost import sizes
 from ..compiler.lowering import only_reads_o
 from ..compiler.primitives.attend import attend_op
 from ..compiler.primitives.attend_spec import CAUSAL, AttendSpec
 from ..compiler.program import insert_before
 from ..compiler.symbol_eval import evaluate
 from ..compiler.tracing import trace_function
+from .cpu.attend import ahead
 from .sdpa import linear_score, why_not_softmax
 
 _SDPA = torch.ops.aten.scaled_dot_product_attention.default
@@ -33,6 +36,8 @@ def as_sdpa(node: fx.Node, made: Made) -> fx.Node | None:
     k, v = kv
     spec = AttendSpec.of(str(text))
     if not all(_is_tensor(n) for n in (q, k, v)) or _size(q, 0) != _size(k, 0):
+        return None
+    if ahead(q.meta["val"], sizes(k.meta["val"])[2], str(text)):
         return None
     mask: fx.Node | None = None
     causal = bool(spec.conjuncts) and all(c.text == CAUSAL for c in spec.conjuncts)

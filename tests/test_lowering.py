@@ -11,6 +11,7 @@ from small_models import Attend, stack
 from torch import Tensor, nn
 
 import reattend
+from reattend.codegen.cpu.toolchain import toolchain
 from reattend.compiler.primitives.operator import watched
 
 WINDOW = {"version": 1, "sites": [{"match": "*", "attention": {"window": {"window": 3, "sinks": 1}}}]}
@@ -43,6 +44,16 @@ def test_plain_attends_are_torchs_own_call(causal: bool) -> None:
     assert sum("scaled_dot_product" in t for t in targets(fast)) == 2
     assert not any("reattend" in t for t in targets(fast))
     for n in (9, 5, 1):
+        torch.testing.assert_close(fast(x[:, :n]), model(x[:, :n]), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(toolchain() is None, reason="no C++ compiler on this machine")
+def test_long_causal_rows_stay_for_generated_code() -> None:
+    """There it is ahead of torch's call; the graph that leaves is in plain torch all the same."""
+    model, x = stack(1, causal=True), torch.randn(1, 2048, 32)
+    fast = reattend.optimize(model, "exact", x, measure=False)
+    assert any("reattend.attend" in t for t in targets(fast))
+    for n in (2048, 40):
         torch.testing.assert_close(fast(x[:, :n]), model(x[:, :n]), rtol=1e-5, atol=1e-6)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...compiler.cost import sizes
 from ...compiler.doctor import cpu_flags
 from ...compiler.factors import carried
 from ...compiler.primitives.attend_spec import AttendSpec
@@ -28,6 +29,7 @@ LOG2E = 1 / math.log(2)
 _ROWS = 48  # query rows of a block: a multiple of every MR
 _MOST_D = 512  # beyond it a block of rows no longer fits the first cache
 _LEAST = 1 << 18  # scores of a call; fewer are not worth a library of their own
+_LONG = 1 << 23  # scores from which on these loops are ahead of torch's one call: docs/cpu_kernels.md
 
 
 class Source(ctypes.Structure):
@@ -136,6 +138,14 @@ def few(groups: Groups, text: str) -> str | None:
     if reason is None and q.shape[0] * q.shape[1] * q.shape[2] * sum(k.shape[2] for k in kv[::2]) < _LEAST:
         return f"fewer than {_LEAST} scores"
     return reason or refuses(groups, text)
+
+
+def ahead(q: Tensor, keys: int, text: str) -> bool:
+    """Whether a call that torch has an operator for is better left to the skeleton: long rows of a causal mask."""
+    B, H, N, D = sizes(q)
+    kind = q.device.type == "cpu" and (q.dtype == torch.float32 or bool(matrix_units(q)))
+    long = B * H * N * keys >= _LONG and reach(text).ahead == 0 and D <= _MOST_D
+    return kind and long and toolchain() is not None and why_not(text) is None
 
 
 def refuses(groups: Groups, text: str) -> str | None:
