@@ -20,6 +20,8 @@ from . import passes as passes
 from .codegen.triton.ahead import Compiled
 from .codegen.used import Used, built, calls_of, used
 from .compiler.bench import Bench, measure
+from .compiler.bits import BitPlan, Wish
+from .compiler.bits import plan_bits as choose_bits
 from .compiler.capture import Captured, capture
 from .compiler.cascades.of_mechanism import mechanism_math, spec_math
 from .compiler.catalogue import mechanism_table as mechanism_table
@@ -248,6 +250,21 @@ def heads(
     called = name or getattr(getattr(inner, "config", None), "name_or_path", "") or type(inner).__name__
     how = Look(loss, mode, tuple(sources), Repeats(**(repeats or {})), window, block)
     return look(inner, batches, measures, how, called)
+
+
+def plan_bits(
+    model: Any, inputs: Inputs | list[Inputs] = None, *, bits: float, schemes: Iterable[Wish] = ("w4a16", "w8")
+) -> BitPlan:
+    """Which linear layers get how many bits, so many `bits` a weight on average (scales included), by what each costs.
+
+    inputs   one call like example_inputs, or a list of them: the output's error is measured on these.
+    schemes  what a layer may become, as recipes say it: "w8", {"w4a16": {"group_size": 64}}; to stay is always one.
+
+    `.recipe` says it to optimize(), `.text()` is the table of errors, one layer at a time.
+    """
+    inner = original(unwrap(model)[0])
+    calls = [_inputs(inner, one) for one in (inputs if isinstance(inputs, list) else [inputs])]
+    return choose_bits(inner, calls, list(schemes), bits)
 
 
 def intervene(

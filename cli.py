@@ -13,7 +13,7 @@ from .answers import Commands
 from .answers import answers as _answers
 from .answers import working as _working
 from .cli_arguments import AsJson, ModelName, RecipeName
-from .cli_heads import heads, plan
+from .cli_heads import heads, plan, plan_bits
 from .cli_report import report
 from .compiler.refusal import Refused
 
@@ -22,7 +22,7 @@ app = typer.Typer(
 )
 recipes = typer.Typer(no_args_is_help=True, help="Recipes: check one, list the shipped ones, print the JSON Schema.")
 app.add_typer(recipes, name="recipe")
-for command in (report, heads, plan):
+for command in (report, heads, plan, plan_bits):
     app.command()(command)
 
 

@@ -1,7 +1,8 @@
-"""`reattend heads` and `reattend plan`: what each head does, and a recipe that keeps some of them."""
+"""`reattend heads`, `reattend plan`, `reattend plan-bits`: what heads do or layers cost, and a recipe that follows."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -58,6 +59,35 @@ def plan(
         else:
             out.write_text(f"# heads of {model} kept by {', '.join(keep)}\n{recipe.text()}", encoding="utf-8")
             print(f"wrote {out}: {len(recipe.rules)} of {len(table.sites)} sites change")
+
+
+def plan_bits(
+    model: ModelName,
+    bits: Annotated[float, typer.Option(help="bits a weight on average, scales included")],
+    schemes: Annotated[str, typer.Option(help="names with commas; groups as in w4a16:64")] = "w4a16,w8",
+    data: Annotated[Path | None, typer.Option(help="calls to measure on, a JSON object a line")] = None,
+    out: Annotated[Path | None, typer.Option(help="write the recipe here")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure what each linear layer costs at fewer bits, and write the recipe that stays within a budget."""
+    with answers(as_json=as_json):
+        from . import api
+        from .compiler.held_out import SAMPLES, calls_of
+        from .models.load import load_model
+
+        loaded = load_model(model)
+        calls: Any = [kwargs for _, kwargs in calls_of(data, count=SAMPLES)] if data else loaded.example_inputs
+        found = api.plan_bits(loaded.model, calls, bits=bits, schemes=[_scheme(text) for text in schemes.split(",")])
+        print(json.dumps(found.to_dict(), indent=1) if as_json else found.text())
+        if out is not None:
+            out.write_text(f"# {model} at {found.bits:.2f} bits a weight\n{found.recipe.text()}", encoding="utf-8")
+
+
+def _scheme(text: str) -> Any:
+    name, colon, group = text.strip().partition(":")
+    if colon and not group.lstrip("-").isdigit():
+        raise Refused(f"--schemes {text}", fits="w4a16:64: so many inputs a group")
+    return {name: {"group_size": int(group)}} if colon else name
 
 
 def _heads(model: str, measures: list[str], task: str, length: int, *, quiet: bool) -> Any:

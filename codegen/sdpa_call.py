@@ -29,7 +29,8 @@ Made = dict[Any, fx.Node]  # nodes made so far in this graph, by what they say
 
 def as_sdpa(node: fx.Node, made: Made) -> fx.Node | None:
     """The node of the one call, in front of the attend's; None where one call cannot say it."""
-    q, kv, tables, text = node.args[0], list(node.args[1]), node.args[2], node.args[3]  # type: ignore[arg-type]
+    args: Any = node.args
+    q, kv, tables, text = args[0], list(args[1]), args[2], args[3]
     found = linear_score(str(text)) if why_not_softmax(str(text)) is None else None
     if found is None or found[1] is not None or not only_reads_o(node) or len(kv) != 2:
         return None
@@ -47,7 +48,7 @@ def as_sdpa(node: fx.Node, made: Made) -> fx.Node | None:
     elif spec.empty:  # a query without a key has a score of its own
         return None
     elif spec.keep:
-        mask = _key_mask(node, spec, q, k, list(tables), made)  # type: ignore[arg-type]
+        mask = _key_mask(node, spec, q, k, list(tables), made)
         if mask is None:
             return None
     options: dict[str, Any] = {"scale": found[0], "enable_gqa": _size(q, 1) != _size(k, 1)}

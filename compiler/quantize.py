@@ -49,7 +49,7 @@ class Scheme(Mechanism):
     def layer(self, weight: Tensor, bias: Any = None, gram: Tensor | None = None) -> QuantizedLinear:
         """A layer of these weights (N, K), its inputs' Gram matrix (K, K) beside them where it is fitted."""
         spec = self.spec(weight.shape[1], bias=bias is not None)
-        wide = weight.detach().float()
+        wide = weight.detach().float().contiguous()
         if not weight.is_meta and not bool(wide.isfinite().all()):
             count = int((~wide.isfinite()).sum())
             raise Refused(f"{count} weights that are no finite numbers", fits="mend the weights, or `keep` this layer")
@@ -94,8 +94,8 @@ class QuantizeLayers(Mechanism):
         wanted: dict[str, tuple[fx.Node, Reducer]] = {}
         for path, calls in linear_layers(program.graph).items():
             scheme = self.chosen(".".join(part for part in (program.prefix, path) if part))[1]
-            if scheme is not None and scheme.fitted and isinstance(read := calls[0].args[0], fx.Node):
-                wanted[path] = (read, Gram())
+            if scheme is not None and scheme.fitted:
+                wanted[path] = (_ends(calls[0])[0], Gram())
         if wanted:
             program.store.grams = calibrate(program.graph, batches(), wanted)
         return bool(wanted)
@@ -141,8 +141,32 @@ def _weight(node: fx.Node) -> fx.Node | None:
         held = node.args[1][0]  # type: ignore[index]
     elif op_name(node) == "linear":
         held = node.args[1]
+    elif op_name(node) == "addmm" and not node.kwargs:
+        held = node.args[2]
     whole = isinstance(held, fx.Node) and held.op == "get_attr" and str(held.target).endswith((".weight", ".codes"))
     return held if whole else None
+
+
+def _turned(node: fx.Node) -> bool:
+    """Whether the weight lies as (K, N): gpt2's `Conv1D`, rows of x against columns of W."""
+    return op_name(node) == "addmm"
+
+
+def _ends(node: fx.Node) -> tuple[fx.Node, fx.Node]:
+    """What a layer reads and what it gives, views that make rows of x and undo it included."""
+    read, given = node.args[1 if _turned(node) else 0], node
+    assert isinstance(read, fx.Node)
+    after = next(iter(node.users), None)
+    if _turned(node) and _is_view(read) and len(node.users) == 1 and after is not None and _is_view(after):
+        before = read.args[0]
+        assert isinstance(before, fx.Node)
+        if before.meta["val"].shape[:-1] == after.meta["val"].shape[:-1]:
+            return before, after
+    return read, given
+
+
+def _is_view(node: fx.Node) -> bool:
+    return op_name(node) in ("view", "reshape")
 
 
 def _quantize(program: Program, path: str, calls: Sequence[fx.Node], scheme: Scheme) -> None:
@@ -163,6 +187,7 @@ def _quantize(program: Program, path: str, calls: Sequence[fx.Node], scheme: Sch
     if path not in program.store.modules:
         bias = _bias(calls[0])
         value = _tensor(program.graph, str(held.target))
+        value = value.t() if _turned(calls[0]) else value
         given = None if bias is None else _tensor(program.graph, str(bias.target))
         program.store.modules[path] = scheme.layer(value, given, program.store.grams.get(path))
     layer = program.store.modules[path]
@@ -173,7 +198,7 @@ def _quantize(program: Program, path: str, calls: Sequence[fx.Node], scheme: Sch
 
 
 def _bias(node: fx.Node) -> fx.Node | None:
-    found: Any = node.args[2] if len(node.args) > 2 else None
+    found: Any = node.args[0] if _turned(node) else node.args[2] if len(node.args) > 2 else None
     return found
 
 
@@ -183,7 +208,7 @@ def _tensor(graph: nn.Module, target: str) -> Any:
 
 def _replace(program: Program, path: str, node: fx.Node, layer: QuantizedLinear) -> None:
     graph, fake = program.graph.graph, program.fake_mode.from_tensor
-    held = []
+    (read, given), held = _ends(node), list[fx.Node]()
     for name in layer.spec.names:
         if name != "bias":
             mount(program.graph, f"{path}.{name}", getattr(layer, name))
@@ -193,13 +218,15 @@ def _replace(program: Program, path: str, node: fx.Node, layer: QuantizedLinear)
         assert bias is not None
         held.append(bias)
     with graph.inserting_before(node):
-        call = graph.call_function(qlinear_op.op, (node.args[0], held, layer.spec.text))
+        call = graph.call_function(qlinear_op.op, (read, held, layer.spec.text))
         output = graph.call_function(operator.getitem, (call, 0))
-    output.meta = dict(node.meta)
-    call.meta = dict(node.meta) | {"val": [node.meta["val"]]}
+    output.meta = dict(given.meta)
+    call.meta = dict(given.meta) | {"val": [given.meta["val"]]}
     stamp = node.meta.get("leaf")
-    node.replace_all_uses_with(output)
-    graph.erase_node(node)
+    given.replace_all_uses_with(output)
+    for left in dict.fromkeys((given, node, *node.all_input_nodes)):  # views of x that nothing reads any more go too
+        if not left.users and left.op == "call_function":
+            graph.erase_node(left)
     if stamp is not None:
         for made in (call, output):
             made.meta["leaf"] = Stamp(stamp.call, path, 2, stamp_text(made))

@@ -97,3 +97,22 @@ def test_it_is_fitted_to_calls() -> None:
     plain = quantized(Stack().eval(), {"**.o_proj": "keep", "*": {"qserve": {"group_size": 16}}})
     codes = [layers["layers.0.mlp.0"].codes for layers in map(quantized_layers, (fast, plain))]
     assert not torch.equal(*codes)
+
+
+@pytest.mark.parametrize("scheme", ["w8", {"w4a16": {"group_size": 16, "rounding": "gptq"}}])
+def test_weights_that_lie_in_columns(scheme: Any, tmp_path: Path) -> None:
+    """gpt2's layers are Conv1D: x W instead of x W^T."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(n_layer=1, n_embd=32, n_head=2, vocab_size=64, n_positions=64, bos_token_id=0,
+                                     eos_token_id=0)  # fmt: skip
+    model, call = transformers.GPT2LMHeadModel(config).eval(), {"input_ids": torch.randint(0, 64, (2, 9))}
+    fast = reattend.optimize(model, {"version": 1, "quantize": {"lm_head": "keep", "*": scheme}}, call, measure=False)
+    assert len(quantized_layers(fast)) == 4
+    seen: list[torch.Size] = []
+    fast.transformer.h[0].mlp.c_fc.register_forward_hook(lambda _, given, y: seen.append(y.shape))
+    expected, got = model(**call).logits, fast(**call).logits
+    assert 0 < float((got - expected).detach().norm() / expected.detach().norm()) < 0.2
+    assert seen == [torch.Size([2, 9, 128])]
+    reattend.save(fast, tmp_path)
+    again = reattend.load(tmp_path, transformers.GPT2LMHeadModel(config).eval())
+    assert torch.equal(again(**call).logits, got)
