@@ -142,7 +142,7 @@ def operations_at(model: nn.Module, call: Call, attempt: Attempt) -> tuple[str, 
 
 
 def setting(model: nn.Module) -> tuple[str, ...]:
-    """What a graph depends on beside the call: the mode, and the dtype and device of the weights."""
+    """What a graph depends on beside the call: the mode, the dtype and device of the weights, autocast."""
     modes = "".join(["01"[module.training] for module in inside(model)])
     if len(set(modes)) == 2:
         code = int(modes, 2) % 65521  # torch.compile cannot trace zlib or hashlib
@@ -151,9 +151,16 @@ def setting(model: nn.Module) -> tuple[str, ...]:
         mode = "train" if model.training else "eval"
     weight = next((p for p in model.parameters() if p.is_floating_point()), None)
     if weight is None:
-        return (mode,)
+        return (mode, *_autocast("cpu"))
     device = "" if weight.device.type == "cpu" else f" {weight.device}"
-    return mode, f"{str(weight.dtype).removeprefix('torch.')}{device}"
+    return mode, f"{str(weight.dtype).removeprefix('torch.')}{device}", *_autocast(weight.device.type)
+
+
+def _autocast(device: str) -> tuple[str, ...]:
+    """Operators choose their dtypes by it, and `x.to(y.dtype)` is in a graph as what y had at capture."""
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return ()
+    return (f"autocast {str(torch.get_autocast_dtype(device)).removeprefix('torch.')}",)
 
 
 # --- the export -------------------------------------------------------------------------------------------------------

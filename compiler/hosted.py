@@ -17,6 +17,7 @@ from .checkpointing import cut_where_asked, run_graph
 from .compiling import make_ready
 from .containers import lay_out_caches
 from .difference import said_frozen, said_limit
+from .generating import generating
 from .hooks import hook_numbers, refuse_silent_hooks, silent_hooks
 from .leaves import in_their_places, leaves_of, modules_called, restore_leaves
 from .ownership import own_all, twin
@@ -215,6 +216,8 @@ def hosted_class(made_from: type) -> type:
     }
     if hasattr(made_from, "save_pretrained"):
         body["save_pretrained"] = _saving(made_from)
+    if hasattr(made_from, "generate"):
+        body["generate"] = generating(made_from)
     return type(made_from)(made_from.__name__, (HostedModel, made_from), body)
 
 

@@ -189,6 +189,48 @@ def sinks_first(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
     return s.softmax(-1)[..., 1:] @ v
 
 
+def one_more(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    e = torch.exp(q @ k.mT * SCALE)
+    return e / (1 + e.sum(-1, keepdim=True)) @ v
+
+
+def one_more_in_range(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = q @ k.mT * SCALE
+    top = F.relu(s.amax(-1, keepdim=True))
+    e = (s - top).exp()
+    return (e @ v) / (torch.exp(-top) + e.sum(-1, keepdim=True))
+
+
+def one_more_squeezed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = q @ k.mT * SCALE
+    top = s.amax(-1).clamp(min=0)
+    e = torch.exp(s - top[..., None])
+    return e / (e.sum(-1) + torch.exp(0 - top)).unsqueeze(-1) @ v
+
+
+def one_more_by_logs(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = q @ k.mT * SCALE
+    return torch.exp(s - F.softplus(s.logsumexp(-1, keepdim=True))) @ v
+
+
+def zeros_in_front(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = q @ k.mT * SCALE
+    return soft(torch.cat([torch.zeros_like(s[..., :1]), s], -1)) @ F.pad(v, (0, 0, 1, 0))
+
+
+def sink_in_the_sum(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+    s = q @ k.mT * SCALE
+    sink = m.view(-1, 1, 1)
+    top = torch.maximum(s.amax(-1, keepdim=True), sink)
+    e = torch.exp(s - top)
+    return e / (e.sum(-1, keepdim=True) + torch.exp(sink - top)) @ v
+
+
+def sink_by_logs(q: Tensor, k: Tensor, v: Tensor, m: Tensor) -> Tensor:
+    s = q @ k.mT * SCALE
+    return torch.exp(s - torch.logaddexp(s.logsumexp(-1), m[:, None])[..., None]) @ v
+
+
 def grouped_5d(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     q = q.view(-1, 2, H // 2, N, D)
     w = soft(q @ k.unsqueeze(2).mT * SCALE)
@@ -281,6 +323,28 @@ SPELLINGS = [
     ),
     Spelling("one query for all", lambda q, k, v: soft(q[:1] @ k.mT * SCALE) @ v),
     Spelling("a zero sink", lambda q, k, v: soft(F.pad(q @ k.mT * SCALE, (0, 1)))[..., :-1] @ v, sink="0.0"),
+    Spelling("one in the denominator", one_more, sink="0.0"),
+    Spelling("one in the denominator, in range", one_more_in_range, sink="0.0"),
+    Spelling("one in the denominator, squeezed", one_more_squeezed, sink="0.0"),
+    Spelling("one in the denominator, by logarithms", one_more_by_logs, sink="0.0"),
+    Spelling("a zero sink and a zero value", zeros_in_front, sink="0.0"),
+    Spelling("sinks in the sum", sink_in_the_sum, sink="t0[h]", inputs=with_bias(H)),
+    Spelling("sinks by logarithms", sink_by_logs, sink="t0[h]", inputs=with_bias(H)),
+    Spelling(
+        "einsum of three, a bias",
+        lambda q, k, v, m: soft(torch.einsum("bhid,bhjd,bij->bhij", q, k, m)) @ v,
+        score="s * t0[b, 0, i, j]",
+        inputs=with_bias(B, N, M),
+    ),
+    Spelling(
+        "einsum of three, a number a head",
+        lambda q, k, v, m: torch.einsum(
+            "bhij,jh,bhje->bhie", soft(torch.einsum("h,bhid,bhjd->bhij", m, q, k)), m.new_ones(M, H), v
+        ),
+        score="s * t0[0, h, 0, 0]",
+        after="t1[0, h, 0, j] * w",
+        inputs=with_bias(H),
+    ),
     Spelling("one key", lambda q, k, v: soft(q @ k[:, :, :1].mT * SCALE) @ v[:, :, :1]),
     Spelling("two products", two_products, score="s + t0[b, h, i, j] * 2.0"),
     Spelling("no batch, no heads", lambda q, k, v: soft(q @ k.t() * SCALE) @ v, inputs=single, heads=1, kv_heads=1),

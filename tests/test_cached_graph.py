@@ -102,6 +102,24 @@ def test_generate_without_a_cache_too() -> None:
     assert torch.equal(fast.generate(x, **options), model.generate(x, **options))
 
 
+@pytest.mark.filterwarnings("ignore:.*max_cache_len.*")
+@pytest.mark.parametrize("where", ["call", "config"])
+def test_a_cache_of_fixed_size_becomes_one_that_grows(where: str, caplog: pytest.LogCaptureFixture) -> None:
+    model = llama()
+    fast = host(model, identity)
+    x = torch.randint(1, 60, (2, 5))
+    options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
+    wanted = model.generate(x, **options)
+    if where == "call":
+        options["cache_implementation"] = "static"
+    else:
+        fast.generation_config.cache_implementation = "static"
+    assert torch.equal(fast.generate(x, **options), wanted)
+    assert "a DynamicCache instead" in caplog.text
+    with pytest.raises(Refused, match="a cache layer StaticLayer"):
+        fast(x, past_key_values=hf.StaticCache(config=model.config, max_cache_len=16), use_cache=True)
+
+
 @pytest.mark.slow
 def test_an_encoder_decoder_generates_the_same_tokens() -> None:
     config = hf.T5Config(

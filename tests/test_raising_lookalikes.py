@@ -195,8 +195,34 @@ def values_per_query(m: Projections, x: Tensor) -> Tensor:
 
 def smoothed(m: Projections, x: Tensor) -> Tensor:
     q, k, v = m.qkv(x)
-    w = (q @ k.mT).exp()
+    s = q @ k.mT
+    w = (s - s.amax(-1, keepdim=True)).exp()
     return m.merged((w / (w.sum(-1, keepdim=True) + 1.0)) @ v)
+
+
+def shifted_along_queries(m: Projections, x: Tensor) -> Tensor:
+    q, k, v = m.qkv(x)
+    s = q @ k.mT
+    return m.merged((s - s.amax(-2, keepdim=True)).softmax(-1) @ v)
+
+
+def centred_over_heads(m: Projections, x: Tensor) -> Tensor:
+    q, k, v = m.qkv(x)
+    s = q @ k.mT
+    return m.merged((s - s.mean(1, keepdim=True)).softmax(-1) @ v)
+
+
+def shifted_beside_a_sink(m: Projections, x: Tensor) -> Tensor:
+    q, k, v = m.qkv(x)
+    s = q @ k.mT
+    s = F.pad(s - s.amax(-1, keepdim=True), (0, 1))
+    return m.merged(s.softmax(-1)[..., :-1] @ v)
+
+
+def divided_by_other_rows(m: Projections, x: Tensor) -> Tensor:
+    q, k, v = m.qkv(x)
+    e = (q[0, 0] @ k[0, 0].mT).exp()
+    return m.merged((e / e.sum(-1)) @ v)
 
 
 def squared(m: Projections, x: Tensor) -> Tensor:
@@ -322,6 +348,10 @@ LOOK_ALIKES = [
     LookAlike("sum over heads", sum_over_heads, ("sums over axis 1 and 3",)),
     LookAlike("values per query", values_per_query, ("differ from query to query",)),
     LookAlike("sum with one more", smoothed, ("the sum is changed by %add",)),
+    LookAlike("shifted along the queries", shifted_along_queries, ("the scores are also used by %amax",)),
+    LookAlike("centred over heads", centred_over_heads, ("the scores are also used by %mean",)),
+    LookAlike("shifted beside a sink", shifted_beside_a_sink, ("the scores are also used by %amax",)),
+    LookAlike("divided by other rows", divided_by_other_rows, ("they are not divided by their sum",)),
     LookAlike("squared weights", squared, ("the weights meet %pow",)),
     LookAlike("running sum of scores", running_sum, ("stands %cumsum",)),
     LookAlike("exponentials by their norm", normed, ("they are not divided by their sum",)),

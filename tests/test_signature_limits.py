@@ -285,3 +285,27 @@ def test_a_capture_inside_a_call_of_its_own_thread_does_not_wait_for_itself() ->
     for thread in threads:
         thread.join(5)
     assert done == [True] * 8
+
+
+class Normed(nn.Module):
+    """What autocast makes of the linear layer's dtype, the last cast repeats."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attends, self.out = Attends(), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.out(self.attends(x))
+        return nn.functional.layer_norm(hidden.float(), (8,)).to(hidden.dtype) * x.mean()
+
+
+@pytest.mark.parametrize("around", [True, False], ids=["optimized under autocast", "optimized without"])
+def test_autocast_is_a_signature_of_its_own(around: bool) -> None:
+    model, x = Normed().eval(), torch.randn(2, 6, 8)
+    with torch.no_grad():
+        with torch.autocast("cpu", torch.bfloat16, enabled=around):
+            fast = reattend.optimize(model, "exact", (x,), measure=False)
+        for inside in (True, False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=inside):
+                torch.testing.assert_close(fast(x), model(x), rtol=2**-7 if inside else 1e-5, atol=1e-5)
+    assert sorted("autocast bfloat16" in str(key) for key in fast.signatures) == [False, True]

@@ -14,6 +14,7 @@ from torch import fx
 from ..refusal import Refused
 from ..regions import attention_in_regions
 from .deferred import normalise_first
+from .einsums import split_einsums
 from .flex import erase_block_masks, is_flex, place_of_flex
 from .found import place_of
 from .inplace import make_values
@@ -43,7 +44,9 @@ def raise_sites(graph_module: fx.GraphModule) -> Raised:
     graph = graph_module.graph
     erase_idle(graph)
     make_values(graph)
+    split_einsums(graph)
     forget_likeness(graph)
+    erase_idle(graph)
     normalise_first(graph)
     made: list[fx.Node] = []
     misses: list[NearMiss] = []

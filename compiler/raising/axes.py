@@ -59,6 +59,12 @@ def fresh_groups(tensor: Any) -> Groups:
     return tuple(fresh(s) for s in tensor.shape)
 
 
+def aligned(tensor: Any, groups: Groups) -> Groups:
+    """The axes of a tensor that broadcasts against one of these axes."""
+    shape = extents(tensor)
+    return tuple(cut(group, size) for group, size in zip(groups[len(groups) - len(shape) :], shape))
+
+
 def leaves(group: Group) -> Group:
     """The axes of a group, those that were taken apart replaced by their parts."""
     found: list[Axis] = []

@@ -7,9 +7,10 @@ from typing import Any
 from torch import fx
 
 from .build import Builder, aten
-from .layout import VIEWS, argument, data_users, op_name, tensor_of
+from .layout import argument, data_users, op_name, tensor_of
 from .products import product_of
-from .softmaxes import is_exponential, through
+from .softmaxes import is_exponential
+from .totals import through, total_of
 
 
 def normalise_first(graph: fx.Graph) -> None:
@@ -45,11 +46,8 @@ def _move(node: fx.Node) -> None:
 
 def _is_row_sum(total: fx.Node, weights: fx.Node) -> bool:
     """The sum of each row, standing as a column."""
-    inner = through(total, views=True)
     rank = tensor_of(weights).ndim
-    if op_name(inner) != "sum" or through(inner.args[0]) is not through(weights):
+    found = total_of(total, weights, "sum") if tensor_of(total).ndim == rank else None
+    if found is None or through(found.node.args[0]) is not through(weights):
         return False
-    dims = argument(inner, 1, "dim")
-    straight = isinstance(dims, list | tuple) and [d % rank for d in dims] == [rank - 1]
-    column = tensor_of(total).ndim == rank and tensor_of(total).shape[-1] == 1
-    return straight and column and (inner is total or op_name(total) in VIEWS)
+    return found.dim == rank - 1 and bool(tensor_of(total).shape[-1] == 1)

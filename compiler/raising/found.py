@@ -21,8 +21,7 @@ def place_of(softmax: Softmax) -> Place:
     q_groups, k_groups = _operands(scores, side)
     _used_only_here(softmax, scores)
     table = dict(scores.leaves)
-    sink_at = None if scores.sink is None else scores.sink_at
-    weighted = follow_weights(softmax.node, scores.shape, scores.columns, sink_at, table)
+    weighted = follow_weights(softmax.node, scores.shape, scores.columns, scores.sink_at, table)
     q = Operand(scores.product.operands[1 - side], q_groups)
     k = Operand(scores.product.operands[side], k_groups)
     v = Operand(weighted.values, weighted.value_groups)

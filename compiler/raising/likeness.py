@@ -10,6 +10,7 @@ from torch import fx
 from .build import Builder, aten
 from .layout import op_name, tensor_of
 from .near import Unraised
+from .parts import views_of
 from .scores import carries_scores
 
 FILLED = {"zeros_like": 0, "ones_like": 1, "empty_like": 0}
@@ -29,8 +30,9 @@ def forget_likeness(graph: fx.Graph) -> None:
 
 
 def _scores(node: Any) -> bool:
+    """Scores, or a part of them."""
     value = tensor_of(node)
-    return value is not None and value.ndim > 1 and carries_scores(node)
+    return value is not None and value.ndim > 1 and carries_scores(views_of(node)[-1])
 
 
 def _filled(builder: Builder, node: fx.Node, sizes: list[Any]) -> fx.Node:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from .axes import Groups, cut, extents, fresh
+from .einsums import terms_of
 from .layout import argument, op_name, tensor_of
 
 Labels = tuple[str, ...]
@@ -96,26 +97,11 @@ def _linear(node: fx.Node) -> Product | None:
 
 
 def _einsum(node: fx.Node) -> Product | None:
-    equation, operands = str(node.args[0]).replace(" ", ""), node.args[1]
-    if not isinstance(operands, list | tuple) or len(operands) != 2:
+    found = terms_of(node)
+    if found is None or len(found[0]) != 2:
         return None
-    inputs, arrow, out = equation.partition("->")
-    terms = inputs.split(",")
-    rest = [tensor_of(o).ndim - len(t.replace("...", "")) for t, o in zip(terms, operands)]
-    widest = max((r for t, r in zip(terms, rest) if "..." in t), default=0)
-    labels = []
-    for term, count in zip(terms, rest):
-        before, dots, after = term.partition("...")
-        middle = [f".{d}" for d in range(widest - count, widest)] if dots else []
-        labels.append((*before, *middle, *after))
-    if not arrow:
-        single = [c for c in inputs if c.isalpha() and inputs.count(c) == 1]
-        out = ("..." if "..." in inputs else "") + "".join(sorted(single))
-    before, dots, after = out.partition("...")
-    target = (*before, *([f".{d}" for d in range(widest)] if dots else []), *after)
-    if any(len(set(term)) != len(term) for term in labels):
-        return None
-    return Product(node, tuple(operands), tuple(labels), target)  # type: ignore[arg-type]
+    (left, right), out = found
+    return Product(node, (left.node, right.node), (left.labels, right.labels), out)
 
 
 def _multiply_and_sum(node: fx.Node) -> Product | None:

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from ..symbols import TRUE, Expr, build, const, name
-from .axes import Axis, Group, Groups, all_leaves, cut, extents, fresh, fresh_groups, leaves
+from .axes import Axis, Group, Groups, aligned, all_leaves, extents, fresh, fresh_groups, leaves
 from .constants import constant
 from .layout import CASTS, KEEPING, argument, back, op_name, tensor_of
 from .near import Unraised
@@ -60,18 +60,20 @@ class Scores:
     chain: frozenset[fx.Node]  # nodes that exist only to carry the scores
     finite: frozenset[str]  # masks, by their text, that fill in a finite number
     sink: Expr | None = None
-    sink_at: int = 0  # position of the sink's column, -1 for the last
+    sink_at: int | None = None  # position of the sink's column, -1 for the last; None where it has none
 
 
 def read_scores(softmax: Softmax) -> Scores:
     """Raise Unraised, with the node, where the softmax is not one of scores."""
     reader = _Reader()
-    node, groups = softmax.scores, fresh_groups(tensor_of(softmax.scores))
+    node, groups = softmax.scores, softmax.axes or fresh_groups(tensor_of(softmax.scores))
     columns = groups[softmax.dim] or (Axis(1),)
     groups = shape = tuple(columns if d == softmax.dim else g for d, g in enumerate(groups))
-    inside, sink, sink_at = set(softmax.inside), None, 0
+    inside, sink, sink_at = set(softmax.inside), _in_the_sum(softmax, reader), None
     while True:
-        shift = shift_of(node)
+        shift = (
+            shift_of(node, softmax.dim) if sink_at is None else None
+        )  # behind a sink's column it would move the sink
         if shift is not None:
             node, inside = shift.scores, inside | shift.inside
         elif op_name(node) in CASTS | KEEPING:
@@ -98,10 +100,16 @@ def read_scores(softmax: Softmax) -> Scores:
     if softmax.factor != 1:
         value = value.moved(lambda e: build("mul", e, softmax.factor))
     for mask, sense in softmax.kept:
-        aligned = _aligned(mask, groups)
-        found = reader.leaf(mask, aligned)
+        found = reader.leaf(mask, aligned(tensor_of(mask), groups))
         value = reader.masked(value, found if sense else ~found, const(-math.inf))
     return reader.scores(value, columns, shape, frozenset(inside), sink, sink_at)
+
+
+def _in_the_sum(softmax: Softmax, reader: _Reader) -> Expr | None:
+    """A sink that is no column, but a term of the sum that divides."""
+    if not isinstance(softmax.sink, tuple):
+        return None if softmax.sink is None else const(softmax.sink)
+    return reader.leaf(*_flat(*softmax.sink))
 
 
 def carries_scores(node: fx.Node) -> bool:
@@ -170,13 +178,6 @@ def _product_behind(node: fx.Node, limit: int = 8) -> fx.Node | None:
     return None
 
 
-def _aligned(node: fx.Node, groups: Groups) -> Groups:
-    """The axes of a tensor that broadcasts against one of these axes."""
-    shape = extents(tensor_of(node))
-    kept = groups[len(groups) - len(shape) :]
-    return tuple(cut(group, size) for group, size in zip(kept, shape))
-
-
 class _Reader:
     def __init__(self) -> None:
         self.leaves: dict[str, tuple[fx.Node, Groups]] = {}
@@ -185,7 +186,7 @@ class _Reader:
         self.finite: set[str] = set()
 
     def scores(
-        self, value: Value, columns: Group, shape: Groups, inside: frozenset[fx.Node], sink: Expr | None, at: int
+        self, value: Value, columns: Group, shape: Groups, inside: frozenset[fx.Node], sink: Expr | None, at: int | None
     ) -> Scores:
         """The main product is `s`; the terms of further ones stay tensors."""
         main = self._main()
@@ -275,8 +276,8 @@ class _Reader:
             return const(node)
         if tensor_of(node) is None:
             return self.leaf(node, ())
-        aligned = _aligned(node, groups)
-        return self.read(node, aligned) or self.leaf(node, aligned)
+        there = aligned(tensor_of(node), groups)
+        return self.read(node, there) or self.leaf(node, there)
 
     def _binary(self, node: fx.Node, kind: str, left: Any, right: Any, groups: Groups) -> Value | None:
         if self._carries_none(left, right, groups):
@@ -300,7 +301,7 @@ class _Reader:
         return Value(build(kind, first, second))
 
     def _carries_none(self, left: Any, right: Any, groups: Groups) -> bool:
-        found = [self.read(x, _aligned(x, groups)) for x in (left, right) if tensor_of(x) is not None]
+        found = [self.read(x, aligned(tensor_of(x), groups)) for x in (left, right) if tensor_of(x) is not None]
         return not any(found)
 
     def _clamped(self, node: fx.Node, groups: Groups) -> Value | None:
@@ -321,7 +322,7 @@ class _Reader:
         """where(condition, first, second); a branch that vanishes is a mask."""
         if self._carries_none(first, second, groups):
             return None
-        chosen = self.leaf(condition, _aligned(condition, groups))
+        chosen = self.leaf(condition, aligned(tensor_of(condition), groups))
         a, b = self._branch(first, groups), self._branch(second, groups)
         if isinstance(b, Value) and _at_most(a, VANISHING):
             return self.masked(b, ~chosen, a)

@@ -8,11 +8,17 @@ from typing import Any
 
 from torch import fx
 
-from .layout import CASTS, KEEPING, VIEWS, argument, op_name, tensor_of
+from .axes import Groups, aligned
+from .constants import constant
+from .layout import CASTS, KEEPING, VIEWS, argument, back, op_name, tensor_of
 from .near import Unraised
+from .totals import Change, Total, is_constant_along, through, total_of
 
 EXPONENTIALS = frozenset({"exp", "exp2"})
 FUSED = frozenset({"softmax", "_softmax", "_safe_softmax", "special_softmax"})
+
+
+Sink = float | tuple[fx.Node, Groups]  # a logit for each row
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,8 @@ class Softmax:
     inside: frozenset[fx.Node] = frozenset()  # nodes of a hand-written one
     factor: float = 1.0  # on the scores: exp2(x) is exp(x log 2)
     kept: tuple[tuple[fx.Node, bool], ...] = ()  # masks put on the exponentials: (mask, whether true means kept)
+    sink: Sink | None = None  # what the sum has beside the exponentials of the scores
+    axes: Groups = ()  # of the scores, where the sink's refer to them
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,7 @@ class Shift:
     """Scores with something constant along the softmax subtracted, which changes no weight."""
 
     scores: fx.Node
+    taken: fx.Node
     inside: frozenset[fx.Node]
 
 
@@ -51,21 +60,35 @@ def _dim(node: Any, dim: Any) -> int:
 
 
 def _exp_of_logs(node: fx.Node) -> Softmax | None:
-    """exp(log_softmax(x)) and exp(x - logsumexp(x))."""
+    """exp(log_softmax(x)) and exp(x - logsumexp(x)), with softplus or logaddexp around it for a sink."""
     inner = through(node.args[0])
     if op_name(inner) in ("log_softmax", "_log_softmax"):
         return Softmax(node, inner.args[0], _dim(inner, inner.args[1]), frozenset({inner}))  # type: ignore[arg-type]
-    if op_name(inner) != "sub":
+    if op_name(inner) != "sub" or any(tensor_of(a) is None for a in inner.args[:2]) or inner.kwargs:
         return None
-    total = through(inner.args[1], views=True)
-    if op_name(total) != "logsumexp" or through(total.args[0]) is not through(inner.args[0]):
+    scores = inner.args[0]
+    total = total_of(inner.args[1], scores, "logsumexp")
+    if total is None or through(total.node.args[0]) is not through(scores):
         return None
-    dims = total.args[1]
-    if not isinstance(dims, list | tuple) or len(dims) != 1:
+    sink: Any = None
+    for change in total.changes:
+        if sink is not None:
+            return None
+        sink = _beside_the_log(change)
+        if sink is None or not total.is_one_a_row(change):
+            return None
+    inside = frozenset({inner, *_within(total)})
+    return Softmax(node, scores, total.dim, inside, sink=sink, axes=total.axes)  # type: ignore[arg-type]
+
+
+def _beside_the_log(change: Change) -> Sink | None:
+    """0 of softplus(l) = log(exp(l) + exp(0)), u of logaddexp(l, u)."""
+    if op_name(change.node) == "softplus":
+        return 0.0 if change.node.args[1:] in ((), (1,), (1, 20)) else None
+    if op_name(change.node) != "logaddexp":
         return None
-    between = {n for n in _down(inner.args[1]) if n is not total.args[0]}  # type: ignore[arg-type]
-    dim = _dim(total.args[0], dims[0])
-    return Softmax(node, inner.args[0], dim, frozenset({inner, total, *between}))  # type: ignore[arg-type]
+    number = constant(change.other)
+    return (change.other, change.groups) if number is None else float(number)
 
 
 def _divided_by_sum(node: fx.Node) -> Softmax | None:
@@ -74,36 +97,82 @@ def _divided_by_sum(node: fx.Node) -> Softmax | None:
     for top, bottom in (given[:2], given[1::-1])[: 2 if op_name(node) == "mul" else 1]:
         if tensor_of(top) is None or tensor_of(bottom) is None or argument(node, 2, "rounding_mode"):
             continue
-        total = through(bottom, views=True)
+        over = through(bottom)
         if op_name(node) == "mul":
-            if op_name(total) != "reciprocal" and not (op_name(total) == "pow" and total.args[1] == -1):
+            if op_name(over) != "reciprocal" and not (op_name(over) == "pow" and over.args[1] == -1):
                 continue
-            total = through(total.args[0], views=True)
-        if _is_negligible(total, top):
-            total = next(through(n, views=True) for n in total.all_input_nodes)
-        if _is_changed_sum(total, top):
-            raise Unraised(node, f"the sum is changed by %{total.name} before it divides")
-        if op_name(total) in ("clamp_min", "clamp") and _at_most_one(total) and _is_shifted(top):
-            total = through(total.args[0], views=True)  # the largest exponential is 1, so the sum is at least 1
-        dims = argument(total, 1, "dim") if op_name(total) == "sum" else None
-        if not isinstance(dims, list | tuple) or len(dims) != 1 or not _same(total.args[0], top):
-            continue
+            bottom = over.args[0]
         found = _exponential(top)
-        if found is not None:
+        total = total_of(bottom, top, "sum") if found is not None else None
+        if found is not None and total is not None and _same(total.node.args[0], top):
             scores, inside, kept = found
-            inside |= {*_down(bottom, until=total), total, through(total.args[0])}
+            sink = _sink_of(node, scores, total, masked=bool(kept))
+            inside |= {over, *_within(total), through(total.node.args[0])}
             factor = math.log(2.0) if any(op_name(n) == "exp2" for n in inside) else 1.0
-            return Softmax(node, scores, _dim(top, dims[0]), frozenset(inside), factor, kept)
+            return Softmax(node, scores, total.dim, frozenset(inside), factor, kept, sink, total.axes)
     return None
 
 
 NEGLIGIBLE = 1e-6  # beside a sum that is at least 1: a few last places of float32
 
 
-def _is_negligible(total: fx.Node, top: fx.Node) -> bool:
-    """sum + eps, where the largest exponential is 1."""
-    added = total.args[1] if op_name(total) == "add" and len(total.args) > 1 else None
-    return isinstance(added, int | float) and 0 <= added <= NEGLIGIBLE and _is_shifted(top)
+def _sink_of(node: fx.Node, scores: fx.Node, total: Total, *, masked: bool) -> Sink | None:
+    """The logit of what the sum has beside the exponentials; what changes nothing is none."""
+    shift = shift_of(through(scores), total.dim)
+    sink: Sink | None = None
+    for change in total.changes:
+        number = constant(change.other)
+        if shift is not None and not masked and _changes_nothing(change, number):
+            continue
+        alone = op_name(change.node) == "add" and sink is None and total.is_one_a_row(change)
+        found = _added(change, number, shift) if alone else None
+        if found is None:
+            raise Unraised(node, f"the sum is changed by %{change.node.name} before it divides")
+        sink = found
+    return sink
+
+
+def _changes_nothing(change: Change, number: float | None) -> bool:
+    """The largest exponential is 1, so the sum is at least 1."""
+    if number is None:
+        return False
+    if op_name(change.node) == "add":
+        return 0 <= number <= NEGLIGIBLE and not change.node.kwargs
+    return number <= 1 and argument(change.node, 2, "max") is None
+
+
+def _added(change: Change, number: float | None, shift: Shift | None) -> Sink | None:
+    """log(c) of sum + c, u of sum + exp(u); where c was subtracted from the scores, u of sum + exp(u - c)."""
+    if change.node.kwargs:
+        return None
+    if number is not None:
+        return math.log(number) if number > 0 and shift is None else None
+    node, groups = _behind(change.other, change.groups)
+    if op_name(node) != "exp":
+        return None
+    return (node.args[0], groups) if shift is None else _unshifted(node.args[0], groups, shift)  # type: ignore[return-value]
+
+
+def _unshifted(exponent: Any, groups: Groups, shift: Shift) -> Sink | None:
+    """u of u - c, and 0 of -c."""
+    node, groups = _behind(exponent, groups)
+    given: tuple[Any, ...] = node.args[1::-1] if op_name(node) == "rsub" else node.args[:2]
+    if op_name(node) == "neg" and _is(given[0], shift.taken):
+        return 0.0
+    if op_name(node) not in ("sub", "rsub") or node.kwargs or not _is(given[1], shift.taken):
+        return None
+    number = constant(given[0])
+    return (given[0], aligned(tensor_of(given[0]), groups)) if number is None else float(number)
+
+
+def _behind(node: Any, groups: Groups) -> tuple[fx.Node, Groups]:
+    while (moved := back(node, groups)) is not None:
+        node, groups = moved
+    return node, groups
+
+
+def _is(one: Any, other: Any) -> bool:
+    return through(one, views=True) is through(other, views=True)
 
 
 def _same(one: object, other: object) -> bool:
@@ -112,26 +181,8 @@ def _same(one: object, other: object) -> bool:
     return a is b or (op_name(a) == op_name(b) in EXPONENTIALS and through(a.args[0]) is through(b.args[0]))
 
 
-def _is_changed_sum(total: fx.Node, top: fx.Node) -> bool:
-    """Something is added to the sum of the exponentials themselves."""
-    if op_name(total) not in ("add", "maximum") or not is_exponential(top):
-        return False
-    sums = [through(n, views=True) for n in total.all_input_nodes]
-    return any(op_name(n) == "sum" and through(n.args[0]) is through(top) for n in sums)
-
-
 def is_exponential(node: fx.Node) -> bool:
     return tensor_of(node) is not None and _exponential(node) is not None
-
-
-def _at_most_one(node: fx.Node) -> bool:
-    low, high = argument(node, 1, "min"), argument(node, 2, "max")
-    return isinstance(low, int | float) and low <= 1 and high is None
-
-
-def _is_shifted(top: fx.Node) -> bool:
-    found = _exponential(top)
-    return found is not None and not found[2] and shift_of(found[0]) is not None
 
 
 def _exponential(top: fx.Node) -> tuple[fx.Node, set[fx.Node], tuple[tuple[fx.Node, bool], ...]] | None:
@@ -165,19 +216,26 @@ def _truth(node: object) -> fx.Node | None:
     return node if value is not None and str(value.dtype) == "torch.bool" else None  # type: ignore[return-value]
 
 
-def shift_of(node: fx.Node) -> Shift | None:
-    """x where node is x - c and c is made of x (its maximum, in one spelling or another)."""
+def shift_of(node: fx.Node, dim: int) -> Shift | None:
+    """x where node is x - c, c is made of x (its maximum, in one spelling or another) and constant along `dim`."""
     if op_name(node) != "sub" or tensor_of(node.args[1]) is None or node.kwargs.get("alpha", 1) != 1:
         return None
     scores, taken = node.args[0], node.args[1]
-    path = _path(taken, through(scores))  # type: ignore[arg-type]
-    return None if path is None else Shift(scores, frozenset({node, *path}))  # type: ignore[arg-type]
+    path = _path(taken, through(scores)) if tensor_of(scores) is not None else None  # type: ignore[arg-type]
+    if path is None or not is_constant_along(taken, node, dim):
+        return None
+    return Shift(scores, taken, frozenset({node, *path}))  # type: ignore[arg-type]
 
 
 REDUCING = frozenset(
     {"amax", "max", "logsumexp", "mean", "detach", "getitem", "where", "isfinite", "isinf", "zeros_like"}
 )
-REDUCING |= VIEWS | KEEPING | CASTS | {"expand", "clamp_min", "clamp", "nan_to_num", "full_like", "eq", "masked_fill"}
+REDUCING |= (
+    VIEWS
+    | KEEPING
+    | CASTS
+    | {"expand", "clamp_min", "clamp", "relu", "maximum", "nan_to_num", "full_like", "eq", "masked_fill"}
+)
 
 
 def _path(start: fx.Node, goal: fx.Node) -> set[fx.Node] | None:
@@ -190,6 +248,8 @@ def _path(start: fx.Node, goal: fx.Node) -> set[fx.Node] | None:
             reached = True
             continue
         name = op_name(node) or getattr(node.target, "__name__", "")
+        if node.op in ("get_attr", "placeholder"):
+            continue
         if node.op != "call_function" or name not in REDUCING:
             return None
         if node not in found:
@@ -198,19 +258,15 @@ def _path(start: fx.Node, goal: fx.Node) -> set[fx.Node] | None:
     return found if reached and not queue else None
 
 
-def through(node: object, *, views: bool = False) -> fx.Node:
-    """Past casts and copies, and past views where asked for."""
-    passed = CASTS | KEEPING | (VIEWS | {"expand"} if views else frozenset())
-    while op_name(node) in passed:
-        node = node.args[0]  # type: ignore[attr-defined]
-    return node  # type: ignore[return-value]
+_BESIDE = CASTS | KEEPING | VIEWS | {"expand", "exp", "neg", "sub", "rsub", "zeros_like"}
 
 
-def _down(node: fx.Node, until: fx.Node | None = None) -> list[fx.Node]:
-    found: list[fx.Node] = []
-    while node.op == "call_function" and node is not until and len(found) < 6:
-        found.append(node)
-        if not node.args or not isinstance(node.args[0], fx.Node):
-            break
-        node = node.args[0]
+def _within(total: Total) -> set[fx.Node]:
+    """The nodes of a sum, those of the terms beside the exponentials included."""
+    found = set(total.inside)
+    for change in total.changes:
+        node = change.other
+        while op_name(node) in _BESIDE:
+            found.add(node)
+            node = None if op_name(node) in ("sub", "rsub") else node.args[0]
     return found

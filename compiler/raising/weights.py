@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -159,11 +160,11 @@ def _weighted(walk: _Walk, product: Product) -> Weighted:
         raise Unraised(product.node, "the weights are multiplied with themselves")
     if product.scale != 1 or product.bias is not None:
         raise Unraised(product.node, "the product with values adds something")
-    if walk.sink_at is not None:
-        raise Unraised(product.node, "the sink's column meets the values")
     side = product.operands.index(walk.node)
     labels, others = product.labels[side], product.labels[1 - side]
     values = product.operands[1 - side]
+    if walk.sink_at is not None:
+        values = _without_zeros(walk, product, labels, others, values)
     sizes = dict(zip(others, extents(tensor_of(values))))
     known = dict(zip(labels, walk.groups))
     features: list[Group] = []
@@ -181,6 +182,24 @@ def _weighted(walk: _Walk, product: Product) -> Weighted:
     out = tuple(known.get(label, ()) for label in product.out)
     after = None if walk.after.text == "w" else walk.after
     return Weighted(product, values, value_groups, tuple(a for g in features for a in g), out, after)
+
+
+def _without_zeros(
+    walk: _Walk, product: Product, labels: Sequence[str], others: Sequence[str], values: fx.Node
+) -> fx.Node:
+    """The values without the zeros that the sink's column is given; the weights' axis is then that of the scores."""
+    at = [d for d, g in enumerate(walk.groups) if g and labels[d] in product.summed]
+    dim = others.index(labels[at[0]]) if len(at) == 1 and labels[at[0]] in others else None
+    sides = [0] * 2 * len(others)
+    if dim is not None:
+        sides[2 * (len(others) - 1 - dim) + (1 if walk.sink_at else 0)] = 1
+    given: list[Any] = list(argument(values, 1, "pad") or ()) if op_name(values) in ("pad", "constant_pad_nd") else []
+    zero = not (argument(values, 3 if op_name(values) == "pad" else 2, "value") or 0)
+    constant_mode = op_name(values) != "pad" or argument(values, 2, "mode", "constant") == "constant"
+    if dim is None or not zero or not constant_mode or given + [0] * (len(sides) - len(given)) != sides:
+        raise Unraised(product.node, "the sink's column meets the values")
+    walk.groups = tuple(walk.columns if d == at[0] else g for d, g in enumerate(walk.groups))
+    return values.args[0]  # type: ignore[return-value]
 
 
 def _other_axis(walk: _Walk, product: Product, known: dict[str, Group]) -> str:

@@ -1,0 +1,36 @@
+"""generate() of a hosted model: a cache of fixed size, which only spares a compiler work, becomes one that grows."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+log = logging.getLogger("reattend")
+GROWING = ("dynamic", "dynamic_full", "offloaded", "quantized", "paged")
+
+
+def generating(made_from: Any) -> Callable[..., Any]:
+    """The class's own generate, its cache one of those that captured graphs take and give."""
+
+    @functools.wraps(made_from.generate)
+    def generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        asked = _asked(self, args, kwargs)
+        if asked is not None and asked not in GROWING:
+            log.warning("cache_implementation=%r: a DynamicCache instead, with the same tokens; graphs grow it", asked)
+            kwargs = kwargs | {"cache_implementation": "dynamic"}
+        return made_from.generate(self, *args, **kwargs)
+
+    return generate
+
+
+def _asked(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:
+    """The kind of cache by name; a cache handed over is taken as it is, or refused by the call."""
+    if kwargs.get("past_key_values") is not None:
+        return None
+    if kwargs.get("cache_implementation") is not None:
+        return str(kwargs["cache_implementation"])
+    config = kwargs.get("generation_config") or (args[1] if len(args) > 1 else None) or model.generation_config
+    found = getattr(config, "cache_implementation", None)
+    return None if found is None else str(found)
