@@ -31,6 +31,7 @@ def whole(low: int, high: int, *sizes: int) -> Tensor:
 
 
 DOC, BIAS, SLOPE, LIMIT = whole(0, 3, B, M), drawn(H, M + N), drawn(H) / 9, whole(0, M, B, 1, N, 1)
+ROWS, LAST = drawn(H, N), 70 * drawn(N).abs()  # what a weight learns of each row, and the last key that it sees
 ATTENDS: dict[str, dict[str, Any]] = {
     "full": {},
     "causal": {"causal": True},
@@ -58,6 +59,13 @@ ATTENDS: dict[str, dict[str, Any]] = {
     "two segments": {
         "segments": [Segment(drawn(B, 4, 33, D), drawn(B, 4, 33, Dv), keep=lambda i, j: j < i % 7)],
         "causal": True,
+    },
+    "a learned sink": {"sink": lambda h: table(SLOPE)[h] * 5, "causal": True},
+    "a learned weight": {
+        "weight": lambda s, h, i: torch.sigmoid(s + table(ROWS)[h, i]) + torch.relu(s) * table(SLOPE)[h],
+        "normaliser": "sum",
+        "sink": lambda h, i: table(ROWS)[h, i] + 1.0,
+        "keep": lambda i, j: j <= table(LAST)[i],
     },
     "tiles": {"tiles": Tiles(whole(-1, 6, B, 1, 13, 3), 8, 24), "causal": True},
     "tiles of no whole vector": {"tiles": Tiles(whole(-1, 7, B, 1, 17, 3), 6, 20), "causal": True},

@@ -60,11 +60,13 @@ def gradients_agree(groups: Any, text: str, tolerance: float) -> None:
     found = launch_gradient.gradients(groups, text, results, given, wanted)
     assert found is not None and len(found) == len(leaves)
     total = sum((torch.where(t.isfinite(), t, 0.0) * given[n].double()).sum() for n, t in enumerate(outputs))
-    same(list(found), list(torch.autograd.grad(total, leaves)), tolerance)  # type: ignore[arg-type]
+    expected = torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
+    same(list(found), list(expected), tolerance)  # type: ignore[arg-type]
 
 
 LEARNED = ("causal at the end", "window", "softcap", "slopes", "documents", "relu squared", "sigmoid", "moved keys",
-           "rows without a key", "sink", "moved queries", "changed afterwards")  # fmt: skip
+           "rows without a key", "sink", "moved queries", "changed afterwards", "a learned sink",
+           "a learned weight")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", LEARNED)
@@ -75,11 +77,17 @@ def test_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     gradients_agree(*asked(monkeypatch, q, k, v, how), 8e-6)
 
 
-@pytest.mark.parametrize("name", ["two segments", "gathered rows", "gathered by head", "a table of heads"])
-def test_gradients_of_parts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+PARTS = ("two segments", "two segments, a learned sink", "gathered rows", "gathered by head", "a table of heads")
+
+
+@pytest.mark.parametrize("names", PARTS)
+def test_gradients_of_parts(names: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Segments and gathered keys, each a call of its own under rows that are known."""
     q, k, v = drawn(B, H, 30, D), drawn(B, M, 2, D).transpose(1, 2), drawn(B, 2, M, Dv)
-    gradients_agree(*asked(monkeypatch, q, k, v, {"align": "end", **ATTENDS[name]}), 8e-6)
+    how: dict[str, Any] = {"align": "end"}
+    for name in names.split(", "):
+        how |= ATTENDS[name]
+    gradients_agree(*asked(monkeypatch, q, k, v, how), 8e-6)
 
 
 # --- combinations -----------------------------------------------------------------------------------------------------

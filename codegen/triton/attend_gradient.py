@@ -2,7 +2,8 @@
 
 w = W(s, L)     the weight, by its score and one number kept of the row      g = do . v    delta = do . o
 ds = W'(s, L) (g - delta)   where a row was divided by its sum, else W'(s, L) g
-dq = sum_j ds score'(q.k) k_j      dk = sum_i ds score'(q.k) q_i      dv = sum_i w do_i      dt = sum ds d score/dt
+dq = sum_j ds score'(q.k) k_j      dk = sum_i ds score'(q.k) q_i      dv = sum_i w do_i
+dt = sum ds d score/dt + (g - delta) dW/dt      a sink is one more key of each row, with g = 0
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from ...compiler.symbol_slope import slope
 from ...compiler.symbol_text import parse
 from ...compiler.symbols import Expr, build, name
 from .attend import EVERYWHERE, SIZES, Attend, listed, refusal
-from .folding import Row
+from .folding import Row, numbered
 from .printer import triton_text
 from .skeleton import filled, text_of
 from .walking import Walk, walked
@@ -26,10 +27,11 @@ _KEY_SIZES = ("D", "DP", "E", "EP", "BM", "PRECISION")
 
 @dataclass(frozen=True)
 class Looked:
-    """One lookup in a score whose table learns: what its gradient is summed over before it is stored."""
+    """One lookup whose table learns: what its gradient is summed over before it is stored."""
 
     number: int
     at: Expr  # the lookup
+    inside: str  # what it is looked up for: score, weight, sink
 
     @property
     def indices(self) -> frozenset[str]:
@@ -65,10 +67,18 @@ class Gradient:
         return parse(self.of.spec.score)
 
     @cached_property
+    def weight(self) -> Expr:
+        return numbered(self.row.weight)
+
+    @cached_property
     def lookups(self) -> tuple[Looked, ...]:
-        """Lookups of learned tables in the score, each once."""
-        found = {e.text: e for e in self.score.walk() if e.op == "lookup" and int(e.args[0][1:]) in self.learned}
-        return tuple(Looked(int(e.args[0][1:]), e) for e in found.values())
+        """Lookups of learned tables, each once in what it is looked up for."""
+        found = {}
+        for inside, e in (("score", self.score), ("weight", self.weight), ("sink", self.row.virtual)):
+            for at in () if e is None else e.walk():
+                if at.op == "lookup" and int(at.args[0][1:]) in self.learned:
+                    found[inside, at.text] = Looked(int(at.args[0][1:]), at, inside)
+        return tuple(found.values())
 
     @property
     def grads(self) -> list[str]:
@@ -97,32 +107,51 @@ class Gradient:
         """From weights and g to the gradients of the scores."""
         up = self.row.slope
         text = "w" if up.text == self.row.weight.text else self._printed(up, names)
-        against = f"(g - {names['delta']})" if self.row.divided else "g"
         hidden = [] if self.of.folding.powers else _under(when, "up = tl.where(kept, up, 0.0)")
-        return [f"up = {text} * {against}", *hidden]
+        return [f"up = {text} * {self._against(names)}", *hidden]
+
+    def _against(self, names: dict[str, str]) -> str:
+        """The gradient of a weight: what the row's own number has to do with it taken away."""
+        return f"(g - {names['delta']})" if self.row.divided else "g"
 
     def _of_products(self, names: dict[str, str]) -> str:
         own = triton_text(slope(self.score, "s"), "f", names | {"s": "raw"}, tables=self.of.kinds)
         return f"ds = up * {own}"
 
-    def _of_tables(self, names: dict[str, str]) -> list[str]:
+    def _of_tables(self, names: dict[str, str], when: str = "") -> list[str]:
         """What learned tables gather: a row's share in a sum of its own, a pair's at once."""
         lines: list[str] = []
         for place, looked in enumerate(self.lookups):
-            share = self._share(looked, names)
-            if looked.by_row:
-                lines.append(f"sum{place} += tl.sum({share}, 1)")
-            else:
-                target = self._target(looked, names)
-                pairs = "here[None, :] & inside[:, None] & (up != 0.0)"
-                lines.append(f"tl.atomic_add({target}, {share}, mask={pairs}, sem='relaxed')")
+            if looked.inside == "weight":
+                lines.append(f"share = {self._against(names)} * {self._by(looked, self.weight, names)}")
+                lines += _under(when, "share = tl.where(kept, share, 0.0)")
+                lines.append(f"sum{place} += tl.sum(share, 1)")
+            elif looked.inside == "score":
+                share = f"up * {self._by(looked, self.score, names | {'s': 'raw'})}"
+                if looked.by_row:
+                    lines.append(f"sum{place} += tl.sum({share}, 1)")
+                else:
+                    pairs = "here[None, :] & inside[:, None] & (up != 0.0)"
+                    lines.append(f"tl.atomic_add({self._target(looked, names)}, {share}, mask={pairs}, sem='relaxed')")
         return lines
 
-    def _share(self, looked: Looked, names: dict[str, str]) -> str:
-        """up times the derivative of the score by what was looked up."""
-        by = slope(_put(self.score, looked.at.text, name("x")), "x")
-        by = _put(by, "x", looked.at)
-        return f"up * {triton_text(by, 'f', names | {'s': 'raw'}, tables=self.of.kinds)}"
+    def _of_virtual(self) -> Iterator[str]:
+        """The key that no row of v belongs to, once for every row."""
+        if self.row.virtual is None or all(looked.inside == "score" for looked in self.lookups):
+            return
+        yield f"s = whole({self.of.folding.score(self.row.virtual)}, BM)"
+        up = triton_text(slope(self.weight, "s"), "f", tables=self.of.kinds, powers=self.of.folding.powers)
+        yield f"up = -{up} * delta"
+        for place, looked in enumerate(self.lookups):
+            if looked.inside == "sink":
+                yield f"sum{place} += up * {self._by(looked, self.row.virtual, {})}"
+            elif looked.inside == "weight":
+                yield f"sum{place} -= delta * {self._by(looked, self.weight, {})}"
+
+    def _by(self, looked: Looked, e: Expr, names: dict[str, str]) -> str:
+        """The derivative of an expression by what was looked up in it."""
+        by = slope(_put(e, looked.at.text, name("x")), "x")
+        return triton_text(_put(by, "x", looked.at), "f", names, tables=self.of.kinds)
 
     def _target(self, looked: Looked, names: dict[str, str]) -> str:
         n = looked.number
@@ -151,7 +180,7 @@ class Gradient:
         names = self.of.folding.names | {"j": "j[None, :]", "L": "L[:, None]", "delta": "delta[:, None]"}
         kept = f"here[None, :]{self.of.kept(0, names)}"
         gradient = [*self._weight(names, kept, "MASKED"), *self._slope(names, "MASKED")]
-        gradient += [*self._of_tables(names), self._of_products(names)]
+        gradient += [*self._of_tables(names, "MASKED"), self._of_products(names)]
         flags = {"NARROW": bool(self.of.spec.tiles), "MOVED": bool(self.of.spec.k_positions)}
         said = {
             "sums": self.sums,
@@ -183,6 +212,7 @@ class Gradient:
 
     def _stored(self) -> Iterator[str]:
         """The rows' own sums, where they belong: at one place for all rows of a head, or each at its own."""
+        yield from self._of_virtual()
         for k, looked in enumerate(self.lookups):
             if not looked.by_row:
                 continue
@@ -258,9 +288,8 @@ def why_no_gradient(of: Attend, learned: Sequence[int] = ()) -> str | None:
     spec = of.spec
     if spec.tiles:
         return "the gradient of listed tiles"
-    outside = {int(e.args[0][1:]) for text in (spec.weight, spec.sink, spec.keep, spec.after) if text
-               for e in parse(text).walk() if e.op == "lookup"}  # fmt: skip
-    if outside & set(learned):
-        return "the gradient of a table that a weight or a sink looks up"
+    changed = {int(e.args[0][1:]) for e in parse(spec.after or "0").walk() if e.op == "lookup"}
+    if changed & set(learned):
+        return "the gradient of a table that changes weights afterwards"
     made = Gradient(of, tuple(learned))
     return refusal(lambda: (made.source, made.source_of_keys))
