@@ -21,7 +21,7 @@ from reattend.codegen.triton.arguments import kinds
 from reattend.codegen.triton.attend import Attend, why_not
 from reattend.codegen.triton.attend_gradient import why_no_gradient
 from reattend.compiler.primitives import attend as attend_front
-from reattend.compiler.primitives.attend import Segment, attend
+from reattend.compiler.primitives.attend import Segment, Tiles, attend
 from reattend.compiler.primitives.attend_meaning import attend_meaning
 from reattend.compiler.symbols import table
 
@@ -75,6 +75,14 @@ def test_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     how = {key: (t[:1, :40] if t.shape[0] == B else t[:45]) if isinstance(t, Tensor) else t
            for key, t in (ATTENDS | AFTERWARDS)[name].items()}  # fmt: skip
     gradients_agree(*asked(monkeypatch, q, k, v, how), 8e-6)
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(24, 40), (64, 96)])
+def test_gradients_of_listed_tiles(queries: int, keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles that a block holds, tiles of several blocks; some listed twice, by no one, or beyond the end."""
+    q, k, v = drawn(1, 2, 70, D), drawn(1, 1, 100, D), drawn(1, 1, 100, Dv)
+    listed = whole(-1, -(-100 // keys) + 1, 1, 2, -(-70 // queries), 2)
+    gradients_agree(*asked(monkeypatch, q, k, v, {"tiles": Tiles(listed, queries, keys), "causal": True}), 8e-6)
 
 
 PARTS = ("two segments", "two segments, a learned sink", "gathered rows", "gathered by head", "a table of heads")

@@ -14,7 +14,7 @@ from ...compiler.symbols import TRUE, Expr, as_expr
 from .folding import Folding
 from .printer import triton_text
 from .skeleton import filled, text_of
-from .walking import Walk, walked
+from .walking import Walk, walked, walked_list
 
 SIZES = ("D", "DP", "E", "EP", "BM", "BN", "WIDE", "PRECISION")  # constants that a tile has from its block
 EVERYWHERE = (Reached(Span(as_expr(0), None)),)  # where positions are looked up, nothing is known of a tile
@@ -79,7 +79,12 @@ class Attend:
         found = [a for n in range(len(self.spec.segments)) for a in self.of_keys(n)]
         found += ["at_q", "at_q_b", "at_q_h", "at_q_n"] if self.spec.q_positions else []
         found += ["kv_heads"] if self.spec.kv_heads else []
-        return found + (["LIST", "COUNT", "list_b", "list_h", "LISTED", "TILES", "PARTS"] if self.spec.tiles else [])
+        return found + self.lists
+
+    @property
+    def lists(self) -> list[str]:
+        """Arguments of the tiles that are listed for each block."""
+        return ["LIST", "COUNT", "list_b", "list_h", "LISTED", "TILES", "PARTS"] if self.spec.tiles else []
 
     @property
     def values(self) -> bool:
@@ -201,10 +206,7 @@ class Attend:
     def walk(self, segment: int, calls: tuple[str, str]) -> Iterator[str]:
         """A block of rows past the tiles of one segment."""
         if self.spec.tiles and segment == 0:
-            yield "tile = b * list_b + h * list_h + first // TILES"
-            yield "for t in tl.range(0, tl.load(COUNT + tile) * PARTS, num_stages=STAGES):"
-            yield "    jt = tl.load(LIST + tile * LISTED + t // PARTS) * PARTS + t % PARTS"
-            yield f"    {calls[0]}"
+            yield from walked_list("jt", calls[0])
             return
         walk = Walk(str(segment), f"M{segment}", "BN", shared=self.shared).past(self._reached(segment))
         yield from walk.lines

@@ -20,9 +20,9 @@ from .attend import EVERYWHERE, SIZES, Attend, listed, refusal
 from .folding import Row, numbered
 from .printer import triton_text
 from .skeleton import filled, text_of
-from .walking import Walk, walked
+from .walking import Walk, walked, walked_list
 
-_KEY_SIZES = ("D", "DP", "E", "EP", "BM", "PRECISION")
+_KEY_SIZES = ("D", "DP", "E", "EP", "BM", "WIDE", "PRECISION")
 
 
 @dataclass(frozen=True)
@@ -237,7 +237,8 @@ class Gradient:
             "weight": self._weight(names, kept),
             "gradient": [*self._slope(names), self._of_products(names)],
         }
-        flags = {"KEEPS": self.keeps, "MOVED_QUERIES": bool(self.of.spec.q_positions)}
+        spec = self.of.spec
+        flags = {"KEEPS": self.keeps, "MOVED_QUERIES": bool(spec.q_positions), "NARROW": bool(spec.tiles)}
         return filled("attend_back_keys_tile", flags, said)
 
     def _keys(self) -> str:
@@ -251,14 +252,14 @@ class Gradient:
         said = {
             "keys": listed(self._key_arguments()),
             "tables": listed(self.of.looked_up),
-            "bounds": walk.lines,
+            "bounds": [] if self.of.spec.tiles else walk.lines,
             "pointers": pointers,
-            "loops": list(walked(walk.loops, "it", (call, call))),
+            "loops": list(walked_list("it", call) if self.of.spec.tiles else walked(walk.loops, "it", (call, call))),
         }
         return filled("attend_back_keys", {"MOVED": bool(self.of.spec.k_positions)}, said)
 
     def _key_arguments(self) -> list[str]:
-        found = [a for a in self.of.of_keys(0) if a not in ("G0",)]
+        found = [a for a in self.of.of_keys(0) if a not in ("G0",)] + self.of.lists
         return found + (["at_q0", "at_q0_b", "at_q0_h", "at_q0_n"] if self._key_own else [])
 
     @property
@@ -286,8 +287,6 @@ def _put(e: Expr, text: str, value: Expr) -> Expr:
 def why_no_gradient(of: Attend, learned: Sequence[int] = ()) -> str | None:
     """Why there is no kernel for a spec's gradient; None where there is."""
     spec = of.spec
-    if spec.tiles:
-        return "the gradient of listed tiles"
     changed = {int(e.args[0][1:]) for e in parse(spec.after or "0").walk() if e.op == "lookup"}
     if changed & set(learned):
         return "the gradient of a table that changes weights afterwards"

@@ -112,7 +112,7 @@ def _run(groups: Groups, text: str, keeps: bool, blocks: Blocks, shares: int) ->
     spec = AttendSpec.of(text)
     kernel = Attend(text, kinds(tables), _packs(spec, groups), keeps)
     heads, group = q.shape[1], q.shape[1] // kv[0].shape[1] if not spec.kv_heads else 1
-    step, parts, wide, blocks = _steps(spec, blocks)
+    step, parts, wide, blocks = steps(spec.tiles, blocks)
     made = _results(kernel, q, kv[1])
     given: Arguments = {**port("Q", q), "H": heads, "N": q.shape[2]} | ({"G": group} if kernel.packed else {})
     for number, (k, v) in enumerate(zip(kv[::2], kv[1::2], strict=True)):
@@ -142,11 +142,11 @@ def _packs(spec: AttendSpec, groups: Groups) -> bool:
     return q.shape[1] > kv[0].shape[1] and all(count in (1, kv[0].shape[1]) for count in heads)
 
 
-def _steps(spec: AttendSpec, blocks: Blocks) -> tuple[int, int, int, Blocks]:
+def steps(tiles: tuple[str, int, int] | tuple[()], blocks: Blocks) -> tuple[int, int, int, Blocks]:
     """Rows from one block to the next, blocks of keys in a listed tile, keys from one to the next, the blocks."""
-    if not spec.tiles:
+    if not tiles:
         return blocks.rows, 1, blocks.keys, blocks
-    _, queries, keys = spec.tiles
+    _, queries, keys = tiles
     (rows, parts_q), (wide, parts) = _block(queries, blocks.rows) or (0, 0), _block(keys, blocks.keys) or (0, 0)
     fitted = replace(blocks, rows=rows, keys=wide)
     return (
@@ -198,13 +198,29 @@ def _placed(spec: AttendSpec, q: Tensor, kv: Any, tables: Any, parts: int) -> Ar
         given |= index("at_q", tables[spec.q_positions])
     if spec.kv_heads:
         given["kv_heads"] = tables[spec.kv_heads]
-    if spec.tiles:
-        table, queries, keys = spec.tiles
-        lists, counts = _in_order(tables[table], -(-kv[0].shape[2] // keys))
-        steps = [0 if size == 1 else step for size, step in zip(counts.shape, counts.stride(), strict=True)]
-        given |= {"LIST": lists, "COUNT": counts, "list_b": steps[0], "list_h": steps[1], "TILES": queries}
-        given |= {"LISTED": lists.shape[-1], "PARTS": parts}
-    return given
+    return given | listing(spec, tables, kv[0].shape[2], parts)
+
+
+def listing(spec: AttendSpec, tables: Any, keys: int, parts: int, *, turned: bool = False) -> Arguments:
+    """The tiles of keys that are listed for each tile of queries; `turned`: those of queries, for each tile of keys."""
+    if not spec.tiles:
+        return {}
+    name, rows, width = spec.tiles
+    table, tiles = tables[name], -(-keys // width)
+    if turned:
+        table, tiles, rows = _turned(table, tiles), table.shape[2], width
+    lists, counts = _in_order(table, tiles)
+    steps = [0 if size == 1 else step for size, step in zip(counts.shape, counts.stride(), strict=True)]
+    given: Arguments = {"LIST": lists, "COUNT": counts, "list_b": steps[0], "list_h": steps[1], "TILES": rows}
+    return given | {"LISTED": lists.shape[-1], "PARTS": parts}
+
+
+def _turned(table: Tensor, tiles: int) -> Tensor:
+    """For each of so many tiles of keys, the tiles of queries whose list has it."""
+    listed = torch.where((table >= 0) & (table < tiles), table, tiles)
+    seen = torch.zeros(*table.shape[:3], tiles + 1, dtype=torch.bool, device=table.device)
+    seen = seen.scatter(-1, listed.long(), torch.ones_like(listed, dtype=torch.bool))[..., :tiles]
+    return torch.where(seen.mT, torch.arange(table.shape[2], device=table.device), -1)
 
 
 def _in_order(table: Tensor, tiles: int) -> tuple[Tensor, Tensor]:

@@ -84,16 +84,28 @@ def _launched(groups: Groups, gradient: Gradient, rows: tuple[Tensor, Tensor], g
     of_tables = {n: torch.zeros(tables[n].shape, device=q.device) for n in gradient.learned}
     base = _base(groups, gradient, go, rows)
     over_queries, over_keys = gradient_blocks(q.shape[-1], v.shape[-1], q.element_size() * 8, target(q))
-    own: Arguments = {"DQ": dq, "G0": q.shape[1] // heads, "STEP": over_queries.rows, "WIDE": over_queries.keys}
+    spec = gradient.of.spec
+    step, parts_, wide, over_queries = launch.steps(spec.tiles, over_queries)
+    own: Arguments = {"DQ": dq, "G0": q.shape[1] // heads, "STEP": step, "WIDE": wide}
+    own |= launch.listing(spec, named(groups), k.shape[2], parts_)
     for n in sorted({looked.number for looked in gradient.lookups}):
         own |= {f"d{n}": of_tables[n]} | {f"d{n}_step{axis}": step for axis, step in enumerate(of_tables[n].stride())}
     own |= _placed(groups, gradient, "at_q", "at_k0", of_keys=False)
-    programs = (-(-q.shape[2] // over_queries.rows), batch * q.shape[1])
+    programs = (-(-q.shape[2] // step), batch * q.shape[1])
     launched(gradient.source, "back_queries", programs, base | own | _sizes(over_queries))
+    wide, parts_, step, over_keys = _steps_of_keys(spec, over_keys)
     own = {"DK": dk, "DV": dv, "G": q.shape[1] // heads, **_placed(groups, gradient, "at_q0", "at_k0", of_keys=True)}
-    programs = (-(-k.shape[2] // over_keys.keys), batch * heads)
+    own |= {"STEP": step, "WIDE": wide, **launch.listing(spec, named(groups), k.shape[2], parts_, turned=True)}
+    programs = (-(-k.shape[2] // step), batch * heads)
     launched(gradient.source_of_keys, "back_keys", programs, base | own | _sizes(over_keys))
     return [dq, dk, dv, *of_tables.values()]
+
+
+def _steps_of_keys(spec: AttendSpec, blocks: Blocks) -> tuple[int, int, int, Blocks]:
+    """Rows from one tile to the next, tiles of rows in a listed one, keys from one block to the next, the blocks."""
+    tiles = (spec.tiles[0], spec.tiles[2], spec.tiles[1]) if spec.tiles else ()
+    step, parts_, wide, fitted = launch.steps(tiles, replace(blocks, rows=blocks.keys, keys=blocks.rows))
+    return wide, parts_, step, replace(fitted, rows=fitted.keys, keys=fitted.rows)
 
 
 def _placed(groups: Groups, gradient: Gradient, queries: str, keys: str, *, of_keys: bool) -> Arguments:
