@@ -3,6 +3,7 @@
 w = W(s, L)     the weight, by its score and one number kept of the row      g = do . v    delta = do . o
 ds = W'(s, L) (g - delta)   where a row was divided by its sum, else W'(s, L) g
 dq = sum_j ds score'(q.k) k_j      dk = sum_i ds score'(q.k) q_i      dv = sum_i w do_i
+where X_j sums u(s) from the last key to j: ds_j = w_j g_j + u'(s_j) (what the keys behind j have of w . g - delta)
 dt = sum ds d score/dt + (g - delta) dW/dt      a sink is one more key of each row, with g = 0
 """
 
@@ -98,7 +99,21 @@ class Gradient:
         hidden = 's = tl.where(kept, s, float("-inf"))' if folding.powers else "w = tl.where(kept, w, 0.0)"
         lines = [f"s = {folding.score(self.score, names | {'s': 'raw'})}", *_under(when, f"kept = {kept}")]
         weight = f"w = {self._printed(self.row.weight, names)}"
-        return [*lines, *_under(when, hidden), weight] if folding.powers else [*lines, weight, *_under(when, hidden)]
+        if not folding.powers:
+            return [*lines, weight, *_under(when, hidden)]
+        return [*lines, *_under(when, hidden), *self._summed(names), weight]
+
+    def _summed(self, names: dict[str, str]) -> list[str]:
+        """What is summed from the last key on."""
+        if self.row.scan is None:
+            return []
+        return [f"u = {self._printed(self.row.scan, names)}", f"X = {self._from_behind('run_x', 'u', names)}"]
+
+    @staticmethod
+    def _from_behind(start: str, word: str, names: dict[str, str]) -> str:
+        """Sums of a tile's numbers from the last key on, each with its own; keys are its columns or its rows."""
+        beside = names["delta"].removeprefix("delta")
+        return f"{start}{beside} + tl.cumsum({word}, {int(beside == '[:, None]')}, reverse=True)"
 
     def _printed(self, e: Expr, names: dict[str, str]) -> str:
         return self.of.folding.printed(e, names)
@@ -108,7 +123,21 @@ class Gradient:
         up = self.row.slope
         text = "w" if up.text == self.row.weight.text else self._printed(up, names)
         hidden = [] if self.of.folding.powers else _under(when, "up = tl.where(kept, up, 0.0)")
-        return [f"up = {text} * {self._against(names)}", *hidden]
+        lines = [f"up = {text} * {self._against(names)}", *hidden]
+        if self.row.scan is None:
+            return lines
+        by = self._printed(slope(self.row.scan, "s"), names)
+        behind = f"({self._from_behind('run_r', 'wg', names)} - wg - {names['delta']})"
+        return ["wg = w * g", *lines, f"up += {by} * {behind}"]
+
+    @property
+    def scans(self) -> bool:
+        return self.row.scan is not None
+
+    @property
+    def _edges(self) -> list[str]:
+        """Arguments of what keys behind a tile have come to, of every row and tile."""
+        return ["EDGE_X", "EDGE_R", "EDGES"] if self.scans else []
 
     def _against(self, names: dict[str, str]) -> str:
         """The gradient of a weight: what the row's own number has to do with it taken away."""
@@ -174,16 +203,20 @@ class Gradient:
 
     @property
     def sums(self) -> str:
-        return ", ".join(["dq", *(f"sum{k}" for k, looked in enumerate(self.lookups) if looked.by_row)])
+        own = [f"sum{k}" for k, looked in enumerate(self.lookups) if looked.by_row]
+        return ", ".join(["dq", *own, *(["run_x", "run_r"] if self.scans else [])])
 
     def _tile(self) -> str:
         names = self.of.folding.names | {"j": "j[None, :]", "L": "L[:, None]", "delta": "delta[:, None]"}
         kept = f"here[None, :]{self.of.kept(0, names)}"
         gradient = [*self._weight(names, kept, "MASKED"), *self._slope(names, "MASKED")]
         gradient += [*self._of_tables(names, "MASKED"), self._of_products(names)]
-        flags = {"NARROW": bool(self.of.spec.tiles), "MOVED": bool(self.of.spec.k_positions)}
+        gradient += ["run_x += tl.sum(u, 1)", "run_r += tl.sum(wg, 1)"] if self.scans else []
+        spec = self.of.spec
+        flags = {"NARROW": bool(spec.tiles), "MOVED": bool(spec.k_positions), "SCANS": self.scans}
         said = {
             "sums": self.sums,
+            "edges": listed([*self._edges, *(["row"] if self.scans else [])]),
             "own": listed(self.of.own(0)),
             "tables": listed(self.of.looked_up),
             "grads": listed(self.grads),
@@ -193,11 +226,15 @@ class Gradient:
 
     def _queries(self) -> str:
         begin = ["dq = tl.zeros((BM, DP), tl.float32)"]
-        begin += [f"{word} = tl.zeros((BM,), tl.float32)" for word in self.sums.split(", ")[1:]]
-        given = [self.sums, "q", "go", "k", "v", "L", "delta", "b", "h", "i", "inside", "N", "M0", "jt"]
+        begin += [f"{word} = tl.zeros((BM,), tl.float32)" for word in self.sums.split(", ")[1:] if "run" not in word]
+        for word in ("x", "r") if self.scans else ():
+            begin.append(f"run_{word} = tl.load(RUN_{word.upper()} + row, mask=inside, other=0.0)")
+        edges = [*self._edges, "row"] if self.scans else []
+        given = [self.sums, "q", "go", "k", "v", "L", "delta", *edges, "b", "h", "i", "inside", "N", "M0", "jt"]
         given += [*self.of.named(0), *self.of.looked_up, *self.grads, *SIZES]
         calls = tuple(f"{self.sums} = tile({', '.join(given)}, {masked})" for masked in (True, False))
         said = {
+            "runs": listed([*(["RUN_X", "RUN_R"] if self.scans else []), *self._edges]),
             "keys": listed(self.of.keys),
             "tables": listed(self.of.looked_up),
             "grads": listed(self.grads),
@@ -208,7 +245,7 @@ class Gradient:
             "loops": [*self.of.pointers(0), *self.of.walk(0, calls)],  # type: ignore[arg-type]
             "store": list(self._stored()),
         }
-        return filled("attend_back_queries", {"KEEPS": self.keeps}, said)
+        return filled("attend_back_queries", {"KEEPS": self.keeps, "SCANS": self.scans}, said)
 
     def _stored(self) -> Iterator[str]:
         """The rows' own sums, where they belong: at one place for all rows of a head, or each at its own."""
@@ -231,6 +268,7 @@ class Gradient:
         names = {"i": "i[None, :]", "j": "j[:, None]", "L": "L[None, :]", "delta": "delta[None, :]"}
         kept = f"here[:, None] & inside[None, :]{self.of.kept(0, names)}"
         said = {
+            "edges": listed(self._edges),
             "own": listed(self._key_own),
             "tables": listed(self.of.looked_up),
             "guarded": self._guarded,
@@ -239,17 +277,38 @@ class Gradient:
         }
         spec = self.of.spec
         flags = {"KEEPS": self.keeps, "MOVED_QUERIES": bool(spec.q_positions), "NARROW": bool(spec.tiles)}
-        return filled("attend_back_keys_tile", flags, said)
+        return filled("attend_back_keys_tile", flags | {"SCANS": self.scans}, said)
 
     def _keys(self) -> str:
         walk = Walk("", "N", "BM", "shift").past(self._reached, always_cut=True)
-        given = ["dk, dv", "k", "v", "q", "go", "kept", "delta", "b", "h", "j", "here", "N", "M0", "shift", "it"]
+        edges = ["edge_x", "edge_r", "EDGES"] if self.scans else []
+        given = [
+            "dk, dv",
+            "k",
+            "v",
+            "q",
+            "go",
+            "kept",
+            "delta",
+            *edges,
+            "b",
+            "h",
+            "j",
+            "here",
+            "N",
+            "M0",
+            "shift",
+            "it",
+        ]
         given += ["Q_n", "Q_d", "GO_n", "GO_d", *(["at_q", "at_q0_n"] if self._key_own else [])]
         call = f"dk, dv = tile({', '.join([*given, *self.of.looked_up, *_KEY_SIZES])})"
         pointers = ["kept = KEPT + (b_ * H + h) * N", "delta = DELTA + (b_ * H + h) * N"]
+        for word in ("X", "R") if self.scans else ():
+            pointers.append(f"edge_{word.lower()} = EDGE_{word} + (b_ * H + h) * N * EDGES + tl.program_id(0)")
         if self._key_own:
             pointers.append("at_q = at_q0 + b * at_q0_b + h * at_q0_h")
         said = {
+            "edges": listed(self._edges),
             "keys": listed(self._key_arguments()),
             "tables": listed(self.of.looked_up),
             "bounds": [] if self.of.spec.tiles else walk.lines,

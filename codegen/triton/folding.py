@@ -36,6 +36,7 @@ class Row:
     weight: Expr  # of s and `kept`
     divided: bool  # whether the weights of a row were divided by their sum: then a gradient has a second term
     virtual: Expr | None = None  # the score of one more key in that sum, whose value is 0
+    scan: Expr | None = None  # of s: what is summed from the last key on, up to and with this one, as X in the weight
 
     @property
     def slope(self) -> Expr:
@@ -275,6 +276,8 @@ class Folding:
     def row(self) -> Row:
         """exp(s - X) / D is exp(s - L), L = X + log(D); any other quotient keeps its divisor."""
         whole = self._expanded(self._values_weight)
+        if self.nest.scans:
+            return self._scanning(whole)
         if not self._divisors:
             return Row(None, whole, False)
         divisor = parse(self._divisors[0])
@@ -288,6 +291,14 @@ class Folding:
                 kept = build("sub", build("log", divisor), rest)
                 return Row(kept, build("exp", build("sub", name("s"), name("L"))), True, virtual)
         return Row(divisor, build("truediv", over, name("L")), True, virtual)
+
+    def _scanning(self, whole: Expr) -> Row:
+        """A weight takes part in the gradients of all keys behind it; their sum is known where w shrinks as X grows."""
+        (scan,) = self.nest.scans
+        shrinks = build("mul", slope(whole, "X"), -1).text == whole.text
+        if not (scan.reverse and shrinks and self.powers) or self._divisors:
+            raise Refused(f"a gradient through {scan}", fits="exp(s - X), X from the last key on")
+        return Row(None, whole, False, scan=self._expanded(scan.expr))
 
     def _virtual(self, weight: Expr, divisor: Expr) -> Expr | None:
         """A leaf that enters the divisor as the score of a key does."""
@@ -315,10 +326,7 @@ class Folding:
             inner = {w: by[w].expr for w in e.names if w in by and self._along(by[w]) and w != self._product.name}
             if not inner:
                 return e.replace({self._product.name: name("s")})
-            scans = [w for w in inner if by[w].kind == "scan"]
-            if scans:
-                raise Refused(f"a gradient through {by[scans[0]]}", fits="weights of a score and its row")
-            e = e.replace(inner)
+            e = e.replace({w: name("X") if by[w].kind == "scan" else expr for w, expr in inner.items()})
 
     # --- names --------------------------------------------------------------------------------------------------------
 
