@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from reattend.compiler.primitives.attend import Segment, Tiles
+from reattend.compiler.primitives.attend import Relative, Segment, Tiles
 from reattend.compiler.symbols import as_expr, build, table
 
 B, H, N, M, D, Dv = 2, 4, 97, 130, 24, 40
@@ -76,6 +76,20 @@ AFTERWARDS: dict[str, dict[str, Any]] = {  # what a weight becomes once it is no
     "a logarithm afterwards": {"weight": torch.exp, "normaliser": "none", "after": lambda w: torch.log(w + 1)},
     "an exponential afterwards": {"normaliser": "none", "after": lambda w: torch.exp(-w) * w},
     "scaled afterwards": {"after": lambda w, h: w * (h + 0.5), "causal": True},
+}
+RELATIVES: dict[str, dict[str, Any]] = {
+    "distances": {
+        "relative": [Relative(drawn(H, 21, D) / 5, lambda i, j: minimum(i - j + 10, 20))],
+        "causal": True,
+        "align": "end",
+    },
+    "distances of keys": {
+        "relative": [
+            Relative(drawn(1, 33, D) / 5, lambda i, j: j - i + 16, of="k"),
+            Relative(drawn(1, 9, D) / 5, lambda h, i, j: (i + j + h) % 9),
+        ],
+        "score": lambda s, r1: torch.tanh(s) + r1,
+    },
 }
 SCANS: dict[str, dict[str, Any]] = {
     "plain": {},

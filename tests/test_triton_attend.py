@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import triton_interpreter  # noqa: F401 (kernels run in Python)
-from kernel_calls import AFTERWARDS, ATTENDS, B, D, Dv, H, M, N, drawn, said, same, whole, wide
+from kernel_calls import AFTERWARDS, ATTENDS, RELATIVES, B, D, Dv, H, M, N, drawn, said, same, whole, wide
 from torch import Tensor
 
 from reattend.codegen.triton import launch, launch_gradient
@@ -41,10 +41,10 @@ def tier(name: str) -> Any:
     return pytest.param(name, marks=pytest.mark.slow) if name == "tiles of no whole vector" else name
 
 
-@pytest.mark.parametrize("name", [tier(name) for name in (*ATTENDS, *AFTERWARDS)])
+@pytest.mark.parametrize("name", [tier(name) for name in (*ATTENDS, *AFTERWARDS, *RELATIVES)])
 def test_attend(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = drawn(B, H, N, D), drawn(B, M, 2, D).transpose(1, 2), drawn(B, 2, M, Dv)
-    groups, text = asked(monkeypatch, q, k, v, (ATTENDS | AFTERWARDS)[name])
+    groups, text = asked(monkeypatch, q, k, v, (ATTENDS | AFTERWARDS | RELATIVES)[name])
     same(launch.run(groups, text), attend_meaning(wide(groups), text), 4e-6)
 
 
@@ -66,14 +66,14 @@ def gradients_agree(groups: Any, text: str, tolerance: float) -> None:
 
 LEARNED = ("causal at the end", "window", "softcap", "slopes", "documents", "relu squared", "sigmoid", "moved keys",
            "rows without a key", "sink", "moved queries", "changed afterwards", "a learned sink",
-           "a learned weight")  # fmt: skip
+           "a learned weight", "distances", "distances of keys")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", LEARNED)
 def test_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = drawn(1, H, 40, D), drawn(1, 45, 2, D).transpose(1, 2), drawn(1, 2, 45, Dv)
     how = {key: (t[:1, :40] if t.shape[0] == B else t[:45]) if isinstance(t, Tensor) else t
-           for key, t in (ATTENDS | AFTERWARDS)[name].items()}  # fmt: skip
+           for key, t in (ATTENDS | AFTERWARDS | RELATIVES)[name].items()}  # fmt: skip
     gradients_agree(*asked(monkeypatch, q, k, v, how), 8e-6)
 
 

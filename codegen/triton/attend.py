@@ -11,6 +11,7 @@ from ...compiler.refusal import Refused
 from ...compiler.spans import Reached, Span, spans
 from ...compiler.symbol_text import parse
 from ...compiler.symbols import TRUE, Expr, as_expr
+from . import relative
 from .folding import Folding
 from .printer import triton_text
 from .skeleton import filled, text_of
@@ -271,9 +272,8 @@ def tables_in(spec: AttendSpec) -> dict[int, int]:
 def why_not(text: str) -> str | None:
     """Why the skeletons cannot say a spec, whatever the tensors; None where they can."""
     spec = AttendSpec.of(text)
-    for what, given in (("relative terms", spec.relative), ("a score for empty rows", spec.empty)):
-        if given:
-            return what
+    if spec.empty or relative.why_not(spec):
+        return relative.why_not(spec) or "a score for empty rows"
     if any(output not in ("o", "lse") for output in spec.outputs):
         return f"outputs {', '.join(spec.outputs)}"
     return refusal(lambda: of_any_tables(text).source)
@@ -286,6 +286,7 @@ def shown(text: str) -> str:
 
 def of_any_tables(text: str) -> Attend:
     """A spec's kernel as if all tables that it looks up held floats."""
+    text = relative.looked_up(text)
     axes = tables_in(AttendSpec.of(text))
     return Attend(text, " ".join(f"f{axes.get(n, 1)}" for n in range(max(axes, default=-1) + 1)))
 

@@ -16,6 +16,7 @@ from ...compiler.primitives.attend_spec import AttendSpec
 from ...compiler.primitives.operator import Groups
 from ...compiler.primitives.rows import repeat_heads
 from ...compiler.refusal import Refused
+from . import relative
 from .arguments import Arguments, index, kinds, looked_up, named, port
 from .attend import Attend, tables_in, why_not
 from .blocks import Blocks, forward_blocks, padded, smaller
@@ -43,6 +44,8 @@ def refuses(groups: Groups, text: str) -> str | None:
         return f"a head of {max(q.shape[-1], kv[1].shape[-1])}, at most {_MOST_D}"
     if any(t.numel() == 0 or t.numel() >= _MOST_TABLE for t in tables):
         return "a table without elements, or of more than 2 ** 31"
+    if relative.elements(groups, spec) >= _MOST_TABLE:
+        return "relative terms with more than 2 ** 31 products"
     if any(tables[int(rows[1:])].ndim > 3 for rows in spec.rows if rows):
         return "rows of keys of each query's own"
     if q.numel() == 0 or kv[1].shape[-1] == 0 or not all(k.shape[2] for k in kv[::2]):
@@ -84,6 +87,7 @@ def run(
     `shares`: among how many programs the keys of a block of rows are divided, 0: as the roofline has it.
     Blocks that a device has no room for become smaller; a device without room for the smallest runs the plain meaning.
     """
+    groups, text = relative.as_tables(groups, text)
     chosen = blocks or _blocks(groups, text)
     shares = shares or shares_of(groups, text, chosen, _rows(groups, text))
     for tried in (chosen, *smaller(chosen)):
