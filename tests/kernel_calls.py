@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from reattend.compiler.primitives.attend import Segment, Tiles
+from reattend.compiler.primitives.attend import Relative, Segment, Tiles
 from reattend.compiler.symbols import as_expr, build, table
 
 B, H, N, M, D, Dv = 2, 4, 97, 130, 24, 40
@@ -31,6 +31,7 @@ def whole(low: int, high: int, *sizes: int) -> Tensor:
 
 
 DOC, BIAS, SLOPE, LIMIT = whole(0, 3, B, M), drawn(H, M + N), drawn(H) / 9, whole(0, M, B, 1, N, 1)
+ROWS, LAST = drawn(H, N), 70 * drawn(N).abs()  # what a weight learns of each row, and the last key that it sees
 ATTENDS: dict[str, dict[str, Any]] = {
     "full": {},
     "causal": {"causal": True},
@@ -59,6 +60,13 @@ ATTENDS: dict[str, dict[str, Any]] = {
         "segments": [Segment(drawn(B, 4, 33, D), drawn(B, 4, 33, Dv), keep=lambda i, j: j < i % 7)],
         "causal": True,
     },
+    "a learned sink": {"sink": lambda h: table(SLOPE)[h] * 5, "causal": True},
+    "a learned weight": {
+        "weight": lambda s, h, i: torch.sigmoid(s + table(ROWS)[h, i]) + torch.relu(s) * table(SLOPE)[h],
+        "normaliser": "sum",
+        "sink": lambda h, i: table(ROWS)[h, i] + 1.0,
+        "keep": lambda i, j: j <= table(LAST)[i],
+    },
     "tiles": {"tiles": Tiles(whole(-1, 6, B, 1, 13, 3), 8, 24), "causal": True},
     "tiles of no whole vector": {"tiles": Tiles(whole(-1, 7, B, 1, 17, 3), 6, 20), "causal": True},
     "a table of heads": {"kv_heads": torch.tensor([0, 0, 1, 0])},
@@ -68,6 +76,20 @@ AFTERWARDS: dict[str, dict[str, Any]] = {  # what a weight becomes once it is no
     "a logarithm afterwards": {"weight": torch.exp, "normaliser": "none", "after": lambda w: torch.log(w + 1)},
     "an exponential afterwards": {"normaliser": "none", "after": lambda w: torch.exp(-w) * w},
     "scaled afterwards": {"after": lambda w, h: w * (h + 0.5), "causal": True},
+}
+RELATIVES: dict[str, dict[str, Any]] = {
+    "distances": {
+        "relative": [Relative(drawn(H, 21, D) / 5, lambda i, j: minimum(i - j + 10, 20))],
+        "causal": True,
+        "align": "end",
+    },
+    "distances of keys": {
+        "relative": [
+            Relative(drawn(1, 33, D) / 5, lambda i, j: j - i + 16, of="k"),
+            Relative(drawn(1, 9, D) / 5, lambda h, i, j: (i + j + h) % 9),
+        ],
+        "score": lambda s, r1: torch.tanh(s) + r1,
+    },
 }
 SCANS: dict[str, dict[str, Any]] = {
     "plain": {},

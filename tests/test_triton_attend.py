@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import triton_interpreter  # noqa: F401 (kernels run in Python)
-from kernel_calls import AFTERWARDS, ATTENDS, B, D, Dv, H, M, N, drawn, said, same, whole, wide
+from kernel_calls import AFTERWARDS, ATTENDS, RELATIVES, B, D, Dv, H, M, N, drawn, said, same, whole, wide
 from torch import Tensor
 
 from reattend.codegen.triton import launch, launch_gradient
@@ -21,7 +21,7 @@ from reattend.codegen.triton.arguments import kinds
 from reattend.codegen.triton.attend import Attend, why_not
 from reattend.codegen.triton.attend_gradient import why_no_gradient
 from reattend.compiler.primitives import attend as attend_front
-from reattend.compiler.primitives.attend import Segment, attend
+from reattend.compiler.primitives.attend import Segment, Tiles, attend
 from reattend.compiler.primitives.attend_meaning import attend_meaning
 from reattend.compiler.symbols import table
 
@@ -41,10 +41,10 @@ def tier(name: str) -> Any:
     return pytest.param(name, marks=pytest.mark.slow) if name == "tiles of no whole vector" else name
 
 
-@pytest.mark.parametrize("name", [tier(name) for name in (*ATTENDS, *AFTERWARDS)])
+@pytest.mark.parametrize("name", [tier(name) for name in (*ATTENDS, *AFTERWARDS, *RELATIVES)])
 def test_attend(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = drawn(B, H, N, D), drawn(B, M, 2, D).transpose(1, 2), drawn(B, 2, M, Dv)
-    groups, text = asked(monkeypatch, q, k, v, (ATTENDS | AFTERWARDS)[name])
+    groups, text = asked(monkeypatch, q, k, v, (ATTENDS | AFTERWARDS | RELATIVES)[name])
     same(launch.run(groups, text), attend_meaning(wide(groups), text), 4e-6)
 
 
@@ -60,26 +60,42 @@ def gradients_agree(groups: Any, text: str, tolerance: float) -> None:
     found = launch_gradient.gradients(groups, text, results, given, wanted)
     assert found is not None and len(found) == len(leaves)
     total = sum((torch.where(t.isfinite(), t, 0.0) * given[n].double()).sum() for n, t in enumerate(outputs))
-    same(list(found), list(torch.autograd.grad(total, leaves)), tolerance)  # type: ignore[arg-type]
+    expected = torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)
+    same(list(found), list(expected), tolerance)  # type: ignore[arg-type]
 
 
 LEARNED = ("causal at the end", "window", "softcap", "slopes", "documents", "relu squared", "sigmoid", "moved keys",
-           "rows without a key", "sink", "moved queries", "changed afterwards")  # fmt: skip
+           "rows without a key", "sink", "moved queries", "changed afterwards", "a learned sink",
+           "a learned weight", "distances", "distances of keys")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", LEARNED)
 def test_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = drawn(1, H, 40, D), drawn(1, 45, 2, D).transpose(1, 2), drawn(1, 2, 45, Dv)
     how = {key: (t[:1, :40] if t.shape[0] == B else t[:45]) if isinstance(t, Tensor) else t
-           for key, t in (ATTENDS | AFTERWARDS)[name].items()}  # fmt: skip
+           for key, t in (ATTENDS | AFTERWARDS | RELATIVES)[name].items()}  # fmt: skip
     gradients_agree(*asked(monkeypatch, q, k, v, how), 8e-6)
 
 
-@pytest.mark.parametrize("name", ["two segments", "gathered rows", "gathered by head", "a table of heads"])
-def test_gradients_of_parts(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("queries", "keys"), [(24, 40), (64, 96)])
+def test_gradients_of_listed_tiles(queries: int, keys: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles that a block holds, tiles of several blocks; some listed twice, by no one, or beyond the end."""
+    q, k, v = drawn(1, 2, 70, D), drawn(1, 1, 100, D), drawn(1, 1, 100, Dv)
+    listed = whole(-1, -(-100 // keys) + 1, 1, 2, -(-70 // queries), 2)
+    gradients_agree(*asked(monkeypatch, q, k, v, {"tiles": Tiles(listed, queries, keys), "causal": True}), 8e-6)
+
+
+PARTS = ("two segments", "two segments, a learned sink", "gathered rows", "gathered by head", "a table of heads")
+
+
+@pytest.mark.parametrize("names", PARTS)
+def test_gradients_of_parts(names: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Segments and gathered keys, each a call of its own under rows that are known."""
     q, k, v = drawn(B, H, 30, D), drawn(B, M, 2, D).transpose(1, 2), drawn(B, 2, M, Dv)
-    gradients_agree(*asked(monkeypatch, q, k, v, {"align": "end", **ATTENDS[name]}), 8e-6)
+    how: dict[str, Any] = {"align": "end"}
+    for name in names.split(", "):
+        how |= ATTENDS[name]
+    gradients_agree(*asked(monkeypatch, q, k, v, how), 8e-6)
 
 
 # --- combinations -----------------------------------------------------------------------------------------------------

@@ -11,10 +11,11 @@ from ...compiler.refusal import Refused
 from ...compiler.spans import Reached, Span, spans
 from ...compiler.symbol_text import parse
 from ...compiler.symbols import TRUE, Expr, as_expr
+from . import relative
 from .folding import Folding
 from .printer import triton_text
 from .skeleton import filled, text_of
-from .walking import Walk, walked
+from .walking import Walk, walked, walked_list
 
 SIZES = ("D", "DP", "E", "EP", "BM", "BN", "WIDE", "PRECISION")  # constants that a tile has from its block
 EVERYWHERE = (Reached(Span(as_expr(0), None)),)  # where positions are looked up, nothing is known of a tile
@@ -79,7 +80,12 @@ class Attend:
         found = [a for n in range(len(self.spec.segments)) for a in self.of_keys(n)]
         found += ["at_q", "at_q_b", "at_q_h", "at_q_n"] if self.spec.q_positions else []
         found += ["kv_heads"] if self.spec.kv_heads else []
-        return found + (["LIST", "COUNT", "list_b", "list_h", "LISTED", "TILES", "PARTS"] if self.spec.tiles else [])
+        return found + self.lists
+
+    @property
+    def lists(self) -> list[str]:
+        """Arguments of the tiles that are listed for each block."""
+        return ["LIST", "COUNT", "list_b", "list_h", "LISTED", "TILES", "PARTS"] if self.spec.tiles else []
 
     @property
     def values(self) -> bool:
@@ -201,10 +207,7 @@ class Attend:
     def walk(self, segment: int, calls: tuple[str, str]) -> Iterator[str]:
         """A block of rows past the tiles of one segment."""
         if self.spec.tiles and segment == 0:
-            yield "tile = b * list_b + h * list_h + first // TILES"
-            yield "for t in tl.range(0, tl.load(COUNT + tile) * PARTS, num_stages=STAGES):"
-            yield "    jt = tl.load(LIST + tile * LISTED + t // PARTS) * PARTS + t % PARTS"
-            yield f"    {calls[0]}"
+            yield from walked_list("jt", calls[0])
             return
         walk = Walk(str(segment), f"M{segment}", "BN", shared=self.shared).past(self._reached(segment))
         yield from walk.lines
@@ -269,9 +272,8 @@ def tables_in(spec: AttendSpec) -> dict[int, int]:
 def why_not(text: str) -> str | None:
     """Why the skeletons cannot say a spec, whatever the tensors; None where they can."""
     spec = AttendSpec.of(text)
-    for what, given in (("relative terms", spec.relative), ("a score for empty rows", spec.empty)):
-        if given:
-            return what
+    if spec.empty or relative.why_not(spec):
+        return relative.why_not(spec) or "a score for empty rows"
     if any(output not in ("o", "lse") for output in spec.outputs):
         return f"outputs {', '.join(spec.outputs)}"
     return refusal(lambda: of_any_tables(text).source)
@@ -284,6 +286,7 @@ def shown(text: str) -> str:
 
 def of_any_tables(text: str) -> Attend:
     """A spec's kernel as if all tables that it looks up held floats."""
+    text = relative.looked_up(text)
     axes = tables_in(AttendSpec.of(text))
     return Attend(text, " ".join(f"f{axes.get(n, 1)}" for n in range(max(axes, default=-1) + 1)))
 

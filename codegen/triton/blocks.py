@@ -61,3 +61,11 @@ def gradient_blocks(dim: int, values: int, bits: int, target: str = "cuda:90") -
         return Blocks(64, 64, 4 if widest <= 64 else 8, 2), Blocks(64, 64, 8, 2)
     rows = 64 if widest <= 64 else 32
     return Blocks(64, rows, 8, 2), Blocks(32, 64, 4 if widest <= 64 else 8, 2)
+
+
+def scanning_blocks(dim: int, values: int, bits: int, target: str = "cuda:90") -> tuple[Blocks, Blocks]:
+    """The same where sums run along the keys: more is held of each pair, and both know the same tiles of keys."""
+    queries, keys = gradient_blocks(dim, values, bits, target)
+    if bits == 32 or target.startswith("hip"):
+        return queries, replace(keys, keys=queries.keys)
+    return replace(queries, keys=32), replace(keys, keys=32)

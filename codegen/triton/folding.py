@@ -35,6 +35,8 @@ class Row:
     kept: Expr | None  # that number, from the settled values; None: none is needed
     weight: Expr  # of s and `kept`
     divided: bool  # whether the weights of a row were divided by their sum: then a gradient has a second term
+    virtual: Expr | None = None  # the score of one more key in that sum, whose value is 0
+    scan: Expr | None = None  # of s: what is summed from the last key on, up to and with this one, as X in the weight
 
     @property
     def slope(self) -> Expr:
@@ -274,18 +276,43 @@ class Folding:
     def row(self) -> Row:
         """exp(s - X) / D is exp(s - L), L = X + log(D); any other quotient keeps its divisor."""
         whole = self._expanded(self._values_weight)
+        if self.nest.scans:
+            return self._scanning(whole)
         if not self._divisors:
             return Row(None, whole, False)
         divisor = parse(self._divisors[0])
         if whole.op != "truediv" or whole.args[1].text != divisor.text:
             raise Refused(f"a gradient through {whole}", fits="weights that are divided last")
         over = whole.args[0]
+        virtual = self._virtual(over, divisor)
         if over.op == "exp":
             rest = build("sub", over.args[0], name("s"))
             if "s" not in rest.names:
                 kept = build("sub", build("log", divisor), rest)
-                return Row(kept, build("exp", build("sub", name("s"), name("L"))), True)
-        return Row(divisor, build("truediv", over, name("L")), True)
+                return Row(kept, build("exp", build("sub", name("s"), name("L"))), True, virtual)
+        return Row(divisor, build("truediv", over, name("L")), True, virtual)
+
+    def _scanning(self, whole: Expr) -> Row:
+        """A weight takes part in the gradients of all keys behind it; their sum is known where w shrinks as X grows."""
+        (scan,) = self.nest.scans
+        shrinks = build("mul", slope(whole, "X"), -1).text == whole.text
+        if not (scan.reverse and shrinks and self.powers) or self._divisors:
+            raise Refused(f"a gradient through {scan}", fits="exp(s - X), X from the last key on")
+        return Row(None, whole, False, scan=self._expanded(scan.expr))
+
+    def _virtual(self, weight: Expr, divisor: Expr) -> Expr | None:
+        """A leaf that enters the divisor as the score of a key does."""
+        by = self.nest.cascade.by_name
+        while inner := {w: by[w].expr for w in divisor.names if w in by and self._follows(by[w])}:
+            divisor = divisor.replace(inner)
+        found = [word for word in self.leaves if _terms(weight.replace({"s": name(word)})) <= _terms(divisor)]
+        if len(found) < len(self.leaves):
+            raise Refused(f"a gradient through {', '.join(self.leaves)}", fits="one more key in a sum")
+        return numbered(by[found[0]].expr) if found else None
+
+    def _follows(self, node: Node) -> bool:
+        """Whether a value of a row follows from others and puts no sum right."""
+        return node.kind == "map" and not (self._along(node) or self._is_leaf(node) or self._corrects(node.name))
 
     @property
     def kept(self) -> str:
@@ -299,10 +326,7 @@ class Folding:
             inner = {w: by[w].expr for w in e.names if w in by and self._along(by[w]) and w != self._product.name}
             if not inner:
                 return e.replace({self._product.name: name("s")})
-            scans = [w for w in inner if by[w].kind == "scan"]
-            if scans:
-                raise Refused(f"a gradient through {by[scans[0]]}", fits="weights of a score and its row")
-            e = e.replace(inner)
+            e = e.replace({w: name("X") if by[w].kind == "scan" else expr for w, expr in inner.items()})
 
     # --- names --------------------------------------------------------------------------------------------------------
 
@@ -346,6 +370,10 @@ def _bare(spec: AttendSpec) -> AttendSpec:
         sink=spec.sink,
         outputs=outputs,
     )
+
+
+def _terms(e: Expr) -> set[str]:
+    return {t.text for t in (e.args if e.op == "add" else (e,))}
 
 
 def _without(e: Expr, divisors: tuple[str, ...]) -> Expr:

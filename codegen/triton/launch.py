@@ -16,6 +16,7 @@ from ...compiler.primitives.attend_spec import AttendSpec
 from ...compiler.primitives.operator import Groups
 from ...compiler.primitives.rows import repeat_heads
 from ...compiler.refusal import Refused
+from . import relative
 from .arguments import Arguments, index, kinds, looked_up, named, port
 from .attend import Attend, tables_in, why_not
 from .blocks import Blocks, forward_blocks, padded, smaller
@@ -43,6 +44,8 @@ def refuses(groups: Groups, text: str) -> str | None:
         return f"a head of {max(q.shape[-1], kv[1].shape[-1])}, at most {_MOST_D}"
     if any(t.numel() == 0 or t.numel() >= _MOST_TABLE for t in tables):
         return "a table without elements, or of more than 2 ** 31"
+    if relative.elements(groups, spec) >= _MOST_TABLE:
+        return "relative terms with more than 2 ** 31 products"
     if any(tables[int(rows[1:])].ndim > 3 for rows in spec.rows if rows):
         return "rows of keys of each query's own"
     if q.numel() == 0 or kv[1].shape[-1] == 0 or not all(k.shape[2] for k in kv[::2]):
@@ -84,6 +87,7 @@ def run(
     `shares`: among how many programs the keys of a block of rows are divided, 0: as the roofline has it.
     Blocks that a device has no room for become smaller; a device without room for the smallest runs the plain meaning.
     """
+    groups, text = relative.as_tables(groups, text)
     chosen = blocks or _blocks(groups, text)
     shares = shares or shares_of(groups, text, chosen, _rows(groups, text))
     for tried in (chosen, *smaller(chosen)):
@@ -112,7 +116,7 @@ def _run(groups: Groups, text: str, keeps: bool, blocks: Blocks, shares: int) ->
     spec = AttendSpec.of(text)
     kernel = Attend(text, kinds(tables), _packs(spec, groups), keeps)
     heads, group = q.shape[1], q.shape[1] // kv[0].shape[1] if not spec.kv_heads else 1
-    step, parts, wide, blocks = _steps(spec, blocks)
+    step, parts, wide, blocks = steps(spec.tiles, blocks)
     made = _results(kernel, q, kv[1])
     given: Arguments = {**port("Q", q), "H": heads, "N": q.shape[2]} | ({"G": group} if kernel.packed else {})
     for number, (k, v) in enumerate(zip(kv[::2], kv[1::2], strict=True)):
@@ -142,11 +146,11 @@ def _packs(spec: AttendSpec, groups: Groups) -> bool:
     return q.shape[1] > kv[0].shape[1] and all(count in (1, kv[0].shape[1]) for count in heads)
 
 
-def _steps(spec: AttendSpec, blocks: Blocks) -> tuple[int, int, int, Blocks]:
+def steps(tiles: tuple[str, int, int] | tuple[()], blocks: Blocks) -> tuple[int, int, int, Blocks]:
     """Rows from one block to the next, blocks of keys in a listed tile, keys from one to the next, the blocks."""
-    if not spec.tiles:
+    if not tiles:
         return blocks.rows, 1, blocks.keys, blocks
-    _, queries, keys = spec.tiles
+    _, queries, keys = tiles
     (rows, parts_q), (wide, parts) = _block(queries, blocks.rows) or (0, 0), _block(keys, blocks.keys) or (0, 0)
     fitted = replace(blocks, rows=rows, keys=wide)
     return (
@@ -198,13 +202,29 @@ def _placed(spec: AttendSpec, q: Tensor, kv: Any, tables: Any, parts: int) -> Ar
         given |= index("at_q", tables[spec.q_positions])
     if spec.kv_heads:
         given["kv_heads"] = tables[spec.kv_heads]
-    if spec.tiles:
-        table, queries, keys = spec.tiles
-        lists, counts = _in_order(tables[table], -(-kv[0].shape[2] // keys))
-        steps = [0 if size == 1 else step for size, step in zip(counts.shape, counts.stride(), strict=True)]
-        given |= {"LIST": lists, "COUNT": counts, "list_b": steps[0], "list_h": steps[1], "TILES": queries}
-        given |= {"LISTED": lists.shape[-1], "PARTS": parts}
-    return given
+    return given | listing(spec, tables, kv[0].shape[2], parts)
+
+
+def listing(spec: AttendSpec, tables: Any, keys: int, parts: int, *, turned: bool = False) -> Arguments:
+    """The tiles of keys that are listed for each tile of queries; `turned`: those of queries, for each tile of keys."""
+    if not spec.tiles:
+        return {}
+    name, rows, width = spec.tiles
+    table, tiles = tables[name], -(-keys // width)
+    if turned:
+        table, tiles, rows = _turned(table, tiles), table.shape[2], width
+    lists, counts = _in_order(table, tiles)
+    steps = [0 if size == 1 else step for size, step in zip(counts.shape, counts.stride(), strict=True)]
+    given: Arguments = {"LIST": lists, "COUNT": counts, "list_b": steps[0], "list_h": steps[1], "TILES": rows}
+    return given | {"LISTED": lists.shape[-1], "PARTS": parts}
+
+
+def _turned(table: Tensor, tiles: int) -> Tensor:
+    """For each of so many tiles of keys, the tiles of queries whose list has it."""
+    listed = torch.where((table >= 0) & (table < tiles), table, tiles)
+    seen = torch.zeros(*table.shape[:3], tiles + 1, dtype=torch.bool, device=table.device)
+    seen = seen.scatter(-1, listed.long(), torch.ones_like(listed, dtype=torch.bool))[..., :tiles]
+    return torch.where(seen.mT, torch.arange(table.shape[2], device=table.device), -1)
 
 
 def _in_order(table: Tensor, tiles: int) -> tuple[Tensor, Tensor]:

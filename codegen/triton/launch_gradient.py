@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from ...compiler.primitives.attend_spec import AttendSpec
 from ...compiler.primitives.operator import Groups
-from . import launch
+from . import launch, relative
 from .arguments import Arguments, index, kinds, looked_up, named, port
 from .attend import Attend, tables_in
 from .attend_gradient import Gradient, why_no_gradient
-from .blocks import Blocks, gradient_blocks, padded
+from .blocks import Blocks, gradient_blocks, padded, scanning_blocks
 from .launching import TooLargeError, launched, precision, target
 from .parts import parts
 
@@ -25,6 +25,8 @@ def gradients(
     """Gradients from those of o and lse; None where the kernels cannot give what is wanted."""
     (q,), kv, tables = groups
     spec = AttendSpec.of(text)
+    if spec.relative:
+        return _through_products(groups, text, results, given, wanted)
     first_table = 1 + len(kv)
     learned = tuple(k - first_table for k in wanted if k >= first_table)
     kernel = Attend(text, kinds(tables))
@@ -46,19 +48,56 @@ def gradients(
     return [found[n].sum_to_size(shapes[n]) for n in wanted]
 
 
+def _through_products(
+    groups: Groups, text: str, results: Sequence[Tensor], given: Mapping[int, Tensor], wanted: Sequence[int]
+) -> Sequence[Tensor | None] | None:
+    """Relative terms are products that a table holds: their gradients go on to what was multiplied."""
+    tensors = [t for group in groups for t in group]
+    count = len(AttendSpec.of(text).relative)
+    if launch.refuses(groups, text):
+        return None
+    asked = [*wanted, *range(len(tensors), len(tensors) + count)]
+    found = gradients(*relative.as_tables(groups, text), results, given, asked)
+    if found is None:
+        return None
+    of_products = {n: g for n, g in enumerate(found[len(wanted) :]) if g is not None}
+    more = relative.passed_on(groups, text, of_products)
+    own = [g if g is not None else torch.zeros_like(tensors[n]) for n, g in zip(wanted, found)]
+    return [g + more[n] if n in more else g for n, g in zip(wanted, own)]
+
+
 def _summed(
     groups: Groups, text: str, rows: tuple[Tensor, Tensor], go: Tensor | None, learned: tuple[int, ...]
 ) -> dict[int, Tensor]:
     """The gradients of q, of every k and v, and of the learned tables, over all segments."""
+    (q,), kv, tables = groups
     found: dict[int, Tensor] = {}
-    first_table = 1 + len(groups[1])
-    for number, part in enumerate(parts(groups, text)):
-        kernel = Attend(part.text, kinds(part.groups[2]))
-        dq, dk, dv, *of_tables = _launched(part.groups, Gradient(kernel, learned), rows, go)
+    first_table = 1 + len(kv)
+    own = list(enumerate(parts(groups, text)))
+    calls = [_Call(part.groups, Gradient(Attend(part.text, kinds(part.groups[2])), learned), go) for _, part in own]
+    runs: Arguments = {}
+    if calls[0].gradient.scans:  # from the last key of the last segment on
+        rows, runs = _totals(calls, rows), _begun(q)
+    for (number, part), call in reversed(list(zip(own, calls))):
+        dq, of_tables, edges = call.over_queries(rows, runs)
+        dk, dv = call.over_keys(rows, edges)
         found |= {1 + 2 * number: part.back(dk), 2 + 2 * number: part.back(dv)}
-        for n, gradient in ((0, dq), *((first_table + n, t) for n, t in zip(learned, of_tables))):
+        for n, gradient in ((0, dq), *((first_table + n, t) for n, t in of_tables.items())):
             found[n] = found[n] + gradient if n in found else gradient
     return found
+
+
+def _begun(q: Tensor) -> Arguments:
+    return {name: torch.zeros(q.shape[:3], device=q.device) for name in ("RUN_X", "RUN_R")}
+
+
+def _totals(calls: Sequence[_Call], rows: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """delta as a first pass over the keys sums it up: o . do, of weights that met values in fewer bits, is not near
+    enough where what later keys have of it is taken away."""
+    runs = _begun(calls[0].groups[0][0])
+    for call in reversed(calls):
+        replace(call, gradient=replace(call.gradient, learned=())).over_queries(rows, runs)
+    return rows[0], runs["RUN_R"]
 
 
 def _rows(
@@ -75,25 +114,73 @@ def _rows(
     return launch.run(groups, alone.text, keeps=True)[-1], delta.contiguous()
 
 
-def _launched(groups: Groups, gradient: Gradient, rows: tuple[Tensor, Tensor], go: Tensor | None) -> list[Tensor]:
-    """dq, dk, dv and the gradients of learned tables, of a plain call."""
-    (q,), (k, v), tables = groups
-    heads, batch = k.shape[1], q.shape[0]
-    go = q.new_zeros(*q.shape[:3], v.shape[-1]) if go is None else go.to(q.dtype)
-    dq, dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (q, k, v))
-    of_tables = {n: torch.zeros(tables[n].shape, device=q.device) for n in gradient.learned}
-    base = _base(groups, gradient, go, rows)
-    over_queries, over_keys = gradient_blocks(q.shape[-1], v.shape[-1], q.element_size() * 8, target(q))
-    own: Arguments = {"DQ": dq, "G0": q.shape[1] // heads, "STEP": over_queries.rows, "WIDE": over_queries.keys}
-    for n in sorted({looked.number for looked in gradient.lookups}):
-        own |= {f"d{n}": of_tables[n]} | {f"d{n}_step{axis}": step for axis, step in enumerate(of_tables[n].stride())}
-    own |= _placed(groups, gradient, "at_q", "at_k0", of_keys=False)
-    programs = (-(-q.shape[2] // over_queries.rows), batch * q.shape[1])
-    launched(gradient.source, "back_queries", programs, base | own | _sizes(over_queries))
-    own = {"DK": dk, "DV": dv, "G": q.shape[1] // heads, **_placed(groups, gradient, "at_q0", "at_k0", of_keys=True)}
-    programs = (-(-k.shape[2] // over_keys.keys), batch * heads)
-    launched(gradient.source_of_keys, "back_keys", programs, base | own | _sizes(over_keys))
-    return [dq, dk, dv, *of_tables.values()]
+@dataclass(frozen=True)
+class _Call:
+    """A plain call: one segment, keys in order, under the gradient of o."""
+
+    groups: Groups
+    gradient: Gradient
+    go: Tensor | None
+
+    def over_queries(self, rows: tuple[Tensor, Tensor], runs: Arguments) -> tuple[Tensor, dict[int, Tensor], Arguments]:
+        """dq, the gradients of learned tables, and what keys have come to at the end of every tile."""
+        (q,), (k, _), tables = self.groups
+        gradient, spec = self.gradient, self.gradient.of.spec
+        dq = torch.empty_like(q, memory_format=torch.contiguous_format)
+        of_tables = {n: torch.zeros(tables[n].shape, device=q.device) for n in gradient.learned}
+        step, parts_, wide, blocks = launch.steps(spec.tiles, self.blocks[0])
+        own: Arguments = {"DQ": dq, "G0": q.shape[1] // k.shape[1], "STEP": step, "WIDE": wide}
+        for n in sorted({looked.number for looked in gradient.lookups}):
+            own |= {f"d{n}": of_tables[n]}
+            own |= {f"d{n}_step{axis}": move for axis, move in enumerate(of_tables[n].stride())}
+        edges: Arguments = {}
+        if gradient.scans:
+            count = -(-k.shape[2] // wide)
+            edges = {name: q.new_zeros(*q.shape[:3], count, dtype=torch.float32) for name in ("EDGE_X", "EDGE_R")}
+            edges["EDGES"] = count
+        own |= runs | edges | launch.listing(spec, named(self.groups), k.shape[2], parts_)
+        own |= _placed(self.groups, gradient, "at_q", "at_k0", of_keys=False)
+        programs = (-(-q.shape[2] // step), q.shape[0] * q.shape[1])
+        launched(gradient.source, "back_queries", programs, self._base(rows) | own | _sizes(blocks))
+        return dq, of_tables, edges
+
+    def over_keys(self, rows: tuple[Tensor, Tensor], edges: Arguments) -> list[Tensor]:
+        """dk and dv."""
+        (q,), (k, v), _ = self.groups
+        gradient, spec = self.gradient, self.gradient.of.spec
+        dk, dv = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (k, v))
+        wide, parts_, step, blocks = _steps_of_keys(spec, self.blocks[1])
+        own: Arguments = {"DK": dk, "DV": dv, "G": q.shape[1] // k.shape[1], "STEP": step, "WIDE": wide}
+        own |= edges | launch.listing(spec, named(self.groups), k.shape[2], parts_, turned=True)
+        own |= _placed(self.groups, gradient, "at_q0", "at_k0", of_keys=True)
+        programs = (-(-k.shape[2] // step), q.shape[0] * k.shape[1])
+        launched(gradient.source_of_keys, "back_keys", programs, self._base(rows) | own | _sizes(blocks))
+        return [dk, dv]
+
+    @property
+    def blocks(self) -> tuple[Blocks, Blocks]:
+        """Of the pass over queries and of that over keys; what is kept at the end of a tile is read at the same one."""
+        (q,), (_, v), _ = self.groups
+        sizes = q.shape[-1], v.shape[-1], q.element_size() * 8, target(q)
+        return scanning_blocks(*sizes) if self.gradient.scans else gradient_blocks(*sizes)
+
+    def _base(self, rows: tuple[Tensor, Tensor]) -> Arguments:
+        (q,), (k, v), tables = self.groups
+        go = q.new_zeros(*q.shape[:3], v.shape[-1]) if self.go is None else self.go.to(q.dtype)
+        given: Arguments = {**port("Q", q), **port("K0", k), **port("V0", v), **port("GO", go)}
+        given |= {"KEPT": rows[0], "DELTA": rows[1], "H": q.shape[1], "N": q.shape[2], "M0": k.shape[2]}
+        given["shift"] = k.shape[2] - q.shape[2] if self.gradient.of.spec.align == "end" else 0
+        for number in tables_in(self.gradient.of.spec):
+            given |= looked_up(number, tables[number])
+        given |= {"D": q.shape[-1], "DP": padded(q.shape[-1]), "E": v.shape[-1], "EP": padded(v.shape[-1])}
+        return given | {"PRECISION": precision(q)}
+
+
+def _steps_of_keys(spec: AttendSpec, blocks: Blocks) -> tuple[int, int, int, Blocks]:
+    """Rows from one tile to the next, tiles of rows in a listed one, keys from one block to the next, the blocks."""
+    tiles = (spec.tiles[0], spec.tiles[2], spec.tiles[1]) if spec.tiles else ()
+    step, parts_, wide, fitted = launch.steps(tiles, replace(blocks, rows=blocks.keys, keys=blocks.rows))
+    return wide, parts_, step, replace(fitted, rows=fitted.keys, keys=fitted.rows)
 
 
 def _placed(groups: Groups, gradient: Gradient, queries: str, keys: str, *, of_keys: bool) -> Arguments:
@@ -112,14 +199,3 @@ def _placed(groups: Groups, gradient: Gradient, queries: str, keys: str, *, of_k
 def _sizes(blocks: Blocks) -> Arguments:
     return {"BM": blocks.rows, "BN": blocks.keys, "STAGES": blocks.stages, "num_warps": blocks.warps,
             "num_stages": blocks.stages}  # fmt: skip
-
-
-def _base(groups: Groups, gradient: Gradient, go: Tensor, rows: tuple[Tensor, Tensor]) -> Arguments:
-    (q,), (k, v), tables = groups
-    given: Arguments = {**port("Q", q), **port("K0", k), **port("V0", v), **port("GO", go)}
-    given |= {"KEPT": rows[0], "DELTA": rows[1], "H": q.shape[1], "N": q.shape[2], "M0": k.shape[2]}
-    given["shift"] = k.shape[2] - q.shape[2] if gradient.of.spec.align == "end" else 0
-    for number in tables_in(gradient.of.spec):
-        given |= looked_up(number, tables[number])
-    given |= {"D": q.shape[-1], "DP": padded(q.shape[-1]), "E": v.shape[-1], "EP": padded(v.shape[-1])}
-    return given | {"PRECISION": precision(q)}

@@ -58,7 +58,7 @@ class _Segment:
         if gathers:
             k, v, keep, places, back = self._gathered(k, v, keep, places, back)
         alone = replace(self.spec, keep=keep, score=score, k_positions=places, more=(), rows=(), kv_heads="",
-                        outputs=("o",))  # fmt: skip
+                        sink="" if self.number else self.spec.sink, outputs=("o",))  # fmt: skip
         if (gathers or self.number) and self.spec.align == "end" and not self.spec.q_positions:
             n = self.q.shape[2]  # these keys do not say where the last query stands
             stand = self._table(torch.arange(n, device=self.q.device) + self.keys - n)

@@ -18,7 +18,12 @@ from ...compiler.symbols import INTEGER_NAMES, Expr, as_expr, build
 _COMPARE = {"le": "<=", "lt": "<", "eq": "==", "ne": "!="}
 _CALLS = ("log", "tanh", "softplus", "relu", "elu", "sqrt", "floor", "sin", "cos", "exp", "exp2", "sigmoid")
 _OWN = frozenset({"tanh", "softplus", "relu", "elu"})  # functions that stand in front of the skeletons
-_IN_POWERS = {"exp": "tl.exp2", "log": "tl.log2", "softplus": "softplus2"}  # where scores are in powers of two
+_IN_POWERS = {
+    "exp": "tl.exp2",
+    "log": "tl.log2",
+    "softplus": "softplus2",
+    "sigmoid": "sigmoid2",
+}  # where scores are in powers of two
 _LARGEST_POWER = 8  # that is written as products
 
 

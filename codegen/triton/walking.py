@@ -86,6 +86,14 @@ class Walk:
         return text if guard.text == TRUE.text else f"tl.where({triton_text(guard, 'b', {'M': 'M0'})}, {text}, 0)"
 
 
+def walked_list(at: str, call: str) -> Iterator[str]:
+    """The loop over the tiles that are listed for a block, each in PARTS."""
+    yield "tile_ = b * list_b + h * list_h + first // TILES"
+    yield "for t in tl.range(0, tl.load(COUNT + tile_) * PARTS, num_stages=STAGES):"
+    yield f"    {at} = tl.load(LIST + tile_ * LISTED + t // PARTS) * PARTS + t % PARTS"
+    yield f"    {call}"
+
+
 def walked(loops: Sequence[Loop], at: str, calls: tuple[str, str], *, backwards: bool = False) -> Iterator[str]:
     """The loops as text; `calls`: what is done with a tile that is cut, with one that is whole."""
     for loop in reversed(loops) if backwards else loops:

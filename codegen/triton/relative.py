@@ -1,0 +1,94 @@
+"""Relative terms as tables: the products of all rows with R once, in torch, and a lookup of them in the score.
+
+    q_i . R[index(i, j)]  is  T[b, h, n, index]  with  T = q R^T  (B, H, N, L), n the row that stands at position i
+
+T grows with the rows of R: of clipped distances they are few. Its gradient is that of a learned table, and goes on from
+there to q (or k) and to R.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from ...compiler.primitives.attend_spec import AttendSpec
+from ...compiler.primitives.operator import Groups
+from ...compiler.primitives.rows import repeat_heads
+from ...compiler.symbol_text import parse
+from ...compiler.symbols import Expr, build, name
+
+
+def why_not(spec: AttendSpec) -> str | None:
+    """Why relative terms of a spec cannot be looked up; None where they can, or there are none."""
+    if not spec.relative:
+        return None
+    if spec.more or any(spec.rows) or spec.q_positions or spec.k_positions or spec.kv_heads:
+        return "relative terms beside segments, gathered rows, positions or a table of heads"
+    if spec.after and any(word.startswith("r") for word in parse(spec.after).names):
+        return "relative terms in what a weight becomes afterwards"
+    return None
+
+
+@lru_cache(maxsize=1024)
+def looked_up(text: str, first: int | None = None) -> str:
+    """The spec with lookups for its relative terms, of tables from `first` on; None: behind those that it names."""
+    spec = AttendSpec.of(text)
+    if not spec.relative:
+        return text
+    if first is None:
+        first = 1 + max(int(number) for number in re.findall(r"\bt(\d+)\b", text))
+    row = name("i") if spec.align == "start" else build("add", name("i"), name("N"), build("mul", name("M"), -1))
+    terms = {}
+    for number, (_, index, side) in enumerate(spec.relative):
+        of = row if side == "q" else name("j")
+        terms[f"r{number}"] = Expr("lookup", (f"t{first + number}", name("b"), name("h"), of, parse(index)))
+    return replace(spec, score=parse(spec.score).replace(terms).text, relative=()).text
+
+
+def as_tables(groups: Groups, text: str) -> tuple[Groups, str]:
+    """The call with these products as tables behind its own."""
+    spec = AttendSpec.of(text)
+    if not spec.relative:
+        return groups, text
+    (q,), kv, tables = groups
+    return [[q], list(kv), [*tables, *_products(q, kv[0], tables, spec)]], looked_up(text, len(tables))
+
+
+def _products(q: Tensor, k: Tensor, tables: object, spec: AttendSpec) -> list[Tensor]:
+    found = []
+    for table, _, side in spec.relative:
+        R = tables[int(table[1:])].float()  # type: ignore[index]
+        rows = q if side == "q" else repeat_heads(k.expand(q.shape[0], *k.shape[1:]), q)
+        found.append(torch.matmul(rows.float(), R.mT))
+    return found
+
+
+def elements(groups: Groups, spec: AttendSpec) -> int:
+    """Of the largest of these tables."""
+    (q,), kv, tables = groups
+    rows = {"q": q.shape[2], "k": kv[0].shape[2]}
+    sizes = [q.shape[0] * q.shape[1] * rows[side] * tables[int(t[1:])].shape[1] for t, _, side in spec.relative]
+    return max(sizes, default=0)
+
+
+def passed_on(groups: Groups, text: str, of_products: Mapping[int, Tensor]) -> dict[int, Tensor]:
+    """From the gradients of the products, by number, to those of q, k and every R, by their place in the call."""
+    (q,), kv, tables = groups
+    found: dict[int, Tensor] = {}
+    for number, (table, _, side) in enumerate(AttendSpec.of(text).relative):
+        g, at = of_products[number], int(table[1:])
+        R = tables[at].float()
+        rows = q if side == "q" else repeat_heads(kv[0].expand(q.shape[0], *kv[0].shape[1:]), q)
+        shares = {1 + len(kv) + at: torch.matmul(g.mT, rows.float()).sum(0).sum_to_size(R.shape)}
+        back = torch.matmul(g, R)  # (B, H, N or M, D)
+        if side == "k":
+            back = back.unflatten(1, (kv[0].shape[1], -1)).sum(2).sum_to_size(kv[0].shape)
+        shares[0 if side == "q" else 1] = back
+        for place, share in shares.items():
+            found[place] = found[place] + share if place in found else share
+    return found
