@@ -441,7 +441,7 @@ def _islands(
     try:
         return capture_islands(model, args, kwargs, lambda captured: bool(raise_sites(captured.graph).nodes))
     except Refused as none:
-        raise Refused(f"{whole.found}; {none.found}", where=whole.where, fits=whole.fits) from None
+        raise Refused(f"{whole.found}; {none.found} ({none.fits})", where=whole.where, fits=whole.fits) from None
 
 
 def _in_islands(
