@@ -177,7 +177,10 @@ def asks(row: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     same(launch.run(groups, text), attend_meaning(wide(groups), text), 2e-2 if rounded else 5e-6)
     learned = tuple(n for n, t in enumerate(groups[2]) if t.is_floating_point())
     if why_no_gradient(Attend(text, kinds(groups[2])), learned) is None:
-        gradients_agree(groups, text, 4e-2 if rounded else 2e-5)
+        # of far keys little is left once what later ones have is taken from delta: each score's gradient is wrong by
+        # delta * 2 ** -24, and a slope's sums that over all pairs, times their distances
+        summed = normaliser == "stick" and score == "slopes"
+        gradients_agree(groups, text, 4e-2 if rounded else 3e-4 if summed else 2e-5)
 
 
 PAIRS = list(combinations())

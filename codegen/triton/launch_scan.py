@@ -140,13 +140,12 @@ def _sizes(kernel: Scan, D: int, E: int, bits: int, on: str) -> Arguments:
     """Rows of a chunk and channels of a block: what a program's registers hold beside the state."""
     deep = padded(D)
     kind, _, number = on.partition(":")
-    rows = 32 if kind == "hip" or deep > 128 else 64
-    if (kernel.sum and deep > 64) or (deep > 128 and on == "cuda:90"):  # one more sum of each row
-        rows = min(rows, 32 if deep <= 128 else 16)
+    rows = 32 if kind == "hip" or deep > 128 or (kernel.sum and deep > 64) else 64
+    if deep > 128 and (kind == "hip" or on == "cuda:90"):
+        rows = 16
     if kernel.decay == "channels":
         rows = 32 if deep <= 64 else 16
-    wide = 64 if deep <= 64 and not (kind == "cuda" and int(number) < 90) else 32
-    wide = 32 if kernel.sum else wide
+    wide = 64 if deep <= 64 and not kernel.sum and not (kind == "cuda" and int(number) < 90) else 32
     stages = 2 if bits == 16 and deep <= 64 else 1
     return {"T": rows, "BE": min(padded(E), wide), "STAGES": stages, "num_stages": stages,
             "num_warps": 8 if deep >= 64 else 4}  # fmt: skip
