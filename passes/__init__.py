@@ -21,6 +21,8 @@ from .linear import rat as rat
 from .linear import slab as slab
 from .mixers import poolformer as poolformer
 from .mixers import titans as titans
+from .modules import cpe as cpe
+from .modules import lcm as lcm
 from .quant import qserve as qserve
 from .quant import reorder as reorder
 from .quant import rotate as rotate

@@ -57,6 +57,25 @@ def test_blocks_of_any_length() -> None:
         assert close(got[b : b + 1], written_out(*(t[b : b + 1] for t in (q, k, v)), ends))
 
 
+@pytest.mark.parametrize(("size", "n", "kv", "top_k"), [(3, 11, 4, 1), (2, 9, 2, 2), (4, 16, 1, 1), (3, 12, 4, 9)])
+def test_one_set_of_blocks_for_a_block_of_queries(size: int, n: int, kv: int, top_k: int) -> None:
+    q, k, v = problem(n, kv_heads=kv)
+    how = {"block_size": size, "top_k": top_k, "retrieve_per": "head_max_over_tokens"}
+    got = attention(q, k, v, "landmark", causal=True, **how)
+    K, V = (t.repeat_interleave(4 // kv, 1) for t in (k, v))
+    for b in range(2):
+        for h in range(4):
+            for a in range(-(-n // size)):
+                rows = range(a * size, min((a + 1) * size, n))
+                ends = [c * size + size - 1 for c in range(a)]
+                shares = torch.stack([torch.softmax(K[b, h, ends] @ q[b, h, i] * 8**-0.5, 0) for i in rows])
+                best = sorted(range(a), key=lambda c, s=shares: -float(s[:, c].max()))[:top_k]  # type: ignore[misc]
+                seen = [j for c in sorted(best) for j in range(c * size, (c + 1) * size)] + list(rows)
+                marks = [j for j, at in enumerate(seen) if at % size == size - 1]
+                short = (t[b : b + 1, h : h + 1, seen] for t in (q, K, V))
+                assert close(got[b, h, rows], written_out(*short, marks)[0, 0, -len(rows) :])
+
+
 def test_a_landmark_that_scores_as_its_block_gives_dense_attention() -> None:
     """Where z_lm = logsumexp of the block's scores, the two softmaxes are one over all ordinary tokens."""
     q, k, v = (t.double() for t in problem(12, heads=1, batch=1))

@@ -115,3 +115,13 @@ def test_in_a_llama_it_runs_and_passes_gradients_on() -> None:
     assert torch.allclose(logits[1:, 3:], alone, atol=1e-5)
     logits.square().mean().backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for n, p in fast.named_parameters() if "q_proj" in n)
+
+
+@pytest.mark.parametrize(("n", "m"), [(9, 5), (5, 9)])
+def test_across_two_sequences_every_row_has_its_own_mean(n: int, m: int) -> None:
+    q, k, v = problem(n, m)
+    cosines = torch.nn.functional.normalize(q, dim=-1) @ torch.nn.functional.normalize(k, dim=-1).mT
+    s = torch.nn.functional.softplus(math.log(8) * math.log(m) * cosines)
+    above = torch.relu(s * m / s.sum(-1, keepdim=True) - 1) ** 3
+    expected = above / above.sum(-1, keepdim=True) @ v
+    assert torch.allclose(attention(q, k, v, "lssar", p=3, eps=0.0), expected, atol=1e-5)

@@ -77,6 +77,14 @@ def test_gates_from_the_hidden_state() -> None:
     assert torch.allclose(from_x, given, atol=1e-10)
 
 
+def test_grouped_keys_of_a_model_serve_the_heads_that_they_served() -> None:
+    q, k, v = problem(8, heads=6, kv_heads=2)
+    wide = torch.full((2, 6, 8, 8), 60.0)
+    how = {"ports": {"g": -wide, "z": wide}, "params": {"gate_bias": torch.zeros(48)}, "rope_base": 0.0}
+    got = attention(q, k, v, "rat", causal=True, chunk_size=1, **how)
+    assert torch.allclose(got, attention(q, k, v, "softmax", causal=True), atol=1e-6)
+
+
 def test_the_sites_own_rotation_is_taken_off() -> None:
     q, k, v = problem(7)
     ports = {"g": torch.randn_like(v), "z": torch.randn_like(v)}

@@ -134,6 +134,21 @@ def test_the_switch_loss_and_the_order_of_experts() -> None:
     assert torch.allclose(layer(x), y, atol=1e-6), "experts in another order"
 
 
+def test_the_last_experts_are_drawn_while_it_trains() -> None:
+    knobs = {"num_experts": 3, "heads_per_expert": 1, "att_hidden": 4, "gate_type": "linear", "sample_topk": 1}
+    layer, x = module("stickbreaking_moa", dim=12, causal=True, **knobs), hidden(1, width=12, batch=1)
+    sampled = {tuple(layer.train()(x)[0, 0].tolist()) for _ in range(40)}
+    plain = layer.eval()(x)[0, 0]
+    assert len(sampled) == 2, "the best expert and either of the others"
+    assert any(torch.allclose(torch.tensor(one), plain, atol=1e-6) for one in sampled)
+
+
+def test_padding_counts_in_no_expert() -> None:
+    layer = module("stickbreaking_moa", dim=12, causal=True, num_experts=3, heads_per_expert=1, att_hidden=4)
+    seen = torch.tensor([[True, True, False]])
+    assert not layer(hidden(3, width=12, batch=1), key_padding=seen)[0, 2].any()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "recipe",

@@ -12,6 +12,7 @@ from torch.nn.functional import normalize, one_hot
 
 from ...compiler.functional import attention
 from ...compiler.mechanism import Limit, Mechanism, register
+from ...compiler.on_grid import off_grid
 from ...compiler.primitives.attend import attend
 from ...compiler.problem import problem
 from ...compiler.refusal import Refused
@@ -53,9 +54,8 @@ class AgentSD(Mechanism):
     def fits(self, site: Site) -> str | None:
         if site.causal:
             return f"agent_sd is noncausal, this site is {site.pattern}"
-        if site.self_attention and "agents" not in site.ports and (site.grid is None or site.grid.prefix):
-            return "agent_sd merges tokens of a grid without prefix tokens, this site has none"
-        return None
+        made_here = site.self_attention and "agents" not in site.ports
+        return off_grid(site, "agent_sd", prefix=False) if made_here else None
 
     def forward(  # type: ignore[override]
         self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor, agents: Tensor | None = None, x: Tensor | None = None

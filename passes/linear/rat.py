@@ -41,7 +41,8 @@ class RAT(Mechanism):
     Ports g and z (B, H, N, D) are the paper's projections; without them g_proj, z_proj (H * D, C) and z_bias make them
     from x. gate_bias starts at -6 and z_bias at 4, which carries little on and lets all through: softmax over every
     chunk_size-th key, the closest there is (from scratch gate_bias is log u, u uniform in 1 .. chunk_size - 1).
-    q and k may have fewer heads than v, the paper's ngroups: head h has those of group h % ngroups.
+    q and k may have fewer heads than v, the paper's ngroups: head h has those of group h % ngroups. Where k and v alone
+    have fewer, as in a llama, each serves the run of heads that it served.
     rope_base: q and k~ are rotated by the number of their chunk; the site's own rotation is taken off where it is
     known. 0: no rotation here.
     """
@@ -101,7 +102,9 @@ class RAT(Mechanism):
         narrow, heads = v.dtype, site.heads
         if self.rope_base and q_nope is not None and k_nope is not None:
             q, k = q_nope, k_nope
-        q, k, v = _tiled(widened(q), heads), _tiled(widened(k), heads), repeat_heads(widened(v), q)
+        shared = q.shape[1] < heads  # the paper's groups; a model's own grouped keys serve runs of heads
+        q, k, v = _tiled(widened(q), heads), widened(k), widened(v)
+        k, v = _tiled(k, heads) if shared else repeat_heads(k, q), repeat_heads(v, q)
         opened, forget = _gate(z, x, p, "z", heads), _gate(g, x, p, "g", heads)
         forget = torch.sigmoid(forget + widened(p.gate_bias).view(heads, 1, -1))
         count = torch.arange(k.shape[2], device=k.device)

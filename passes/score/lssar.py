@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import normalize, softplus
+from torch.nn.functional import normalize, pad, softplus
 
 from ...compiler.functional import attention
 from ...compiler.mechanism import Limit, Mechanism, register
@@ -65,11 +65,14 @@ class Lssar(Mechanism):
     def forward(  # type: ignore[override]
         self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor | None = None
     ) -> Tensor:
-        here = partial(attend, site=site)
-        return self._weighed(here, site.scale, seen_keys(site, q, k, key_padding), q, k, v)
+        here, last = partial(attend, site=site), site.causal or site.spec.align == "end"
+        past = k.shape[2] - q.shape[2] if last else 0
+        return self._weighed(here, site.scale, seen_keys(site, q, k, key_padding), past, q, k, v)
 
-    def _weighed(self, attend: Callable[..., Any], scale: float, n: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Both stages, by an attend that has the site's mask and its scale, which is taken back."""
+    def _weighed(
+        self, attend: Callable[..., Any], scale: float, n: Tensor, past: Any, q: Tensor, k: Tensor, v: Tensor
+    ) -> Tensor:
+        """Both stages, by an attend with the site's mask and scale, which is taken back; row 0 stands at `past`."""
         wide = n.dtype
         q = normalize(q.to(wide), dim=-1) * (n.log() * (math.log(q.shape[-1]) / scale))[:, None, :, None]
         k, v, narrow = normalize(k.to(wide), dim=-1), v.to(wide), v.dtype
@@ -78,12 +81,11 @@ class Lssar(Mechanism):
             return o.to(narrow)
         log_sum = attend(q, k, v, weight=softplus, normaliser="none", outputs=("lse",))  # (B, H, N)
         total = log_sum.exp() + self.eps
-        share = table(n[:, None] / torch.where(total > 0, total, 1.0))  # nothing is summed in a row without keys
-        taken = table(self._offsets(n))
+        share = table(pad(n[:, None] / torch.where(total > 0, total, 1.0), (past, 0)))  # an empty row sums to 0
+        taken = table(pad(self._offsets(n), (past, 0)))
 
-        def score(s: Any, b: Any, h: Any, i: Any, N: Any, M: Any) -> Any:
-            row = i - M + N  # of the queries that are here
-            above: Any = softplus(s) * share[b, h, row] - taken[b, row]
+        def score(s: Any, b: Any, h: Any, i: Any) -> Any:
+            above: Any = softplus(s) * share[b, h, i] - taken[b, i]
             return torch.where(above > 0, self.p * torch.log(torch.where(above > 0, above, 1.0)), -math.inf)
 
         sink = (lambda: math.log(self.eps)) if self.eps else None
@@ -103,7 +105,10 @@ class Lssar(Mechanism):
         if state:
             k, v = torch.cat((state["k"], k), 2), torch.cat((state["v"], v), 2)
         here = partial(attend, causal=True, scale=site.scale, align="end")
-        return self._weighed(here, site.scale, seen_keys(site, q, k), q, k, v), {"k": k, "v": v}
+        return self._weighed(here, site.scale, seen_keys(site, q, k), k.shape[2] - q.shape[2], q, k, v), {
+            "k": k,
+            "v": v,
+        }
 
     step = prefill
 

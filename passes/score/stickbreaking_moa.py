@@ -42,7 +42,7 @@ class StickbreakingMoA(Mechanism):
     The loss `mi` is mean_t H(p_t) - H(mean_t p_t), minus what a token says about its expert; `switch` is
     E sum_e P_e F_e + 0.1 mean_t lse_t^2, P and F the shares of probability and of choices. Both are weighted by
     aux_weight and run over real tokens.
-    The reference can draw its last experts while it trains (sample_topk); a forward here is not told whether it does.
+    In train() the last sample_topk experts are drawn from those left, by their gates; gates of padding are 0.
     All experts are multiplied and the chosen ones kept: E / top_k times the products of the reference's sorted ones,
     with no size that depends on the data; attention itself runs over top_k * heads_per_expert heads alone.
     """
@@ -56,6 +56,7 @@ class StickbreakingMoA(Mechanism):
     aux_loss: str = "mi"
     aux_weight: float = 0.01
     attend_current: bool = True
+    sample_topk: int = 0
 
     part = "region"
     kind = "needs recovery"
@@ -78,6 +79,9 @@ class StickbreakingMoA(Mechanism):
         if self.gate_type not in GATES or self.aux_loss not in LOSSES:
             found, fits = f"gate_type={self.gate_type!r}, aux_loss={self.aux_loss!r}", f"{', '.join(GATES + LOSSES)}"
             raise Refused(found, where="stickbreaking_moa", fits=fits)
+        if not 0 <= self.sample_topk <= self.top_k:
+            found = f"sample_topk={self.sample_topk} of top_k={self.top_k}"
+            raise Refused(found, where="stickbreaking_moa", fits="0 <= sample_topk <= top_k")
         if not 1 <= self.top_k <= self.num_experts or self.att_hidden % self.heads_per_expert:
             found = f"top_k={self.top_k} of {self.num_experts}, {self.att_hidden} / {self.heads_per_expert} channels"
             fits = "1 <= top_k <= num_experts, att_hidden a multiple of heads_per_expert"
@@ -101,12 +105,16 @@ class StickbreakingMoA(Mechanism):
         return own
 
     def forward(  # type: ignore[override]
-        self, site: Any, p: Any, x: Tensor, key_padding: Tensor | None = None
+        self, site: Any, p: Any, x: Tensor, key_padding: Tensor | None = None, train: Tensor | None = None
     ) -> tuple[Tensor, Aux]:
         n, wide = self.heads_per_expert, torch.promote_types(x.dtype, torch.float32)
         logits = self._gate(p, x.to(wide))  # (B, N, E); who is chosen must not depend on rounding
         likely = torch.softmax(logits, -1)
         chosen, gates = route(likely, self.top_k)
+        if train is not None and self.sample_topk:
+            chosen, gates = self._sampled(likely, chosen)
+        if key_padding is not None:
+            gates = gates * key_padding[..., None]
         picked = (chosen[..., None] == torch.arange(self.num_experts, device=x.device)).to(wide)  # (B, N, k, E)
         every = torch.einsum("bnc,eca->bnea", x, p.w_q_experts)
         q = every.gather(2, chosen[..., None].expand(*chosen.shape, self.att_hidden))
@@ -118,6 +126,14 @@ class StickbreakingMoA(Mechanism):
         y = torch.einsum("bnea,eac->bnc", weighted, p.w_o_experts)
         loss = self.aux_weight * self._loss(logits, likely, picked.sum(2), key_padding)
         return y, Aux(losses={self.aux_loss: loss})
+
+    def _sampled(self, likely: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+        """The first experts as they are, the last sample_topk of them drawn anew from the rest."""
+        first = chosen[..., : self.top_k - self.sample_topk]
+        rest = (likely.detach() + 1e-6).scatter(-1, first, 0.0)
+        drawn = torch.multinomial(rest.flatten(0, 1), self.sample_topk).view(*rest.shape[:2], -1)
+        chosen = torch.cat((first, drawn), -1)
+        return chosen, likely.gather(-1, chosen)
 
     def _gate(self, p: Any, x: Tensor) -> Tensor:
         w_gate = p.w_gate.to(x.dtype)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ...compiler.functional import attention
 from ...compiler.mechanism import Limit, Mechanism, register
 from ...compiler.primitives.attend import attend
 from ...compiler.primitives.gather import gather
+from ...compiler.primitives.rows import repeat_heads
 from ...compiler.problem import problem
 from ...compiler.refusal import Refused
 from ...compiler.site import Site
@@ -31,6 +33,8 @@ class Landmark(Mechanism):
 
     top_k: a query sees, per head, the top_k earlier blocks whose landmarks score highest. Positions stay as they are
     (the reference renumbers the blocks that it retrieves, so that rotations stay in the trained range).
+    retrieve_per: head_max_over_tokens gives all queries of a block the same top_k blocks, by their largest share
+    in a softmax over the landmarks before: what a row sees then depends on later queries of its block, as in the paper.
 
     >>> q, k, v = problem(6)
     >>> o = attention(q, k, v, "landmark", causal=True, block_size=3)
@@ -40,6 +44,7 @@ class Landmark(Mechanism):
 
     block_size: int = 64
     top_k: int | None = None
+    retrieve_per: Literal["token_head", "head_max_over_tokens"] = "token_head"
 
     part = "core"
     kind = "needs recovery"
@@ -51,6 +56,9 @@ class Landmark(Mechanism):
         if self.block_size < 2 or (self.top_k is not None and self.top_k < 1):
             found = f"block_size={self.block_size}, top_k={self.top_k}"
             raise Refused(found, where="landmark", fits="a landmark with at least one token, top_k at least 1")
+        if self.retrieve_per not in ("token_head", "head_max_over_tokens"):
+            found = f"retrieve_per={self.retrieve_per!r}"
+            raise Refused(found, where="landmark", fits="token_head or head_max_over_tokens")
 
     def fits(self, site: Site) -> str | None:
         if site.pattern != "causal-self":
@@ -65,13 +73,18 @@ class Landmark(Mechanism):
         self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor, is_landmark: Tensor | None = None
     ) -> Tensor:
         blocks = self._equal() if is_landmark is None else _given(is_landmark)
-        chosen = None if self.top_k is None else table(self._retrieved(site.scale, q, k, v))
+        shared = self.retrieve_per != "token_head"
+        retrieved = self._retrieved_by_block if shared else self._retrieved
+        chosen = None if self.top_k is None else table(retrieved(site.scale, q, k, v))
 
         def keep(b: Any, h: Any, i: Any, j: Any) -> Any:
             block, landmark = blocks
             own = block(b, j) == block(b, i)
             seen = ~(own & (landmark(b, j) == j))
-            return seen if chosen is None else seen & (own | (chosen[b, h, i, j // self.block_size] != 0))
+            if chosen is None:
+                return seen
+            asking = i // self.block_size if shared else i
+            return seen & (own | (chosen[b, h, asking, j // self.block_size] != 0))
 
         def leader(b: Any, i: Any, j: Any) -> Any:
             block, landmark = blocks
@@ -84,15 +97,30 @@ class Landmark(Mechanism):
         size = self.block_size
         return (lambda b, j: j // size), (lambda b, j: j // size * size + size - 1)
 
-    def _retrieved(self, scale: float, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Which earlier blocks each query sees (B, H, N, blocks): its top_k landmarks."""
+    def _landmarks(self, k: Tensor) -> tuple[int, Tensor]:
+        """How many blocks there are, and where their landmarks stand."""
         size, count = self.block_size, (k.shape[2] + self.block_size - 1) // self.block_size
         at = torch.arange(count, device=k.device) * size + size - 1  # the last may lie beyond the end: -1, no row
-        at = torch.where(at < k.shape[2], at, -1)
+        return count, torch.where(at < k.shape[2], at, -1)
+
+    def _retrieved(self, scale: float, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Which earlier blocks each query sees (B, H, N, blocks): its top_k landmarks."""
+        size, (count, at) = self.block_size, self._landmarks(k)
         best = attend(q, gather(k, at), gather(v, at), scale=scale, keep=lambda i, j: j < i // size,
                       outputs=(f"topk:{self.top_k}",))  # fmt: skip
         none = torch.zeros(*best.shape[:3], count + 1, dtype=torch.bool, device=q.device)
         return none.scatter(-1, torch.where(best < 0, count, best), torch.ones_like(best, dtype=torch.bool))
+
+    def _retrieved_by_block(self, scale: float, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Which earlier blocks each block of queries sees (B, H, blocks, blocks), equal ones by number."""
+        size, (count, at) = self.block_size, self._landmarks(k)
+        wide = torch.promote_types(q.dtype, torch.float32)
+        z = scale * q.to(wide) @ gather(repeat_heads(k, q), at).to(wide).mT  # (B, H, N, blocks)
+        a, c = torch.arange(q.shape[2], device=q.device)[:, None] // size, torch.arange(count, device=q.device)
+        share = torch.where(c < a, torch.softmax(torch.where(c < a, z, -1e30), -1), 0.0)
+        most = pad(share, (0, 0, 0, count * size - q.shape[2])).unflatten(2, (count, size)).amax(3)
+        rank = most.sort(dim=-1, descending=True, stable=True).indices.argsort(-1)
+        return (rank < self.top_k) & (c < c[:, None])
 
     def limits(self) -> Iterable[Limit]:
         q, k, v = problem(11)
