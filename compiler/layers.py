@@ -193,4 +193,14 @@ def module(
     if chosen.part not in ("region", "insert"):
         fits = f"reattend.attention(q, k, v, {chosen.slug!r}) or reattend.Attention({chosen.slug!r}, dim, heads)"
         raise Refused(f"{chosen.slug} is of part {chosen.part}", where="module", fits=fits)
-    return Module(chosen, dim=dim, heads=heads, causal=causal, grid=as_grid(grid))
+    shape: dict[str, Any] = {"heads": heads, "causal": causal, "grid": as_grid(grid)}
+    if dim < 1 and _learned(chosen, 64 * heads, **shape) != _learned(chosen, 128 * heads, **shape):
+        fits = f"module({chosen.slug!r}, dim=C): its learned tensors depend on it"
+        raise Refused(f"{chosen.slug} without a width", where="module", fits=fits)
+    return Module(chosen, dim=dim, **shape)
+
+
+def _learned(chosen: Mechanism, dim: int, *, heads: int, causal: bool, grid: Grid | None) -> list[tuple[int, ...]]:
+    """The shapes of a mechanism's learned tensors at a width."""
+    params = chosen.params(layer_site(dim, heads, heads, causal=causal, grid=grid))
+    return [tuple(param.shape) for param in params.values()]

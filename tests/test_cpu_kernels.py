@@ -9,7 +9,24 @@ from typing import Any
 
 import pytest
 import torch
-from kernel_calls import ATTENDS, SCANS, B, D, Dv, H, M, N, drawn, minimum, said, same, wide
+from kernel_calls import (
+    AFTERWARDS,
+    ATTENDS,
+    BIAS,
+    RELATIVES,
+    SCANS,
+    B,
+    D,
+    Dv,
+    H,
+    M,
+    N,
+    drawn,
+    minimum,
+    said,
+    same,
+    wide,
+)
 from processes import at_once
 
 from reattend.codegen.cpu import attend as attending
@@ -23,6 +40,7 @@ from reattend.compiler.primitives.attend_meaning import attend_meaning
 from reattend.compiler.primitives.scan import scan
 from reattend.compiler.primitives.scan_meaning import scan_meaning
 from reattend.compiler.refusal import Refused
+from reattend.compiler.symbols import table
 
 pytestmark = pytest.mark.skipif(tools.toolchain() is None, reason="no C++ compiler on this machine")
 
@@ -33,6 +51,32 @@ def test_attend(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     groups, text = said(monkeypatch, attend_front, "attend_op", lambda: attend(q, k, v, **ATTENDS[name]))
     assert attending.refuses(groups, text) is None
     same(attending.run(groups, text), attend_meaning(wide(groups), text), 2e-6)
+
+
+MORE = AFTERWARDS | RELATIVES | {
+    "a factor of the distance": {"after": lambda w, h, i, j: w * table(BIAS)[h, i - j + M] / (h + 2), "causal": True},
+    "distances and documents": RELATIVES["distances of keys"] | {"keep": ATTENDS["documents"]["keep"]},
+}  # fmt: skip
+SAID = ("changed afterwards", "scaled afterwards", "distances of keys", "a factor of the distance",
+        "distances and documents")  # fmt: skip
+
+
+@pytest.mark.parametrize("halves", ["", "emulated"])
+@pytest.mark.parametrize("name", SAID)
+def test_factors_of_weights_and_relative_terms(name: str, halves: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = torch.bfloat16 if halves else torch.float32
+    q, k, v = (t.to(kind) for t in (drawn(B, H, N, D), drawn(B, M, 2, D).transpose(1, 2), drawn(B, 2, M, Dv)))
+    groups, text = said(monkeypatch, attend_front, "attend_op", lambda: attend(q, k, v, **MORE[name]))
+    assert attending.refuses(groups, text) is None
+    found = attending.run(groups, text, halves=halves)
+    same(found, attend_meaning(wide(groups), text), 8e-3 if halves else 2e-6)
+
+
+@pytest.mark.parametrize("name", sorted(set(MORE) - set(SAID)))
+def test_what_a_weight_becomes_otherwise_is_left_to_torch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = drawn(B, H, N, D), drawn(B, 2, M, D), drawn(B, 2, M, Dv)
+    groups, text = said(monkeypatch, attend_front, "attend_op", lambda: attend(q, k, v, **MORE[name]))
+    assert attending.why_not(text)
 
 
 UNITS = ("causal", "window", "softcap", "relu squared", "rows without a key", "gathered rows", "two segments")

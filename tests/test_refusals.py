@@ -9,6 +9,7 @@ import torch
 
 import reattend.passes  # noqa: F401 - fills the registry
 from reattend.compiler.functional import attention
+from reattend.compiler.layers import module
 from reattend.compiler.problem import hidden, problem
 from reattend.compiler.refusal import Refused
 
@@ -78,3 +79,9 @@ def test_channels_that_a_map_cannot_take(slug: str, dims: tuple[int, int], knobs
     v = torch.randn(2, 4, 6, dims[1])
     with pytest.raises(Refused, match=says):
         attention(q, k, v, slug, causal=slug != "davit" and slug != "inline", ports={"x": hidden(6)}, **knobs)
+
+
+@pytest.mark.parametrize("slug", ["titans", "lcm", "stickbreaking_moa"])
+def test_a_module_without_the_width_that_its_tensors_depend_on(slug: str) -> None:
+    with pytest.raises(Refused, match=f"module: {slug} without a width: module.*dim=C"):
+        module(slug)

@@ -178,9 +178,11 @@ def asks(row: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     learned = tuple(n for n, t in enumerate(groups[2]) if t.is_floating_point())
     if why_no_gradient(Attend(text, kinds(groups[2])), learned) is None:
         # of far keys little is left once what later ones have is taken from delta: each score's gradient is wrong by
-        # delta * 2 ** -24, and a slope's sums that over all pairs, times their distances
-        summed = normaliser == "stick" and score == "slopes"
-        gradients_agree(groups, text, 4e-2 if rounded else 3e-4 if summed else 2e-5)
+        # delta * 2 ** -24, and a slope's sums that over all pairs, times their distances; so it sums the 2 ** -8 of the
+        # interpreter's bfloat16 weights, and little may be left of the sum itself (1 in 14 wrong was the most seen)
+        summed = score == "slopes"
+        half, single = (1e-1, 3e-4 if normaliser == "stick" else 2e-5) if summed else (4e-2, 2e-5)
+        gradients_agree(groups, text, half if rounded else single)
 
 
 PAIRS = list(combinations())

@@ -5,8 +5,9 @@
 //   LN             numbers from one row of a tile's scores to the next: BN up to a whole number of vectors
 //   m, l           of a row: about the highest score so far, the sum of weights against it (scores are in powers of 2)
 //
-// In front of this text stand BM, BN, SEGMENTS, NORMALISER, EPS, SINK, VALUES (o is asked for), BACK, AHEAD, SINKS; for every segment S
-//   Spec<S> of a row (b, h, i, t): score(s, j), weight(s), keep(j); and ::seen(b, h, i0, i1, j0, j1): 0 none, 1 some, 2 all are kept;
+// In front of this text stand BM, BN, SEGMENTS, NORMALISER, EPS, SINK, VALUES (o is asked for), AFTER (a weight meets its
+// value times a factor that the sum of weights knows nothing of), BACK, AHEAD, SINKS; for every segment S
+//   Spec<S> of a row (b, h, i, t): score(s, j), weight(s), factor(j), keep(j); and ::seen(b, h, i0, i1, j0, j1): 0 none, 1 some, 2 all are kept;
 // and sink(b, h, i, t); t: the tables that the expressions look up. HALVES: q, k, v, o are bfloat16 and the products are those of
 // units.hpp; else everything is float32.
 
@@ -124,9 +125,10 @@ template <int S, bool WHOLE> INLINE void weigh(const Call& c, Block& x, const in
         float* s = x.s + r * LN;
         cell* p = x.p + r * LN;
         const Spec<S> row((int)x.b, (int)x.h, x.i[r], c.t);
+        const auto key = [=](int64_t n) { return place ? *(const vi*)(place + n) : count() + (j0 + (int32_t)n); };
         vf top = all(-INF), sum{};
         for (int64_t n = 0; n < lanes; n += VL) {
-            const vi j = place ? *(const vi*)(place + n) : count() + (j0 + (int32_t)n);
+            const vi j = key(n);
             vf y = row.score(load(s + n), j);
             if (NORMALISER != SOFTMAX) y = row.weight(y);
             if (!WHOLE) {
@@ -135,7 +137,7 @@ template <int S, bool WHOLE> INLINE void weigh(const Call& c, Block& x, const in
                 y = select(kept, y, all(NORMALISER == SOFTMAX ? -INF : 0.f));
             }
             if (NORMALISER == SOFTMAX) store(s + n, y), top = most(top, y);
-            else store(p + n, y), sum += y;
+            else store(p + n, AFTER ? y * row.factor(j) : y), sum += y;
         }
         if (NORMALISER == SOFTMAX) {
             if (any_above(top, x.m[r] + SLACK)) {  // what was gathered so far was weighed against a much lower score
@@ -147,7 +149,7 @@ template <int S, bool WHOLE> INLINE void weigh(const Call& c, Block& x, const in
             const float from = x.m[r] == -INF ? 0.f : x.m[r];
             for (int64_t n = 0; n < lanes; n += VL) {
                 const vf w = exp2_(load(s + n) - from);
-                store(p + n, w);
+                store(p + n, AFTER ? w * row.factor(key(n)) : w);
                 sum += w;
             }
         }

@@ -18,8 +18,10 @@ from ...compiler.primitives.operator import Groups
 from ...compiler.primitives.rows import repeat_heads
 from ...compiler.reach import Reach, reach
 from ...compiler.refusal import Refused
+from ...compiler.symbol_slope import slope
 from ...compiler.symbol_text import parse
 from ...compiler.symbols import TRUE, Expr
+from .. import relative
 from .memory import Rows, as_dtype, index_of, kinds_of, pointer, step, tables_of, whole_numbers
 from .printer import box
 from .skeleton import function, of_a_row, skeleton
@@ -29,6 +31,7 @@ LOG2E = 1 / math.log(2)
 _ROWS = 48  # query rows of a block: a multiple of every MR
 _MOST_D = 512  # beyond it a block of rows no longer fits the first cache
 _LEAST = 1 << 18  # scores of a call; fewer are not worth a library of their own
+_MOST_PRODUCTS = 1 << 27  # of rows with a relative term's table, held as numbers of float32
 _LONG = 1 << 23  # scores from which on these loops are ahead of torch's one call: docs/cpu_kernels.md
 
 
@@ -57,14 +60,16 @@ def why_not(text: str) -> str | None:
     spec = AttendSpec.of(text)
     if spec.normaliser not in ("softmax", "sum", "none"):
         return f"normaliser {spec.normaliser}"
-    for what, given in (("weights changed after normalising", spec.after), ("relative terms", spec.relative),
-                        ("a score for empty rows", spec.empty)):  # fmt: skip
-        if given:
-            return what
+    if spec.empty:
+        return "a score for empty rows"
+    if spec.after and not _scales(parse(spec.after)):
+        return "weights changed after normalising, and not by a factor"
+    if (reason := relative.why_not(spec)) is not None:
+        return reason
     if any(output not in ("o", "lse") for output in spec.outputs):
         return f"outputs {', '.join(spec.outputs)}"
     try:
-        source(text, "f" * 64)
+        source(relative.looked_up(text), "f" * 64)
     except Refused as refused:
         return str(refused)
     return None
@@ -80,6 +85,7 @@ def source(text: str, tables: str, halves: str = "") -> str:
         "enum { SOFTMAX, SUM, NONE };",
         f"constexpr int BM = {queries}, BN = {keys}, SEGMENTS = {len(spec.segments)}, NORMALISER = {normaliser};",
         f"constexpr bool SINK = {_flag(bool(spec.sink))}, VALUES = {_flag('o' in spec.outputs)};",
+        f"constexpr bool AFTER = {_flag(bool(spec.after))};",
         f"constexpr float EPS = {spec.eps!r}f;",
         reach_said(bound),
         "template <int S> struct Spec;",
@@ -91,7 +97,7 @@ def source(text: str, tables: str, halves: str = "") -> str:
 
 def shown(text: str) -> str:
     """The source for a reader, as if all tables held floats; "" where the skeleton cannot say the spec."""
-    return "" if why_not(text) else source(text, "f" * 64)
+    return "" if why_not(text) else source(relative.looked_up(text), "f" * 64)
 
 
 def _block(bound: Reach, halves: str) -> tuple[int, int]:
@@ -116,9 +122,21 @@ def _segment(number: int, keep: str, score: str, spec: AttendSpec, tables: str) 
     functions = {
         "vf score(vf s, vi j)": (scores(spec, parse(score)), "vf"),
         "vf weight(vf s)": (carried(parse(spec.weight or "exp(s)")), "vf"),
+        "vf factor(vi j)": (carried(slope(parse(spec.after or "w"), "w")), "vf"),
         "vi keep(vi j)": (predicate, "vb"),
     }
     return "template <> " + of_a_row(f"Spec<{number}>", functions, tables, seen(predicate))
+
+
+def _scales(after: Expr) -> bool:
+    """Whether what a weight w becomes is w times something: it meets its value so, and the sum that divides stays."""
+    if after.op == "name":
+        return bool(after.args[0] == "w")
+    own = [a for a in after.args if isinstance(a, Expr) and "w" in a.names]
+    if after.op == "add":
+        return len(own) == len(after.args) and all(map(_scales, own))
+    above = after.op == "mul" or (after.op == "truediv" and own == [after.args[0]])
+    return above and len(own) == 1 and _scales(own[0])
 
 
 def scores(spec: AttendSpec, e: Expr) -> Expr:
@@ -168,11 +186,15 @@ def refuses(groups: Groups, text: str) -> str | None:
         return "rows of keys of each query's own"
     if spec.tiles and tables[int(spec.tiles[0][1:])].shape[2] * spec.tiles[1] < q.shape[2]:
         return "tiles for fewer queries than there are"
-    return built(source, text, kinds_of(tables))[1]
+    if relative.elements(groups, spec) > _MOST_PRODUCTS:
+        return f"relative terms with more than {_MOST_PRODUCTS} products"
+    kinds = kinds_of(tables) + "f" * len(spec.relative)
+    return built(source, relative.looked_up(text, len(tables)), kinds)[1]
 
 
 def run(groups: Groups, text: str, halves: str | None = None) -> list[Tensor]:
     """The outputs that a spec asks for: o, lse."""
+    groups, text = relative.as_tables(groups, text)
     (q,), kv, given = groups
     halves = matrix_units(q) if halves is None else halves
     dtype = torch.bfloat16 if halves else torch.float32

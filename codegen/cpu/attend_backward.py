@@ -67,7 +67,15 @@ def gradients(
     """Gradients of q, k, v from those of o and lse; None where this skeleton cannot give what is wanted."""
     (q,), kv, tables = groups
     spec = AttendSpec.of(text)
-    plain = not (spec.more or any(spec.rows) or spec.q_positions or spec.k_positions or spec.kv_heads)
+    plain = not (
+        spec.after
+        or spec.relative
+        or spec.more
+        or any(spec.rows)
+        or spec.q_positions
+        or spec.k_positions
+        or spec.kv_heads
+    )
     if not plain or any(k > 2 for k in wanted) or attend.refuses(groups, text) is not None:
         return None
     if q.dtype == torch.float16 or (spec.normaliser != "softmax" and "lse" in [spec.outputs[n] for n in given]):

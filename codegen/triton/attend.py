@@ -11,7 +11,7 @@ from ...compiler.refusal import Refused
 from ...compiler.spans import Reached, Span, spans
 from ...compiler.symbol_text import parse
 from ...compiler.symbols import TRUE, Expr, as_expr
-from . import relative
+from .. import relative
 from .folding import Folding
 from .printer import triton_text
 from .skeleton import filled, text_of

@@ -16,7 +16,7 @@ from ...compiler.primitives.attend_spec import AttendSpec
 from ...compiler.primitives.operator import Groups
 from ...compiler.primitives.rows import repeat_heads
 from ...compiler.refusal import Refused
-from . import relative
+from .. import relative
 from .arguments import Arguments, index, kinds, looked_up, named, port
 from .attend import Attend, tables_in, why_not
 from .blocks import Blocks, forward_blocks, padded, smaller

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from ...compiler.primitives.attend_spec import AttendSpec
 from ...compiler.primitives.operator import Groups
-from . import launch, relative
+from .. import relative
+from . import launch
 from .arguments import Arguments, index, kinds, looked_up, named, port
 from .attend import Attend, tables_in
 from .attend_gradient import Gradient, why_no_gradient

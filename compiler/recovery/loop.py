@@ -119,7 +119,8 @@ class Run:
 
     def _distil(self, call: Batch) -> float:
         args, kwargs = call
-        self.pair.student.prepare(*args, **kwargs)
+        with self._autocast():  # its graph is another one, and none can be made while weights are made of deltas
+            self.pair.student.prepare(*args, **kwargs)
         with self.trained.applied():
             with self._autocast():
                 loss = self._with_relations(call) if self.plan.relations else self._outputs(call)

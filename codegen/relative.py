@@ -16,11 +16,11 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ...compiler.primitives.attend_spec import AttendSpec
-from ...compiler.primitives.operator import Groups
-from ...compiler.primitives.rows import repeat_heads
-from ...compiler.symbol_text import parse
-from ...compiler.symbols import Expr, build, name
+from ..compiler.primitives.attend_spec import AttendSpec
+from ..compiler.primitives.operator import Groups
+from ..compiler.primitives.rows import repeat_heads
+from ..compiler.symbol_text import parse
+from ..compiler.symbols import Expr, build, name
 
 
 def why_not(spec: AttendSpec) -> str | None:
