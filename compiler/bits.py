@@ -50,6 +50,7 @@ class BitPlan:
     chosen: Mapping[str, Option]
     weights: Mapping[str, int]
     budget: float  # bits a weight, scales and zeros included
+    shared: tuple[str, ...] = ()  # linear layers whose weights are others' as well: they stay
 
     @property
     def bits(self) -> float:
@@ -63,7 +64,8 @@ class BitPlan:
         (most, _), *_ = Counter(option.scheme for option in self.chosen.values()).most_common()
         rest = next(option.wish for option in self.chosen.values() if option.scheme == most)
         named = {path: wish for path, wish in wishes.items() if wish != rest}
-        return load_recipe({"version": 1, "quantize": {**named, "*": rest}}, vocabulary())
+        stay = dict.fromkeys(self.shared, KEEP)
+        return load_recipe({"version": 1, "quantize": {**stay, **named, "*": rest}}, vocabulary())
 
     def text(self) -> str:
         """A row a layer, those that cost most when made smallest first."""
@@ -86,7 +88,7 @@ def plan_bits(model: nn.Module, calls: Sequence[Call], schemes: Sequence[Wish], 
     """Measure every linear layer by every scheme on these calls, and choose within so many bits a weight."""
     made = [(wish, _scheme(wish)) for wish in schemes]
     trial = _twin(model).eval()
-    layers = dict(_layers(trial))
+    layers, shared = _layers(trial)
     if not layers:
         raise Refused(
             "no linear layer with weights of its own", where=type(model).__name__, fits="a model that has some"
@@ -102,7 +104,8 @@ def plan_bits(model: nn.Module, calls: Sequence[Call], schemes: Sequence[Wish], 
                 bar.update()
             options[path] = tuple(found)
     weights = {path: int(layer.weight.numel()) for path, layer in layers.items()}  # type: ignore[operator]
-    return BitPlan(options, choose(options, int(bits * sum(weights.values()) / 8)), weights, bits)
+    chosen = choose(options, int(bits * sum(weights.values()) / 8))
+    return BitPlan(options, chosen, weights, bits, shared)
 
 
 def choose(options: Mapping[str, Sequence[Option]], budget: int) -> dict[str, Option]:
@@ -184,13 +187,16 @@ def _output(model: nn.Module, call: Call) -> Tensor:
     return max(real, key=lambda t: t.numel()).float()
 
 
-def _layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Linear layers by path, gpt2's Conv1D too; those whose weights are others' as well stay as they are."""
-    shared = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    for path, module in model.named_modules():
-        linear = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-        if path and linear and shared[id(module.weight)] == 1:
-            yield path, module
+def _layers(model: nn.Module) -> tuple[dict[str, nn.Module], tuple[str, ...]]:
+    """Linear layers by path, gpt2's Conv1D too, and the paths of those whose weights are others' as well."""
+    readers = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    found = {path: m for path, m in model.named_modules(remove_duplicate=False) if path and _linear(m)}
+    shared = tuple(path for path, m in found.items() if readers[id(m.weight)] > 1)
+    return {path: m for path, m in found.items() if path not in shared}, shared
+
+
+def _linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
 
 
 def _twin(model: nn.Module) -> nn.Module:

@@ -14,16 +14,18 @@ from .verification import EXACT_OWN, Deviation, compare
 
 
 def against_model(model: nn.Module, captured: Captured, call: Call) -> Deviation | None:
-    """How far apart they are on the call; None where that cannot be told: dropout, draws, caches, no real weights."""
+    """How far apart they are on the call; None where that cannot be told: dropout, caches, no real weights, and draws
+    that change the answer. A model that seeds them itself gives one answer, which a graph without the seed misses.
+    """
     held = [*model.parameters(), *model.buffers()]
     if model.training or captured.grown or captured.writes or any(t.is_meta or hasattr(t, "fake_mode") for t in held):
         return None
-    if any(map(_draws, captured.graph.graph.nodes)):
-        return None
-    with torch.no_grad():
-        answer = model(*call.args, **dict(call.kwargs))
+    draws = any(map(_draws, captured.graph.graph.nodes))
+    with torch.no_grad(), torch.random.fork_rng(devices=[], enabled=draws):
+        wanted = _answer(model, call)
+        if draws and not all(map(_same, wanted, _answer(model, call))):
+            return None
         found = captured.graph(*captured.inputs(call))[: captured.output.count]
-    wanted = [leaf.tensor for leaf in take_apart(answer, "")[0]]
     if len(wanted) != len(found):
         return None
     pairs = [(a, b) for a, b in zip(found, wanted, strict=True) if isinstance(b, Tensor) and b.is_floating_point()]
@@ -37,6 +39,14 @@ def too_far(deviation: Deviation, model: nn.Module) -> str:
     if deviation.relative <= limit or deviation.max_abs <= limit:
         return ""
     return f"the captured graph is not the model: its output is off by {deviation}, before any rewrite"
+
+
+def _answer(model: nn.Module, call: Call) -> list[Any]:
+    return [leaf.tensor for leaf in take_apart(model(*call.args, **dict(call.kwargs)), "")[0]]
+
+
+def _same(a: Any, b: Any) -> bool:
+    return torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else bool(a == b)
 
 
 def _compared(found: Any, wanted: Tensor) -> Deviation:

@@ -20,15 +20,17 @@ X = (torch.randn(2, 7, 32),)
 
 @pytest.mark.parametrize("seed", range(20))
 def test_what_is_chosen_is_the_best_of_all_that_is_as_small(seed: int) -> None:
-    """Where the budget ends between two pieces of a hull, nothing cheaper or equal in bytes has less error."""
+    """At every budget that some price of a byte spends exactly, brute force finds no smaller error."""
     draw = random.Random(seed)
     options = {str(layer): [Option(f"{b}", b, b, draw.random() / b) for b in (4, 8, 32)] for layer in range(5)}
-    chosen = choose(options, draw.randint(20, 160))
-    spent = sum(o.bytes for o in chosen.values())
-    tried = [c for c in itertools.product(*options.values()) if sum(o.bytes for o in c) <= spent]
-    best = min(sum(o.error for o in c) for c in tried)
-    jump = max(a.error - b.error for found in options.values() for a, b in itertools.combinations(found, 2))
-    assert sum(o.error for o in chosen.values()) <= best + jump
+    every = [(sum(o.bytes for o in c), sum(o.error for o in c)) for c in itertools.product(*options.values())]
+    for price in (0.0, *(draw.random() / 10 ** draw.uniform(1, 3) for _ in range(6))):
+        spent = sum(min(o, key=lambda one: one.error + price * one.bytes).bytes for o in options.values())
+        chosen = choose(options, spent)
+        assert sum(o.bytes for o in chosen.values()) <= spent
+        assert sum(o.error for o in chosen.values()) <= min(error for size, error in every if size <= spent) + 1e-12
+    between = choose(options, spent + 3).values()
+    assert sum(o.bytes for o in between) <= spent + 3
 
 
 def test_a_sensitive_layer_gets_the_bits() -> None:
@@ -58,3 +60,12 @@ def test_the_model_is_as_it_was_and_a_small_budget_is_refused() -> None:
         reattend.plan_bits(nn.LayerNorm(32), X, bits=8)
     with pytest.raises(Refused, match="no scheme of weights"):
         reattend.plan_bits(model, X, bits=8, schemes=["window"])
+
+
+def test_weights_that_two_layers_share_stay() -> None:
+    first, second = nn.Linear(32, 32), nn.Linear(32, 32)
+    second.weight = first.weight
+    model = nn.Sequential(first, second, nn.Linear(32, 32)).eval()
+    found = reattend.plan_bits(model, X, bits=9, schemes=["w8"])
+    assert list(found.chosen) == ["2"] and found.shared == ("0", "1")
+    assert list(found.recipe.to_dict()["quantize"]) == ["0", "1", "*"]

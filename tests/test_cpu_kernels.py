@@ -55,10 +55,11 @@ def test_attend(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 MORE = AFTERWARDS | RELATIVES | {
     "a factor of the distance": {"after": lambda w, h, i, j: w * table(BIAS)[h, i - j + M] / (h + 2), "causal": True},
+    "a factor without bound beyond the keys": {"after": lambda w, j: w / (M - j)},
     "distances and documents": RELATIVES["distances of keys"] | {"keep": ATTENDS["documents"]["keep"]},
 }  # fmt: skip
 SAID = ("changed afterwards", "scaled afterwards", "distances of keys", "a factor of the distance",
-        "distances and documents")  # fmt: skip
+        "a factor without bound beyond the keys", "distances and documents")  # fmt: skip
 
 
 @pytest.mark.parametrize("halves", ["", "emulated"])

@@ -300,3 +300,26 @@ def test_an_exact_swap_is_verified_without_all_scores_at_once() -> None:
     model = nn.TransformerEncoderLayer(64, 8, 64, batch_first=True).eval()
     peak = peak_bytes(lambda: reattend.optimize(model, "exact", q, measure=False), warm=False)
     assert peak < 8 * 2048 * 2048 * 8, "a float64 number for every score"
+
+
+class Drawing(nn.Module):
+    """Attention behind a random projection (as hashes are drawn), seeded in the forward or left to the caller."""
+
+    def __init__(self, seed: int | None) -> None:
+        super().__init__()
+        self.seed, self.inner = seed, stack(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.seed is not None:
+            torch.manual_seed(self.seed)
+        y: Tensor = self.inner(x @ torch.randn(32, 32))
+        return y
+
+
+@pytest.mark.parametrize("seed", [5, None])
+def test_a_graph_that_misses_the_models_own_seed_is_said_to_be_another(seed: int | None) -> None:
+    state = torch.get_rng_state()
+    fast = reattend.optimize(Drawing(seed).eval(), "exact", torch.randn(2, 7, 32), measure=False)
+    said = any("the captured graph is not the model" in warning for warning in fast.report.warnings)
+    assert said == (seed is not None)
+    torch.set_rng_state(state)

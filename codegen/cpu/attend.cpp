@@ -126,6 +126,11 @@ template <int S, bool WHOLE> INLINE void weigh(const Call& c, Block& x, const in
         cell* p = x.p + r * LN;
         const Spec<S> row((int)x.b, (int)x.h, x.i[r], c.t);
         const auto key = [=](int64_t n) { return place ? *(const vi*)(place + n) : count() + (j0 + (int32_t)n); };
+        // A place beyond the last key has no factor: it may be infinite there, and padded values are multiplied too.
+        const auto after = [&](vf w, int64_t n) {
+            const vf changed = w * row.factor(key(n));
+            return WHOLE ? changed : select(count() + (int32_t)n < (int32_t)width, changed, all(0.f));
+        };
         vf top = all(-INF), sum{};
         for (int64_t n = 0; n < lanes; n += VL) {
             const vi j = key(n);
@@ -137,7 +142,7 @@ template <int S, bool WHOLE> INLINE void weigh(const Call& c, Block& x, const in
                 y = select(kept, y, all(NORMALISER == SOFTMAX ? -INF : 0.f));
             }
             if (NORMALISER == SOFTMAX) store(s + n, y), top = most(top, y);
-            else store(p + n, AFTER ? y * row.factor(j) : y), sum += y;
+            else store(p + n, AFTER ? after(y, n) : y), sum += y;
         }
         if (NORMALISER == SOFTMAX) {
             if (any_above(top, x.m[r] + SLACK)) {  // what was gathered so far was weighed against a much lower score
@@ -149,7 +154,7 @@ template <int S, bool WHOLE> INLINE void weigh(const Call& c, Block& x, const in
             const float from = x.m[r] == -INF ? 0.f : x.m[r];
             for (int64_t n = 0; n < lanes; n += VL) {
                 const vf w = exp2_(load(s + n) - from);
-                store(p + n, AFTER ? w * row.factor(key(n)) : w);
+                store(p + n, AFTER ? after(w, n) : w);
                 sum += w;
             }
         }
