@@ -145,6 +145,22 @@ def test_generated_kernels_are_the_meaning(spec: QLinearSpec, dtype: torch.dtype
             torch.testing.assert_close(got, expected, rtol=0, atol=near * expected.abs().max().item())
 
 
+@pytest.mark.parametrize("rows", [5, 8, 15])
+def test_bfloat16_taken_apart_is_bfloat16(rows: int) -> None:
+    """Few rows meet bytes as three whole numbers each: rows far from 1, of nothing, of no numbers, with outliers."""
+    spec = QLinearSpec("int8", 192)
+    tensors, x = stored(spec, 36), torch.randn(rows, 192).to(torch.bfloat16)
+    if qlinear_units.no_tiles([[x], tensors], spec.text) or not cpu_flags() & {"avx512_bf16"}:
+        pytest.skip("a processor without bfloat16")
+    x[0], x[1], x[2, 7], x[3], x[4, 0] = x[0] * 1e30, 0, 1000, x[3] * 1e-30, torch.nan
+    expected = x.double() @ dequantized(tensors, spec).T
+    (got,) = qlinear_units.run([[x], tensors], spec.text, halves="emulated")
+    assert got[4].isnan().all()
+    for row in (0, 1, 2, 3, *range(5, rows)):
+        near = 1e-5 * float(expected[row].abs().max())
+        torch.testing.assert_close(got[row].double(), expected[row], rtol=2**-8, atol=near)
+
+
 def test_a_call_runs_a_kernel() -> None:
     spec = QLinearSpec("int8", 512, activations="int8")
     with watched() as ran:

@@ -1,11 +1,12 @@
 // A linear layer over stored weights on a processor's matrix units: y = x W^T + b.
 //
 //   M, K, N   rows, inputs, outputs       CODES   how weights are stored: BYTES, NIBBLES (c s - z), NESTED ((c t - z) s)
-//   WHOLE     x is rounded to whole numbers of 8 bits a row, and products are whole; else they are bfloat16, and x is
-//             the sum of PARTS of them (a float32 is three)
+//   WHOLE     products are whole, and a row of x is DIGITS rows of whole numbers of 8 bits: one that it is rounded to, or
+//             three that say it to 2**-23 of its largest, which is all that bfloat16 says of what is not much smaller;
+//             else products are bfloat16, and x is the sum of PARTS of them (a float32 is three)
 //
-// A tile of A holds 16 outputs, 64 bytes of their inputs; one of B 16 rows of x, turned so that four bytes of a row lie
-// together. Weights of 8 bits are read as they lie; others become a panel of tiles, once for all rows of x.
+// A tile of A holds 16 outputs, 64 bytes of their inputs; one of B ROWS rows of x, turned so that four bytes of a row lie
+// together. Weights of 8 bits are read as they lie by few rows; else they become a panel of tiles, once for all rows of x.
 
 enum { BYTES, NIBBLES, NESTED };
 enum { FLOAT, HALF };
@@ -22,7 +23,8 @@ typedef uint8_t byte32 __attribute__((vector_size(32), aligned(1), may_alias));
 typedef int16_t word16 __attribute__((vector_size(32), aligned(2), may_alias));
 
 constexpr int64_t LINE = 64, TILE = 16 * LINE, SUMS = 128;  // bytes of a line of a tile, of a tile, of a row of sums
-constexpr int OUTPUTS = 32, CHUNK = 16;                       // of a block; tiles of a panel that are made at a time
+constexpr int OUTPUTS = 32, CHUNK = 64, SPAN = 4, ROWS = 16 / DIGITS;                       // of a block; tiles of a panel that are made at a time
+constexpr int OF_A_BYTE = CODES == BYTES ? 1 : 2;  // codes
 constexpr int PER = WHOLE ? 64 : 32, STRIP = WHOLE ? 32 : 16 / PARTS;  // inputs of a tile; blocks of rows that stay in a cache
 
 INLINE float wide(half h) { const uint32_t bits = (uint32_t)h << 16; float x; memcpy(&x, &bits, 4); return x; }
@@ -62,9 +64,9 @@ INLINE vf taken(const Call& c, int64_t m, int64_t k) {
 }
 
 // Four bytes of row m for each of 16 places: one column of a tile.
-INLINE void lay(const Turned& t, int64_t m, int64_t step, int part, const void* line) {
+INLINE void lay(const Turned& t, int64_t m, int64_t step, int part, const void* line, int digit = 0) {
     uint32_t four[16]; memcpy(four, line, LINE);
-    uint32_t* to = (uint32_t*)tile_of(t, m / 16, step, part) + m % 16;
+    uint32_t* to = (uint32_t*)tile_of(t, m / ROWS, step, part) + m % ROWS * DIGITS + digit;
     for (int r = 0; r < 16; r++) to[r * 16] = four[r];
 }
 
@@ -91,6 +93,30 @@ static void turn_whole(const Call& c, const Turned& t, int64_t m) {
     t.scale[m] = total(none) == 0.f ? scale : __builtin_nanf("");  // rows that are no numbers stay none
     t.sum[m] = 0.f;
     for (int l = 0; l < VL; l++) t.sum[m] += sum[l];
+}
+
+// A power of two as scale: what is taken apart is x itself.
+static void turn_digits(const Call& c, const Turned& t, int64_t m) {
+    vf largest = all(0.f), none = all(0.f);
+    for (int64_t k = 0; k < c.K; k += VL) { const vf x = taken(c, m, k); largest = most(largest, absolute(x)); none += x - x; }
+    const float top = highest(largest);
+    uint32_t bits; memcpy(&bits, &top, 4);
+    const int power = (int)(bits >> 23) < 22 ? 22 : (int)(bits >> 23);  // of less, the scale would be subnormal
+    const uint32_t up_bits = (uint32_t)(275 - power) << 23, down_bits = (uint32_t)(power - 21) << 23;
+    float by; memcpy(&by, &up_bits, 4);
+    memcpy(&t.scale[m], &down_bits, 4);
+    if (total(none) != 0.f) t.scale[m] = __builtin_nanf("");
+    for (int64_t step = 0; step < t.steps; step++) {
+        int8_t line[DIGITS][LINE];
+        for (int k = 0; k < LINE; k += VL) {
+            vi left = ints(nearest(taken(c, m, step * LINE + k) * by));
+            for (int digit = 0; digit < DIGITS; digit++) {
+                *(byte16*)(line[digit] + k) = bytes(left);
+                left = (left + 128) >> 8;
+            }
+        }
+        for (int digit = 0; digit < DIGITS; digit++) lay(t, m, step, 0, line[digit], digit);
+    }
 }
 
 static void turn_halves(const Call& c, const Turned& t, int64_t m) {
@@ -131,23 +157,23 @@ struct Reader {
         }
     }
 
-    void line(int64_t k, void* to, void* next) {
-        const int64_t next_chunk = k + CHUNK * PER;  // of this output, or of the one that is as far into the next block
-        const uint8_t* ahead = next_chunk < c.K ? codes : codes + OUTPUTS * c.row;
-        __builtin_prefetch(ahead + next_chunk % up(c.K, CHUNK * PER) / (CODES == BYTES ? 1 : 2));
+    void line(int64_t k, void* to, void* beside) {
+        const int64_t next = k + CHUNK * PER;  // what is read a chunk later: of this output, or of one in the next block
+        const uint8_t* ahead = next < c.K ? codes : codes + OUTPUTS * c.row - up(c.K, CHUNK * PER) / OF_A_BYTE;
+        __builtin_prefetch(ahead + next / OF_A_BYTE, 0, 2);
         if constexpr (CODES == BYTES) {
             int8_t own[64];
             const int8_t* from = (const int8_t*)codes + k;
             if (k + 64 > c.K) { memset(own, 0, 64); if (k < c.K) memcpy(own, from, c.K - k); from = own; }
             if constexpr (WHOLE) { memcpy(to, from, 64); return; }
-            for (int l = 0; l < 64; l += 16) *(half16*)((half*)(l < 32 ? to : next) + l % 32) = halves(floats(whole(*(const byte16*)(from + l))));
+            for (int l = 0; l < 64; l += 16) *(half16*)((half*)(l < 32 ? to : beside) + l % 32) = halves(floats(whole(*(const byte16*)(from + l))));
         } else {
             const byte32 both = *(const byte32*)(codes + k / 2), low = both & 15, high = (both >> 4) & 15;
             if constexpr (WHOLE && CODES == NIBBLES) { *(byte32*)to = low, *(byte32*)((char*)to + 32) = high; return; }
             turn_to(k);
             if constexpr (WHOLE) *(byte32*)to = looked_up(table, low); else *(half32*)to = looked_up(numbers, words(low));
             turn_to(k + 32);
-            if constexpr (WHOLE) *(byte32*)((char*)to + 32) = looked_up(table, high); else *(half32*)next = looked_up(numbers, words(high));
+            if constexpr (WHOLE) *(byte32*)((char*)to + 32) = looked_up(table, high); else *(half32*)beside = looked_up(numbers, words(high));
         }
     }
 };
@@ -181,9 +207,10 @@ static void finish(const Call& c, const Turned& t, const int32_t* sums, int64_t 
     vf x[16];
     for (int r = 0; r < 16; r++) x[r] = *(const vf*)(sums + r * 32);
     turn(x);
-    const int64_t rows = c.M - m0 < 16 ? c.M - m0 : 16;
+    const int64_t rows = c.M - m0 < ROWS ? c.M - m0 : ROWS;
     for (int64_t r = 0; r < rows; r++) {
-        vf y = WHOLE ? floats((vi)x[r]) : x[r];
+        vf y = WHOLE ? floats((vi)x[r * DIGITS]) : x[r];
+        for (int digit = 1; digit < DIGITS; digit++) y += floats((vi)x[r * DIGITS + digit]) * (float)(1 << 8 * digit);
         if constexpr (WHOLE) {
             if constexpr (CODES == NIBBLES) y = y * f.scale - f.zero * t.sum[m0 + r]; else y = y * f.scale;
             y *= t.scale[m0 + r];
@@ -194,6 +221,7 @@ static void finish(const Call& c, const Turned& t, const int32_t* sums, int64_t 
 
 template <int COLUMNS>
 static void step_of(const unsigned char* a, int64_t a_row, int64_t a_next, const unsigned char* b, const unsigned char* b_next) {
+    for (int l = 0; l < 16; l++) { __builtin_prefetch(b + PARTS * TILE + l * 64); if (COLUMNS > 1) __builtin_prefetch(b_next + PARTS * TILE + l * 64); }
     LOAD(4, a, a_row);
     LOAD(5, a + a_next, a_row);
     for (int part = 0; part < PARTS; part++, b += TILE, b_next += TILE) {
@@ -204,38 +232,44 @@ static void step_of(const unsigned char* a, int64_t a_row, int64_t a_next, const
     }
 }
 
-// Outputs n to n + 31 of the rows in blocks `from` to `to`: a few tiles of weights at a time, for all of these rows.
-static void block_of(const Call& c, const Turned& t, int64_t n, int64_t from, int64_t to, unsigned char* panel, int32_t* sums) {
-    const bool as_they_lie = CODES == BYTES && WHOLE && c.K % 64 == 0 && n + OUTPUTS <= c.N && to - from <= 4;
-    Factors f[2];
-    for (int side = 0; side < 2; side++) f[side] = factors_at(c, n + side * 16);
+// The sums of 32 outputs and two blocks of rows (or one) over some steps, and what becomes of them after the last.
+static void products_of(const Call& c, const Turned& t, int64_t n, int64_t m, bool two, int64_t first, int64_t last, const unsigned char* a, bool as_they_lie,
+                        bool new_rows, int32_t* sums) {
+    if (first) { LOAD(0, sums, SUMS); LOAD(1, sums + 16, SUMS); LOAD(2, sums + 512, SUMS); LOAD(3, sums + 528, SUMS); }
+    else { ZERO(0); ZERO(1); ZERO(2); ZERO(3); }
+    const int64_t a_row = as_they_lie ? c.row : LINE, a_next = 16 * a_row, a_step = as_they_lie ? LINE : 2 * TILE;
+    for (int64_t step = first; step < last; step++, a += a_step) {
+        if (as_they_lie && new_rows) for (int o = 0; o < OUTPUTS; o++) __builtin_prefetch(a + o * c.row + 512, 0, 2);
+        const unsigned char *b = tile_of(t, m, step, 0), *b_next = tile_of(t, two ? m + 1 : m, step, 0);
+        if (two) step_of<2>(a, a_row, a_next, b, b_next); else step_of<1>(a, a_row, a_next, b, b);
+    }
+    STORE(0, sums, SUMS); STORE(1, sums + 16, SUMS); STORE(2, sums + 512, SUMS); STORE(3, sums + 528, SUMS);
+    if (last < t.steps) return;
+    for (int side = 0; side < 2; side++) {
+        if (n + side * 16 >= c.N) continue;
+        const Factors f = factors_at(c, n + side * 16);
+        for (int next = 0; next <= two; next++) finish(c, t, sums + side * 512 + next * 16, (m + next) * ROWS, n + side * 16, f);
+    }
+}
+
+// Outputs n to `end` of the rows in blocks `from` to `to`. A few inputs at a time: what they need of x stays in a cache for
+// all of these outputs, 32 of which become a panel that stays in a nearer one for all of these rows.
+static void part_of(const Call& c, const Turned& t, int64_t n0, int64_t end, int64_t from, int64_t to, unsigned char* panel, int32_t* sums) {
     for (int64_t first = 0; first < t.steps; first += CHUNK) {
         const int64_t last = first + CHUNK < t.steps ? first + CHUNK : t.steps;
-        if (!as_they_lie)
-            for (int64_t o = 0; o < OUTPUTS; o++) {
-                Reader reader(c, n + o < c.N ? n + o : c.N - 1);
-                for (int64_t k = first * PER; k < last * PER; k += 64) {
-                    unsigned char* line = panel + ((k / PER - first) * 2 + o / 16) * TILE + o % 16 * LINE;
-                    reader.line(k, line, line + 2 * TILE);
+        int32_t* own = sums;
+        for (int64_t n = n0; n < end; n += OUTPUTS) {
+            const bool as_they_lie = CODES == BYTES && WHOLE && c.K % 64 == 0 && n + OUTPUTS <= c.N && to - from <= 4;
+            if (!as_they_lie)
+                for (int64_t o = 0; o < OUTPUTS; o++) {
+                    Reader reader(c, n + o < c.N ? n + o : c.N - 1);
+                    for (int64_t k = first * PER; k < last * PER; k += 64) {
+                        unsigned char* line = panel + ((k / PER - first) * 2 + o / 16) * TILE + o % 16 * LINE;
+                        reader.line(k, line, line + 2 * TILE);
+                    }
                 }
-            }
-        for (int64_t m = from; m < to; m += 2) {
-            const bool two = m + 1 < to;
-            int32_t* own = sums + (m - from) / 2 * OUTPUTS * 32;
-            if (first) { LOAD(0, own, SUMS); LOAD(1, own + 16, SUMS); LOAD(2, own + 512, SUMS); LOAD(3, own + 528, SUMS); }
-            else { ZERO(0); ZERO(1); ZERO(2); ZERO(3); }
-            for (int64_t step = first; step < last; step++) {
-                const unsigned char* a = as_they_lie ? c.codes + n * c.row + step * LINE : panel + (step - first) * 2 * TILE;
-                const int64_t a_row = as_they_lie ? c.row : LINE, a_next = 16 * a_row;
-                if (as_they_lie && m == from) for (int o = 0; o < OUTPUTS; o++) __builtin_prefetch(a + o * c.row + 1024);
-                const unsigned char *b = tile_of(t, m, step, 0), *b_next = tile_of(t, two ? m + 1 : m, step, 0);
-                if (two) step_of<2>(a, a_row, a_next, b, b_next); else step_of<1>(a, a_row, a_next, b, b);
-            }
-            STORE(0, own, SUMS); STORE(1, own + 16, SUMS); STORE(2, own + 512, SUMS); STORE(3, own + 528, SUMS);
-            if (last < t.steps) continue;
-            for (int side = 0; side < 2; side++)
-                for (int next = 0; next <= two; next++)
-                    if (n + side * 16 < c.N) finish(c, t, own + side * 512 + next * 16, (m + next) * 16, n + side * 16, f[side]);
+            const unsigned char* a = as_they_lie ? c.codes + n * c.row + first * LINE : panel;
+            for (int64_t m = from; m < to; m += 2, own += OUTPUTS * 32) products_of(c, t, n, m, m + 1 < to, first, last, a, as_they_lie, m == from, own);
         }
     }
 }
@@ -245,22 +279,25 @@ extern "C" int run(const Call* given) {
     if (!units_allowed()) return 1;
     Turned t;
     t.steps = up(c.K, 64) / PER;
-    const int64_t blocks = (c.M + 15) / 16, outputs = (c.N + OUTPUTS - 1) / OUTPUTS, strips = (blocks + STRIP - 1) / STRIP;
+    const int64_t blocks = (c.M + ROWS - 1) / ROWS, wide_part = blocks > 4 ? SPAN * OUTPUTS : OUTPUTS, parts = (c.N + wide_part - 1) / wide_part, strips = (blocks + STRIP - 1) / STRIP;
     const int64_t block = t.steps * PARTS * TILE, panel = CHUNK * 2 * TILE;
     t.tiles = (unsigned char*)aligned_alloc(64, blocks * block + up(blocks * 16 * 8, 64));
     if (!t.tiles) return 2;
     t.scale = (float*)(t.tiles + blocks * block), t.sum = t.scale + blocks * 16;
-    if (c.M % 16) memset(t.tiles + (blocks - 1) * block, 0, block);
+    if (c.M % ROWS) memset(t.tiles + (blocks - 1) * block, 0, block);
 #pragma omp parallel num_threads(c.threads)
     {
-        unsigned char* own = (unsigned char*)aligned_alloc(64, panel + (STRIP + 1) / 2 * OUTPUTS * SUMS);
+        unsigned char* own = (unsigned char*)aligned_alloc(64, panel + SPAN * ((STRIP + 1) / 2) * OUTPUTS * SUMS);
 #pragma omp for schedule(static)
-        for (int64_t m = 0; m < c.M; m++) if constexpr (WHOLE) turn_whole(c, t, m); else turn_halves(c, t, m);
+        for (int64_t m = 0; m < c.M; m++) {
+            if constexpr (DIGITS > 1) turn_digits(c, t, m); else if constexpr (WHOLE) turn_whole(c, t, m); else turn_halves(c, t, m);
+        }
         units_begin();
-#pragma omp for schedule(dynamic, 4)
-        for (int64_t task = 0; task < strips * outputs; task++) {
-            const int64_t from = task / outputs * STRIP, to = from + STRIP < blocks ? from + STRIP : blocks;
-            block_of(c, t, task % outputs * OUTPUTS, from, to, own, (int32_t*)(own + panel));
+#pragma omp for schedule(dynamic)
+        for (int64_t task = 0; task < strips * parts; task++) {
+            const int64_t from = task / parts * STRIP, to = from + STRIP < blocks ? from + STRIP : blocks;
+            const int64_t n = task % parts * wide_part, end = n + wide_part < c.N ? n + wide_part : c.N;
+            part_of(c, t, n, end, from, to, own, (int32_t*)(own + panel));
         }
         units_end();
         free(own);

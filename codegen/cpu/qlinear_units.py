@@ -17,6 +17,7 @@ from .skeleton import skeleton
 from .toolchain import built
 
 FEW = 4  # rows up to which vectors are faster than units; measured
+_APART = 15  # rows up to which bfloat16 is faster taken apart into whole numbers than bytes made bfloat16; measured
 _LEAST = 1 << 16  # weights of a layer; fewer are not worth a library of their own
 _MOST = 1 << 16  # inputs whose products are sure to fit into a sum of 32 bits
 _CODES = {"int8": "BYTES", "int4": "NIBBLES", "qoq": "NESTED"}
@@ -29,8 +30,9 @@ class Call(ctypes.Structure):
                 *[(size, _whole) for size in ("M", "K", "N", "row", "groups", "bias_type", "threads")]]  # fmt: skip
 
 
-def source(codes: str, whole: bool, x: str, scales: str, halves: str) -> str:
-    """The whole C++ text for a way of storing weights, whole or plain activations, and the types of x and scales."""
+def source(codes: str, digits: int, x: str, scales: str, halves: str) -> str:
+    """The whole C++ text for a way of storing weights, whole numbers for each of x (or 0), the types of x and scales."""
+    whole = digits > 0
     parts = 3 if x == "FLOAT" and not whole else 1
     head = [
         f"#define CODES {codes}",
@@ -38,7 +40,7 @@ def source(codes: str, whole: bool, x: str, scales: str, halves: str) -> str:
         f"#define SCALES {scales}",
         f"#define MULTIPLY_ALL {'MULTIPLY_WHOLE' if whole else 'MULTIPLY'}",
         f"constexpr bool WHOLE = {'true' if whole else 'false'};",
-        f"constexpr int PARTS = {parts}, AHEAD = 1024;",
+        f"constexpr int PARTS = {parts}, DIGITS = {max(digits, 1)};",
     ]
     return skeleton("qlinear.cpp", head, halves=halves)
 
@@ -148,6 +150,8 @@ def _said_few(groups: Groups, spec: QLinearSpec) -> tuple[str, str]:
     return _CODES[spec.format], _TYPES[groups[1][1].dtype]
 
 
-def _said(groups: Groups, spec: QLinearSpec) -> tuple[str, bool, str, str]:
+def _said(groups: Groups, spec: QLinearSpec) -> tuple[str, int, str, str]:
     (x,), tensors = groups
-    return _CODES[spec.format], bool(spec.activations), _TYPES[x.dtype], _TYPES[tensors[1].dtype]
+    apart = spec.format == "int8" and x.dtype == torch.bfloat16 and x.numel() <= _APART * spec.inputs
+    digits = 1 if spec.activations else 3 if apart else 0
+    return _CODES[spec.format], digits, _TYPES[x.dtype], _TYPES[tensors[1].dtype]
