@@ -145,10 +145,10 @@ def test_generated_kernels_are_the_meaning(spec: QLinearSpec, dtype: torch.dtype
             torch.testing.assert_close(got, expected, rtol=0, atol=near * expected.abs().max().item())
 
 
-@pytest.mark.parametrize("rows", [5, 8, 15])
-def test_bfloat16_taken_apart_is_bfloat16(rows: int) -> None:
-    """Few rows meet bytes as three whole numbers each: rows far from 1, of nothing, of no numbers, with outliers."""
-    spec = QLinearSpec("int8", 192)
+@pytest.mark.parametrize("rows", [5, 8, 10])
+@pytest.mark.parametrize("spec", [QLinearSpec("int8", 192), QLinearSpec("int4", 192, group=64)], ids=lambda s: s.text)
+def test_bfloat16_taken_apart_is_bfloat16(spec: QLinearSpec, rows: int) -> None:
+    """Few rows meet codes as three whole numbers each: rows far from 1, of nothing, of no numbers, with outliers."""
     tensors, x = stored(spec, 36), torch.randn(rows, 192).to(torch.bfloat16)
     if qlinear_units.no_tiles([[x], tensors], spec.text) or not cpu_flags() & {"avx512_bf16"}:
         pytest.skip("a processor without bfloat16")

@@ -46,7 +46,11 @@ INLINE int64_t up(int64_t x, int64_t by) { return (x + by - 1) / by * by; }
 
 // --- x ---------------------------------------------------------------------------------------------------------------
 
-struct Turned { unsigned char* tiles; float *scale, *sum; int64_t steps; };  // tiles by block of 16 rows, step, part
+constexpr bool GROUPED = CODES == NIBBLES && DIGITS > 1;           // sums are whole within a group of inputs
+constexpr bool SCALED = CODES != NIBBLES || (WHOLE && !GROUPED);  // an output has one scale, met by its sum
+
+// Tiles by block of rows, step, part; sums of rows, or where GROUPED by block, group and row of whole numbers.
+struct Turned { unsigned char* tiles; float *scale, *sum; int64_t steps; };
 
 INLINE unsigned char* tile_of(const Turned& t, int64_t block, int64_t step, int part) { return t.tiles + ((block * t.steps + step) * PARTS + part) * TILE; }
 
@@ -95,6 +99,9 @@ static void turn_whole(const Call& c, const Turned& t, int64_t m) {
     for (int l = 0; l < VL; l++) t.sum[m] += sum[l];
 }
 
+INLINE int64_t group_of(const Call& c, int64_t step) { return c.groups == 1 ? 0 : step * PER / (c.K / c.groups); }
+INLINE float* sum_at(const Call& c, const Turned& t, int64_t block, int64_t group) { return t.sum + (block * c.groups + group) * 16; }
+
 // A power of two as scale: what is taken apart is x itself.
 static void turn_digits(const Call& c, const Turned& t, int64_t m) {
     vf largest = all(0.f), none = all(0.f);
@@ -108,14 +115,20 @@ static void turn_digits(const Call& c, const Turned& t, int64_t m) {
     if (total(none) != 0.f) t.scale[m] = __builtin_nanf("");
     for (int64_t step = 0; step < t.steps; step++) {
         int8_t line[DIGITS][LINE];
+        vi sums[DIGITS] = {};
         for (int k = 0; k < LINE; k += VL) {
             vi left = ints(nearest(taken(c, m, step * LINE + k) * by));
             for (int digit = 0; digit < DIGITS; digit++) {
+                const vi next = (left + 128) >> 8;
                 *(byte16*)(line[digit] + k) = bytes(left);
-                left = (left + 128) >> 8;
+                if constexpr (GROUPED) sums[digit] += left - (next << 8);
+                left = next;
             }
         }
-        for (int digit = 0; digit < DIGITS; digit++) lay(t, m, step, 0, line[digit], digit);
+        for (int digit = 0; digit < DIGITS; digit++) {
+            lay(t, m, step, 0, line[digit], digit);
+            if constexpr (GROUPED) sum_at(c, t, m / ROWS, group_of(c, step))[m % ROWS * DIGITS + digit] += total(floats(sums[digit]));
+        }
     }
 }
 
@@ -180,13 +193,16 @@ struct Reader {
 
 // --- a block of outputs ----------------------------------------------------------------------------------------------
 
+// 32 outputs from n on, as they lie or as a panel; block m of rows, and the next where there are two.
+struct Patch { int64_t n, m; bool two, as_they_lie, first_rows; };
+
 struct Factors { vf scale, zero, bias; };
 
 static Factors factors_at(const Call& c, int64_t n) {
     Factors f = {all(1.f), all(0.f), all(0.f)};
     for (int l = 0; l < VL && n + l < c.N; l++) {
-        if (CODES != NIBBLES || WHOLE) f.scale[l] = factor(c.scale, n + l);
-        if (CODES == NIBBLES && WHOLE) f.zero[l] = factor(c.zero, n + l);
+        if (SCALED) f.scale[l] = factor(c.scale, n + l);
+        if (SCALED && CODES == NIBBLES) f.zero[l] = factor(c.zero, n + l);
         if (c.bias) f.bias[l] = c.bias_type == FLOAT ? ((const float*)c.bias)[n + l] : wide(((const half*)c.bias)[n + l]);
     }
     return f;
@@ -209,13 +225,19 @@ static void finish(const Call& c, const Turned& t, const int32_t* sums, int64_t 
     turn(x);
     const int64_t rows = c.M - m0 < ROWS ? c.M - m0 : ROWS;
     for (int64_t r = 0; r < rows; r++) {
-        vf y = WHOLE ? floats((vi)x[r * DIGITS]) : x[r];
-        for (int digit = 1; digit < DIGITS; digit++) y += floats((vi)x[r * DIGITS + digit]) * (float)(1 << 8 * digit);
-        if constexpr (WHOLE) {
-            if constexpr (CODES == NIBBLES) y = y * f.scale - f.zero * t.sum[m0 + r]; else y = y * f.scale;
-            y *= t.scale[m0 + r];
-        } else if constexpr (CODES == BYTES) y *= f.scale;
+        vf y = all(0.f);
+        for (int d = 0; d < DIGITS; d++) y += (WHOLE && !GROUPED ? floats((vi)x[r * DIGITS + d]) : x[r * DIGITS + d]) * (float)(1 << 8 * d);
+        if constexpr (SCALED) y *= f.scale;
+        if constexpr (SCALED && CODES == NIBBLES) y -= f.zero * t.sum[m0 + r];
+        if constexpr (WHOLE) y *= t.scale[m0 + r];
         put(c, m0 + r, n, y + f.bias);
+    }
+}
+
+static void finish_all(const Call& c, const Turned& t, const Patch& p, const int32_t* sums) {
+    for (int side = 0; side < 2 && p.n + side * 16 < c.N; side++) {
+        const Factors f = factors_at(c, p.n + side * 16);
+        for (int next = 0; next <= p.two; next++) finish(c, t, sums + side * 512 + next * 16, (p.m + next) * ROWS, p.n + side * 16, f);
     }
 }
 
@@ -232,23 +254,33 @@ static void step_of(const unsigned char* a, int64_t a_row, int64_t a_next, const
     }
 }
 
-// The sums of 32 outputs and two blocks of rows (or one) over some steps, and what becomes of them after the last.
-static void products_of(const Call& c, const Turned& t, int64_t n, int64_t m, bool two, int64_t first, int64_t last, const unsigned char* a, bool as_they_lie,
-                        bool new_rows, int32_t* sums) {
-    if (first) { LOAD(0, sums, SUMS); LOAD(1, sums + 16, SUMS); LOAD(2, sums + 512, SUMS); LOAD(3, sums + 528, SUMS); }
+static void products(const Call& c, const Turned& t, const Patch& p, int64_t first, int64_t last, const unsigned char* a, int32_t* sums, bool add) {
+    if (add) { LOAD(0, sums, SUMS); LOAD(1, sums + 16, SUMS); LOAD(2, sums + 512, SUMS); LOAD(3, sums + 528, SUMS); }
     else { ZERO(0); ZERO(1); ZERO(2); ZERO(3); }
-    const int64_t a_row = as_they_lie ? c.row : LINE, a_next = 16 * a_row, a_step = as_they_lie ? LINE : 2 * TILE;
+    const int64_t a_row = p.as_they_lie ? c.row : LINE, a_next = 16 * a_row, a_step = p.as_they_lie ? LINE : 2 * TILE;
     for (int64_t step = first; step < last; step++, a += a_step) {
-        if (as_they_lie && new_rows) for (int o = 0; o < OUTPUTS; o++) __builtin_prefetch(a + o * c.row + 512, 0, 2);
-        const unsigned char *b = tile_of(t, m, step, 0), *b_next = tile_of(t, two ? m + 1 : m, step, 0);
-        if (two) step_of<2>(a, a_row, a_next, b, b_next); else step_of<1>(a, a_row, a_next, b, b);
+        if (p.as_they_lie && p.first_rows) for (int o = 0; o < OUTPUTS; o++) __builtin_prefetch(a + o * c.row + 512, 0, 2);
+        const unsigned char *b = tile_of(t, p.m, step, 0), *b_next = tile_of(t, p.two ? p.m + 1 : p.m, step, 0);
+        if (p.two) step_of<2>(a, a_row, a_next, b, b_next); else step_of<1>(a, a_row, a_next, b, b);
     }
     STORE(0, sums, SUMS); STORE(1, sums + 16, SUMS); STORE(2, sums + 512, SUMS); STORE(3, sums + 528, SUMS);
-    if (last < t.steps) return;
-    for (int side = 0; side < 2; side++) {
-        if (n + side * 16 >= c.N) continue;
-        const Factors f = factors_at(c, n + side * 16);
-        for (int next = 0; next <= two; next++) finish(c, t, sums + side * 512 + next * 16, (m + next) * ROWS, n + side * 16, f);
+}
+
+// Products that are whole within a group, each output's times its scale of the group, less its zero times the sum of x.
+static void products_by_group(const Call& c, const Turned& t, const Patch& p, int64_t first, int64_t last, const unsigned char* a, float* sums) {
+    alignas(64) int32_t whole[OUTPUTS * 32];
+    if (!first) memset(sums, 0, sizeof whole);
+    for (int64_t from = first, to; from < last; from = to) {
+        const int64_t g = group_of(c, from), end = c.groups == 1 ? t.steps : (g + 1) * (c.K / c.groups) / PER;
+        to = end < last ? end : last;
+        products(c, t, p, from, to, a + (from - first) * 2 * TILE, whole, false);
+        for (int64_t o = 0; o < OUTPUTS && p.n + o < c.N; o++) {
+            const float s = factor(c.scale, (p.n + o) * c.groups + g), z = to == end ? factor(c.zero, (p.n + o) * c.groups + g) : 0.f;
+            for (int next = 0; next <= p.two; next++) {
+                vf* sum = (vf*)(sums + o * 32 + next * 16);
+                *sum += floats(*(const vi*)(whole + o * 32 + next * 16)) * s - load(sum_at(c, t, p.m + next, g)) * z;
+            }
+        }
     }
 }
 
@@ -269,7 +301,12 @@ static void part_of(const Call& c, const Turned& t, int64_t n0, int64_t end, int
                     }
                 }
             const unsigned char* a = as_they_lie ? c.codes + n * c.row + first * LINE : panel;
-            for (int64_t m = from; m < to; m += 2, own += OUTPUTS * 32) products_of(c, t, n, m, m + 1 < to, first, last, a, as_they_lie, m == from, own);
+            for (int64_t m = from; m < to; m += 2, own += OUTPUTS * 32) {
+                const Patch patch = {n, m, m + 1 < to, as_they_lie, m == from};
+                if constexpr (GROUPED) products_by_group(c, t, patch, first, last, a, (float*)own);
+                else products(c, t, patch, first, last, a, own, first > 0);
+                if (last == t.steps) finish_all(c, t, patch, own);
+            }
         }
     }
 }
@@ -281,9 +318,10 @@ extern "C" int run(const Call* given) {
     t.steps = up(c.K, 64) / PER;
     const int64_t blocks = (c.M + ROWS - 1) / ROWS, wide_part = blocks > 4 ? SPAN * OUTPUTS : OUTPUTS, parts = (c.N + wide_part - 1) / wide_part, strips = (blocks + STRIP - 1) / STRIP;
     const int64_t block = t.steps * PARTS * TILE, panel = CHUNK * 2 * TILE;
-    t.tiles = (unsigned char*)aligned_alloc(64, blocks * block + up(blocks * 16 * 8, 64));
+    t.tiles = (unsigned char*)aligned_alloc(64, blocks * block + up(blocks * 16 * (4 + 4 * (GROUPED ? c.groups : 1)), 64));
     if (!t.tiles) return 2;
     t.scale = (float*)(t.tiles + blocks * block), t.sum = t.scale + blocks * 16;
+    if (GROUPED) memset(t.sum, 0, blocks * 16 * 4 * c.groups);
     if (c.M % ROWS) memset(t.tiles + (blocks - 1) * block, 0, block);
 #pragma omp parallel num_threads(c.threads)
     {

@@ -17,7 +17,8 @@ from .skeleton import skeleton
 from .toolchain import built
 
 FEW = 4  # rows up to which vectors are faster than units; measured
-_APART = 15  # rows up to which bfloat16 is faster taken apart into whole numbers than bytes made bfloat16; measured
+_FEWER = 2  # the same where units take bfloat16 apart
+_APART = 10  # rows up to which bfloat16 is faster taken apart into whole numbers than bytes made bfloat16; measured
 _LEAST = 1 << 16  # weights of a layer; fewer are not worth a library of their own
 _MOST = 1 << 16  # inputs whose products are sure to fit into a sum of 32 bits
 _CODES = {"int8": "BYTES", "int4": "NIBBLES", "qoq": "NESTED"}
@@ -31,7 +32,7 @@ class Call(ctypes.Structure):
 
 
 def source(codes: str, digits: int, x: str, scales: str, halves: str) -> str:
-    """The whole C++ text for a way of storing weights, whole numbers for each of x (or 0), the types of x and scales."""
+    """The whole C++ text for a way of storing weights, whole numbers for each of x or 0, the types of x and scales."""
     whole = digits > 0
     parts = 3 if x == "FLOAT" and not whole else 1
     head = [
@@ -58,9 +59,11 @@ def few(groups: Groups, text: str) -> str | None:
     if not 0 < rows <= FEW:
         return f"{rows} rows"
     if spec.format == "int8" and x.dtype == torch.bfloat16:
-        return "bfloat16 with bytes: torch's own is as fast"
+        return "bfloat16 with bytes"
     if tensors[0].shape[0] * spec.inputs < _LEAST:
         return "few weights"
+    if rows > _FEWER and _apart(x, spec) and refuses(groups, text) is None:
+        return f"{rows} rows of bfloat16"
     return no_vectors(groups, text) or built(source_few, *_said_few(groups, spec))[1]
 
 
@@ -152,6 +155,11 @@ def _said_few(groups: Groups, spec: QLinearSpec) -> tuple[str, str]:
 
 def _said(groups: Groups, spec: QLinearSpec) -> tuple[str, int, str, str]:
     (x,), tensors = groups
-    apart = spec.format == "int8" and x.dtype == torch.bfloat16 and x.numel() <= _APART * spec.inputs
-    digits = 1 if spec.activations else 3 if apart else 0
+    digits = 1 if spec.activations else 3 if _apart(x, spec) else 0
     return _CODES[spec.format], digits, _TYPES[x.dtype], _TYPES[tensors[1].dtype]
+
+
+def _apart(x: Tensor, spec: QLinearSpec) -> bool:
+    """Whether rows of x are taken apart into whole numbers, whose sums within a group are whole."""
+    grouped = spec.format == "int8" or spec.groups == 1 or spec.group % 64 == 0
+    return grouped and x.dtype == torch.bfloat16 and x.numel() <= _APART * spec.inputs
