@@ -1,6 +1,6 @@
 """Linear layers over stored weights against bf16 `linear` and torch's own kernels: one run, interleaved medians.
 
-    python benchmarks/quantized_linear.py [--size 4096] [--rows 1 4 8 64 512] [--runs 15] [--json FILE] [--md FILE]
+    python benchmarks/quantized_linear.py [--size 4096] [--rows 1 2 4 8 16 64 512] [--runs 15] [--json FILE] [--md FILE]
 
 Numerics first. Rounding of activations is part of a call. torchao's weight-only scheme is `_weight_int8pack_mm` as it
 stands in eager mode; its dynamic scheme the same rounding and `_int_mm`.
@@ -88,7 +88,7 @@ def table(found: dict[int, dict[str, float]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--size", type=int, default=4096)
-    parser.add_argument("--rows", type=int, nargs="*", default=[1, 4, 8, 64, 512])
+    parser.add_argument("--rows", type=int, nargs="*", default=[1, 2, 4, 8, 16, 64, 512])
     parser.add_argument("--runs", type=int, default=15)
     parser.add_argument("--json")
     parser.add_argument("--md")

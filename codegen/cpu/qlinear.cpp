@@ -316,7 +316,8 @@ extern "C" int run(const Call* given) {
     if (!units_allowed()) return 1;
     Turned t;
     t.steps = up(c.K, 64) / PER;
-    const int64_t blocks = (c.M + ROWS - 1) / ROWS, wide_part = blocks > 4 ? SPAN * OUTPUTS : OUTPUTS, parts = (c.N + wide_part - 1) / wide_part, strips = (blocks + STRIP - 1) / STRIP;
+    const int64_t blocks = (c.M + ROWS - 1) / ROWS, strips = (blocks + STRIP - 1) / STRIP;
+    const int64_t width = blocks > 4 ? SPAN * OUTPUTS : OUTPUTS, parts = (c.N + width - 1) / width;
     const int64_t block = t.steps * PARTS * TILE, panel = CHUNK * 2 * TILE;
     t.tiles = (unsigned char*)aligned_alloc(64, blocks * block + up(blocks * 16 * (4 + 4 * (GROUPED ? c.groups : 1)), 64));
     if (!t.tiles) return 2;
@@ -334,7 +335,7 @@ extern "C" int run(const Call* given) {
 #pragma omp for schedule(dynamic)
         for (int64_t task = 0; task < strips * parts; task++) {
             const int64_t from = task / parts * STRIP, to = from + STRIP < blocks ? from + STRIP : blocks;
-            const int64_t n = task % parts * wide_part, end = n + wide_part < c.N ? n + wide_part : c.N;
+            const int64_t n = task % parts * width, end = n + width < c.N ? n + width : c.N;
             part_of(c, t, n, end, from, to, own, (int32_t*)(own + panel));
         }
         units_end();
