@@ -124,7 +124,7 @@ def vit_agent(bench: Bench) -> dict[str, Any]:
     before = {"original": whole(model.eval()), "rewritten": whole(fast)}
     held = [{"pixel_values": torch.from_numpy(pictures(12, k * 48, 48)[0])} for k in range(4)]
     return run(bench, "vit-agent", fast, drawn, held, judge, whole, before, train="all", lr=5e-4, transfer=0.4,
-               steps=800)  # fmt: skip
+               bfloat16=True, steps=800)  # fmt: skip
 
 
 CASES: dict[str, Callable[[Bench], dict[str, Any]]] = {

@@ -11,10 +11,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from .primitives.attend import attend_op
 from .primitives.attend_spec import AttendSpec
+from .symbol_eval import evaluate
 from .symbols import Expr
 
 aten = torch.ops.aten
@@ -78,6 +79,7 @@ def find_ports(node: fx.Node) -> Ports:
     _follow_output(ports)
     ports.padding = next((c for c in spec.conjuncts if is_padding(c)), None)
     if ports.padding is not None:
+        # the table that says it; what a mechanism gets is `real_keys`
         ports.nodes["key_padding"] = tables[int(_tables_in(ports.padding)[0][1:])]  # type: ignore[index,assignment]
     return ports
 
@@ -85,6 +87,15 @@ def find_ports(node: fx.Node) -> Ports:
 def is_padding(condition: Expr) -> bool:
     """A condition on (b, j) alone that looks one table up: which keys are real."""
     return len(_tables_in(condition)) == 1 and "j" in condition.names and condition.names <= {"b", "j"}
+
+
+def real_keys(padding: Expr, q: Tensor, k: Tensor, tables: Mapping[str, Tensor]) -> Tensor:
+    """The port key_padding (B, M), true where a key is real: the condition on keys alone."""
+    batch = torch.arange(q.shape[0], device=q.device).view(-1, 1, 1, 1)
+    key = torch.arange(k.shape[2], device=q.device).view(1, 1, 1, -1)
+    kept = evaluate(padding, {"b": batch, "j": key}, tables, whole=frozenset({"b", "j"}))
+    kept = kept if kept.dtype == torch.bool else kept != 0
+    return kept.expand(q.shape[0], 1, 1, k.shape[2]).flatten(0, 2)
 
 
 def _tables_in(e: Expr) -> list[str]:

@@ -5,18 +5,16 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from .facts import features
 from .mechanism import Mechanism
-from .ports import is_padding
+from .ports import is_padding, real_keys
 from .primitives.attend_spec import AttendSpec
 from .program import Change, Program, get_attr, insert_before, mount, tensor_name
 from .refusal import Refused
 from .site import Site
 from .surgery import insert
-from .symbol_eval import evaluate
 from .symbols import TRUE, Expr
 from .tracing import Fragment, Setting, trace
 
@@ -135,15 +133,10 @@ def _inputs(program: Program, site: Site, mechanism: Mechanism, attend: fx.Node,
 def _key_padding(
     program: Program, padding: Expr, ports: dict[str, fx.Node], attend: fx.Node, anchor: fx.Node
 ) -> fx.Node:
-    """The port key_padding (B, M), true where a key is real: the condition on keys alone, computed in the graph."""
     tables = {f"t{k}": node for k, node in enumerate(attend.args[2])}  # type: ignore[arg-type]
 
     def compute(q: Tensor, k: Tensor, **tables: Tensor) -> Tensor:
-        batch = torch.arange(q.shape[0], device=q.device).view(-1, 1, 1, 1)
-        key = torch.arange(k.shape[2], device=q.device).view(1, 1, 1, -1)
-        kept = evaluate(padding, {"b": batch, "j": key}, tables, whole=frozenset({"b", "j"}))
-        kept = kept if kept.dtype == torch.bool else kept != 0
-        return kept.expand(q.shape[0], 1, 1, k.shape[2]).flatten(0, 2)
+        return real_keys(padding, q, k, tables)
 
     (found,) = insert(program, anchor, compute, {"q": ports["q"], "k": ports["k"], **tables}, like=anchor)
     return found

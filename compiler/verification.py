@@ -15,7 +15,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .mechanism import KINDS
+from .ports import is_padding, real_keys
 from .primitives.attend_blocks import attend_in_blocks
+from .primitives.attend_spec import AttendSpec
 from .program import Change, Program
 from .refusal import Refused
 from .taps import stream_groups
@@ -116,6 +118,7 @@ def _wanted(reference: Program, changes: Sequence[Change]) -> dict[str, Any]:
 def _judge(changes: Sequence[Change], values: dict[str, Tensor]) -> SiteResult:
     """One site: its changes in turn, a gate reading what the core before it gave."""
     expected = values.pop("expected")
+    values |= padding_port(changes[0], values)
     with torch.no_grad():
         got, _ = in_turn(changes, values, [change.own for change in changes])
     deviation = compare(got, expected)
@@ -146,6 +149,15 @@ def in_turn(
             rows: Any = change.mechanism
             seen |= {name: rows.store(seen[name]) for name in ("k", "v")}
     return seen["o"], losses
+
+
+def padding_port(change: Change, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The port key_padding: what a site taps is only the table that it is read from."""
+    found = next((c for c in AttendSpec.of(change.before).conjuncts if is_padding(c)), None)
+    if found is None:
+        return {}
+    tables = {name.replace("table_", "t"): t for name, t in values.items() if name.startswith("table_")}
+    return {"key_padding": real_keys(found, values["q"], values["k"], tables)}
 
 
 def _not_exact(error: float, deviation: Deviation, expected: Tensor) -> str:

@@ -241,25 +241,55 @@ def test_a_mechanism_of_ones_own_with_a_learned_tensor(scratch_registry: None) -
     assert all(p.grad.abs().sum() > 0 for _, p in fast.new_parameters())
 
 
+class Padded(nn.Module):
+    """Attention with a mask of whole numbers: `real` stands where a key is one."""
+
+    def __init__(self, real: int) -> None:
+        super().__init__()
+        self.inner, self.real = stack(1, causal=False).layers[0].attn, real
+
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:
+        a, B, N = self.inner, *x.shape[:2]
+        q = a.q_proj(x).view(B, N, 4, 8).transpose(1, 2)
+        k, v = (p(x).view(B, N, 2, 8).transpose(1, 2).repeat_interleave(2, 1) for p in (a.k_proj, a.v_proj))
+        kept = mask[:, None, None, :] == self.real
+        o = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=kept)
+        return a.o_proj(o.transpose(1, 2).reshape(B, N, 32))
+
+
+PADDED = torch.tensor([[1] * 9, [1] * 6 + [0] * 3])
+
+
 def test_padding_reaches_a_mechanism_as_the_port_key_padding() -> None:
-    class Padded(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = stack(1, causal=False).layers[0].attn
-
-        def forward(self, x: Tensor, mask: Tensor) -> Tensor:
-            a, B, N = self.inner, *x.shape[:2]
-            q = a.q_proj(x).view(B, N, 4, 8).transpose(1, 2)
-            k, v = (p(x).view(B, N, 2, 8).transpose(1, 2).repeat_interleave(2, 1) for p in (a.k_proj, a.v_proj))
-            o = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :] != 0)
-            return a.o_proj(o.transpose(1, 2).reshape(B, N, 32))
-
-    mask = torch.tensor([[1] * 9, [1] * 6 + [0] * 3])
-    fast = reattend.optimize(Padded().eval(), recipe({"match": "*", "attention": "linear"}), (X, mask), measure=False)
+    fast = reattend.optimize(
+        Padded(1).eval(), recipe({"match": "*", "attention": "linear"}), (X, PADDED), measure=False
+    )
     assert "padding" in fast.sites[0].site.features
     other = X.clone()
     other[1, 6:] += 1.0  # what stands behind the padding cannot matter to the rows before it
-    torch.testing.assert_close(fast(X, mask)[:, :6], fast(other, mask)[:, :6], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(fast(X, PADDED)[:, :6], fast(other, PADDED)[:, :6], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("real", [1, 0])
+def test_padding_is_verified_as_what_a_mechanism_gets(real: int, scratch_registry: None) -> None:
+    """True where a key is real, whatever the table says it with; one table read as it lies would be rolled back."""
+
+    @register("softmax_of_real_keys")
+    @dataclass(frozen=True)
+    class SoftmaxOfRealKeys(Mechanism):
+        kind = "exact"
+        honours = frozenset({"padding"})
+
+        def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor) -> Tensor:  # type: ignore[override]
+            k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
+            scores = (q @ k.mT * site.scale).masked_fill(~key_padding[:, None, None], -torch.inf)
+            return scores.softmax(-1) @ v
+
+    model, mask = Padded(real).eval(), PADDED if real else 1 - PADDED
+    wanted = recipe({"match": "*", "attention": "softmax_of_real_keys"})
+    fast = reattend.optimize(model, wanted, (X, mask), measure=False)
+    assert fast.sites[0].mechanism == "softmax_of_real_keys()"
+    torch.testing.assert_close(fast(X, mask), model(X, mask), atol=1e-5, rtol=1e-5)
 
 
 def test_explain_lists_sites_with_their_masks() -> None:

@@ -18,7 +18,7 @@ from ..held_out import Batch
 from ..pipeline import Outcome
 from ..program import Change
 from ..taps import stream_groups
-from ..verification import in_turn
+from ..verification import in_turn, padding_port
 from .losses import relative
 from .pair import OnModel, Pair, View
 
@@ -43,6 +43,7 @@ class SiteTransfer:
         if self.behind is not None:
             found = OnModel(student, self.behind).run(*(seen[name] for name in self.boundary))
             seen |= dict(zip(self.ports, found, strict=True))
+        seen |= padding_port(self.changes[0], seen)
         own = [
             {n: _attribute(student, target) for n, target in zip(change.own, change.tensors, strict=True)}
             for change in self.changes
