@@ -94,7 +94,7 @@ def optimize(
 ) -> Any:
     """The model rewritten by a recipe: still of its own class, with `.graph`, `.report` and `.sites`.
 
-    recipe          a shipped name, a path, YAML text, or the same as a dict.
+    recipe          a shipped name, a mechanism's, a path, YAML text, or the same as a dict.
     example_inputs  positional arguments, keyword arguments, or a pair of both. Left out they are inferred where that
                     runs; where it does not, the first call is captured, and refused if the recipe does not fit.
     data            held-out calls like example_inputs; without it quality is not judged, only correctness.

@@ -181,7 +181,9 @@ def bench(
 @app.command()
 def quality(
     model: Annotated[str, typer.Option(help="byte_lm, shapes_vit or minilm; any other MODEL with --data")],
-    recipe: Annotated[list[str] | None, typer.Option(help="a YAML file or a shipped name; may be repeated")] = None,
+    recipe: Annotated[
+        list[str] | None, typer.Option(help="a YAML file, a shipped recipe's or a mechanism's name; may be repeated")
+    ] = None,
     every: Annotated[bool, typer.Option("--all", help="exact, and every mechanism at every site")] = False,
     data: Annotated[Path | None, typer.Option(help='a file with one call a line: {"input_ids": [1, 2]}')] = None,
     out: Annotated[Path | None, typer.Option(help="keep rows, table and plot here; a killed run goes on")] = None,

@@ -13,7 +13,9 @@ from .answers import answers, working
 from .cli_arguments import ModelName
 from .compiler.refusal import Refused
 
-RecipeName = Annotated[str, typer.Argument(metavar="RECIPE", help="a YAML file, or a shipped name; none: the sites")]
+RecipeName = Annotated[
+    str, typer.Argument(metavar="RECIPE", help="a YAML file, a shipped recipe's or a mechanism's name; none: the sites")
+]
 
 
 def report(

@@ -1,4 +1,4 @@
-"""Reading a recipe: a file, a shipped name, YAML or JSON text, a dict; every mistake is named with its place.
+"""Reading a recipe: a file, a shipped name or a mechanism's, text, a dict; every mistake is named with its place.
 
     recipe = load_recipe("recipe.yaml", vocabulary)
 
@@ -51,7 +51,7 @@ Section = TypeVar("Section")
 def load_recipe(
     source: str | Path | Mapping[str, Any] | Recipe, vocabulary: Vocabulary, *, alone: bool = False
 ) -> Recipe:
-    """The recipe of a path, a shipped name ("exact"), a YAML or JSON text (with a newline), or a dict.
+    """The recipe of a path, a shipped name ("exact"), a mechanism's ("w8"), YAML or JSON text (a newline in it), a dict.
 
     Refused: what the vocabulary does not know, what is not a recipe, what is not plain data; `alone`: other files too.
     """
@@ -64,7 +64,18 @@ def load_recipe(
         return _Loader(vocabulary).read(read_text(source, "recipe"), "recipe", Path())
     if not isinstance(source, str | Path):
         raise Refused(f"a recipe given as {type(source).__name__}", fits="a path, a shipped name, YAML text or a dict")
+    name = str(source)
+    if name in vocabulary.mechanisms and name not in shipped() and not Path(name).is_file():
+        return replace(everywhere(name, vocabulary), source=name)
     return _Loader(vocabulary, alone).open(_locate(source, Path()))
+
+
+def everywhere(name: str, vocabulary: Vocabulary, knobs: Mapping[str, Any] = {}) -> Recipe:
+    """The recipe of one mechanism wherever its part belongs: at every site, in every layer, or of the whole model."""
+    choice, key = {name: dict(knobs)}, vocabulary.key_of(name)
+    wanted = {"passes": [choice], "quantize": {"*": choice}}.get(key, [{"match": "*", key: choice}])
+    section = key if key in ("passes", "quantize") else "sites"
+    return load_recipe({"version": 1, section: wanted}, vocabulary)
 
 
 def shipped() -> tuple[str, ...]:

@@ -276,6 +276,23 @@ def test_the_shipped_recipes_load_and_decide_something():
     assert load_recipe("exact", WORDS).rules[0].where == "recipes/exact.yaml:4"
 
 
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("softmax", {"sites": [{"match": "*", "attention": {"softmax": {}}}]}),
+        ("int4", {"sites": [{"match": "*", "kv": {"int4": {}}}]}),
+        ("tome_like", {"passes": [{"tome_like": {}}]}),
+        ("w8a8", {"quantize": {"*": {"w8a8": {}}}}),
+    ],
+)
+def test_a_mechanisms_name_is_the_recipe_that_puts_it_wherever_it_belongs(name, wanted):
+    assert load_recipe(name, WORDS).to_dict() == load_recipe({"version": 1, **wanted}, WORDS).to_dict()
+
+
+def test_a_shipped_recipe_comes_before_a_mechanism_of_its_name():
+    assert load_recipe("window", WORDS).source == "recipes/window.yaml"
+
+
 def test_an_empty_recipe_is_a_warning():
     for source in ("\n", "# nothing\n", {}, "version: 1\n"):
         recipe = load_recipe(source, WORDS)

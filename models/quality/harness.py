@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ...compiler.bench import machine
 from ...compiler.hosted import about, is_hosted
-from ...compiler.mechanism import KINDS, mechanism
+from ...compiler.mechanism import KINDS, mechanism, mechanisms
 from ...compiler.recipe import Choice, Recipe
 from ...compiler.refusal import Refused
 from ...compiler.timing import Timing, timed
@@ -155,7 +155,7 @@ def _sites(fast: nn.Module) -> tuple[int, int]:
 def _refuse_unchanged(wish: Wish, fast: nn.Module) -> None:
     """A recipe that asks for sites and gets none measures the original: that is no row of its own."""
     rows = getattr(getattr(fast, "report", None), "rows", ())
-    asked = wish.recipe is not None and not wish.recipe.passes
+    asked = wish.recipe is not None and not _of_the_whole(wish.recipe)
     if asked and rows and all(row.status != "rewritten" for row in rows):
         patterns = ", ".join(dict.fromkeys(row.site.pattern for row in rows))
         reason = next((row.reason for row in rows if row.reason), f"no rule matches a site here ({patterns})")
@@ -166,7 +166,12 @@ def _kind(wish: Wish, fast: nn.Module) -> str:
     """The farthest from the original of what stands in the model."""
     report = getattr(fast, "report", None)
     kinds = {row.kind for row in getattr(report, "rows", ()) if row.status == "rewritten"}
-    return _farthest(kinds | {_kind_of(choice) for choice in (wish.recipe.passes if wish.recipe else ())})
+    return _farthest(kinds | {_kind_of(choice) for choice in (_of_the_whole(wish.recipe) if wish.recipe else ())})
+
+
+def _of_the_whole(recipe: Recipe) -> list[Choice]:
+    """Passes and ways to store weights: what is asked of a model beside its sites."""
+    return [choice for choice in choices(recipe) if mechanisms()[choice.mechanism].part == "model"]
 
 
 def _asked_kind(recipe: Recipe | None) -> str:

@@ -11,9 +11,9 @@ from torch import nn
 
 from ...compiler.mechanism import mechanisms
 from ...compiler.recipe import Recipe
-from ...compiler.recipe_load import load_recipe
+from ...compiler.recipe_load import everywhere, load_recipe
 from ...compiler.refusal import Refused
-from ...compiler.vocabulary import KEY_PARTS, Vocabulary
+from ...compiler.vocabulary import Vocabulary
 from .row import ORIGINAL
 
 
@@ -72,17 +72,7 @@ def _every(vocabulary: Vocabulary) -> list[Wish]:
 
 def _alone(slug: str, knobs: Mapping[str, Any], vocabulary: Vocabulary) -> Wish:
     name = " ".join((slug, *(f"{knob}={value}" for knob, value in knobs.items())))
-    choice = {slug: dict(knobs)}
-    key = next(key for key in KEY_PARTS if slug in vocabulary.fitting(key))
-    asked: dict[str, Any] = {"version": 1}
-    match key:
-        case "passes":
-            asked["passes"] = [choice]
-        case "quantize":
-            asked["quantize"] = {"*": choice}
-        case _:
-            asked["sites"] = [{"match": "*", key: choice}]
     try:
-        return Wish(name, load_recipe(asked, vocabulary))
+        return Wish(name, everywhere(slug, vocabulary, knobs))
     except Refused as refused:
         return Wish(name, refused=str(refused))
