@@ -51,7 +51,7 @@ Section = TypeVar("Section")
 def load_recipe(
     source: str | Path | Mapping[str, Any] | Recipe, vocabulary: Vocabulary, *, alone: bool = False
 ) -> Recipe:
-    """The recipe of a path, a shipped name ("exact"), a mechanism's ("w8"), YAML or JSON text (a newline in it), a dict.
+    """The recipe of a path, a shipped name ("exact"), a mechanism's ("w8"), YAML or JSON text (with a newline) or dict.
 
     Refused: what the vocabulary does not know, what is not a recipe, what is not plain data; `alone`: other files too.
     """
