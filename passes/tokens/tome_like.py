@@ -43,6 +43,7 @@ class TomeLike(Mechanism):
     part = "model"
     kind = "approximate"
     paper = "arXiv 2210.09461"
+    judged = ({"r": 8},)
 
     def schedule(self, layers: int) -> tuple[int, ...]:
         """Tokens to remove after each layer."""
