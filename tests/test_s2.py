@@ -54,6 +54,27 @@ def test_rule(causal: bool, knobs: dict[str, Any], kv: int) -> None:
     assert close(attention(q, k, v, "s2", causal=causal, **knobs), row_by_row(q, k, v, seen))
 
 
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("count", [1, 4])
+def test_a_pattern_of_ones_own(causal: bool, count: int) -> None:
+    q, k, v = problem(11, kv_heads=2)
+    chosen = torch.rand(count, 4, 4, generator=torch.Generator().manual_seed(3)) < 0.4
+    chosen |= torch.eye(4, dtype=torch.bool)
+    chosen = chosen.tril() if causal else chosen
+
+    def seen(h: int, i: int) -> list[int]:
+        return [j for j in range(11) if chosen[h % count, i // 3, j // 3] and (j <= i or not causal)]
+
+    got = attention(q, k, v, "s2", causal=causal, block_size=3, pattern=chosen.int().tolist())
+    assert close(got, row_by_row(q, k, v, seen))
+
+
+def test_a_block_beyond_the_pattern_sees_itself() -> None:
+    q, k, v = problem(7)
+    got = attention(q, k, v, "s2", causal=True, block_size=3, pattern=[[[1, 0], [1, 1]]])
+    assert close(got, row_by_row(q, k, v, lambda h, i: range(6 if i == 6 else 0, i + 1)))
+
+
 def pattern(causal: bool, block: int) -> str:
     """Which of 8 blocks a query of one block sees, read from the weights of equal keys."""
     q, k = torch.zeros(1, 1, 16, 4), torch.zeros(1, 1, 16, 4)
@@ -97,6 +118,9 @@ def test_in_a_llama() -> None:
         ({"num_dense_heads": 5}, "5 of them dense"),
         ({"num_kv_heads": 3}, "3 key heads"),
         ({"local_blocks": 0}, "own block"),
+        ({"pattern": [[[1, 0], [1, 0]]]}, "every own block"),
+        ({"pattern": [[[1]], [[1]]]}, "2 heads for 4"),
+        ({"pattern": [[[1, 1], [1, 1]]]}, "to the right"),
         ({"homo_head": True, "num_dense_heads": 1}, "may differ"),
     ],
 )

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ...compiler.functional import attention
@@ -15,6 +16,7 @@ from ...compiler.primitives.attend import attend
 from ...compiler.problem import problem
 from ...compiler.refusal import Refused
 from ...compiler.site import Site
+from ...compiler.symbols import build, table
 
 PLACES = (None, "absolute", "relative")
 
@@ -32,6 +34,9 @@ class S2(Mechanism):
     The last num_dense_heads key heads see everything; homo_head gives all heads the pattern of head 0. Left out,
     head_sliding_step is max(1, vert_stride // query heads), as in the reference, and num_kv_heads is the site's.
 
+    A pattern of your own, (query heads or 1, blocks, blocks) of 0 and 1 with every own block in it, takes the place of
+    these rules; a block beyond the pattern sees itself alone.
+
     >>> q, k, v = problem(8)
     >>> o = attention(q, k, v, "s2", causal=True, block_size=2, local_blocks=1, vert_stride=4, homo_head=True)
     >>> seen = attention(q[:, :, 7:], k[:, :, [0, 1, 6, 7]], v[:, :, [0, 1, 6, 7]], "softmax")  # blocks 0 and 3
@@ -48,6 +53,7 @@ class S2(Mechanism):
     head_sliding_step: int | None = None
     head_sliding_offset: int = 0
     vert_position_type: str | None = None
+    pattern: tuple[tuple[tuple[int, ...], ...], ...] | None = None
 
     part = "core"
     kind = "needs recovery"
@@ -72,6 +78,8 @@ class S2(Mechanism):
         if self.homo_head and self.num_dense_heads:
             found = f"homo_head with num_dense_heads={self.num_dense_heads}"
             raise Refused(found, where="s2", fits="heads that may differ")
+        if self.pattern is not None:
+            object.__setattr__(self, "pattern", _checked(self.pattern))
 
     @property
     def _sides(self) -> tuple[int, int]:
@@ -83,10 +91,19 @@ class S2(Mechanism):
             return "s2 compares blocks of one sequence, this site is cross-attention"
         if site.causal and isinstance(self.local_blocks, tuple):
             return f"local_blocks={self.local_blocks} looks to the right, this site is causal: give one number"
+        if self.pattern is not None:
+            return self._pattern_fits(self.pattern, site)
         heads = self.num_kv_heads or site.kv_heads
         if site.heads % heads or self.num_dense_heads > heads:
             return f"s2: {heads} key heads, {self.num_dense_heads} of them dense, for {site.heads} heads"
         return None
+
+    @staticmethod
+    def _pattern_fits(pattern: tuple[Any, ...], site: Site) -> str | None:
+        if len(pattern) not in (1, site.heads):
+            return f"s2: a pattern of {len(pattern)} heads for {site.heads} heads"
+        ahead = any(any(row[a + 1 :]) for head in pattern for a, row in enumerate(head))
+        return "s2: this pattern looks to the right, this site is causal" if site.causal and ahead else None
 
     def keep(self, site: Any) -> Callable[..., Any]:
         """The predicate at a site; what a causal mask adds is left to the site."""
@@ -115,7 +132,8 @@ class S2(Mechanism):
         return lambda h, i, j: chosen(h, i, j) | (h >= first)
 
     def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
-        return attend(q, k, v, keep=self.keep(site), site=site)
+        keep = self.keep(site) if self.pattern is None else _read_from(self.pattern, self.block_size, q.device)
+        return attend(q, k, v, keep=keep, site=site)
 
     def limits(self) -> Iterable[Limit]:
         q, k, v = problem(11)
@@ -129,3 +147,24 @@ class S2(Mechanism):
             ):
                 run = lambda same=same, causal=causal: attention(q, k, v, same, causal=causal)
                 yield Limit(f"{says}: full attention ({kind})", run, full)
+
+
+def _checked(pattern: Any) -> tuple[tuple[tuple[int, ...], ...], ...]:
+    """A pattern as nested tuples, refused where it is not square or a block does not see itself."""
+    held = torch.as_tensor(pattern).bool().int()
+    if held.ndim != 3 or held.shape[1] != held.shape[2] or not held.diagonal(dim1=1, dim2=2).all():
+        found = f"a pattern of shape {tuple(held.shape)}"
+        raise Refused(found, where="s2", fits="(heads or 1, blocks, blocks), every own block 1")
+    return tuple(tuple(map(tuple, head)) for head in held.tolist())
+
+
+def _read_from(pattern: tuple[Any, ...], size: int, device: torch.device) -> Callable[..., Any]:
+    held, last = table(torch.tensor(pattern, device=device)), len(pattern[0]) - 1
+
+    def keep(h: Any, i: Any, j: Any) -> Any:
+        a, c = i // size, j // size
+        place = 0 if len(pattern) == 1 else h
+        inside = held[place, build("minimum", a, last), build("minimum", c, last)] == 1
+        return (a == c) | ((a <= last) & (c <= last) & inside)
+
+    return keep
