@@ -75,6 +75,16 @@ def test_a_block_beyond_the_pattern_sees_itself() -> None:
     assert close(got, row_by_row(q, k, v, lambda h, i: range(6 if i == 6 else 0, i + 1)))
 
 
+def test_a_pattern_that_comes_back_says_what_a_cache_pays(caplog: pytest.LogCaptureFixture) -> None:
+    q, k, v = problem(9)
+    for rows, said in (([[1, 0, 0], [1, 1, 0], [0, 1, 1]], False), ([[1, 0, 0], [0, 1, 0], [1, 0, 1]], True)):
+        caplog.clear()
+        attention(q, k, v, "s2", causal=True, block_size=3, pattern=[rows])
+        assert ("comes back" in caplog.text) is said
+    with pytest.raises(Refused, match="a pattern with heads or positions of a rule"):
+        attention(q, k, v, "s2", causal=True, pattern=[[[1]]], homo_head=True)
+
+
 def pattern(causal: bool, block: int) -> str:
     """Which of 8 blocks a query of one block sees, read from the weights of equal keys."""
     q, k = torch.zeros(1, 1, 16, 4), torch.zeros(1, 1, 16, 4)

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from ...compiler.functional import attention
@@ -16,7 +15,7 @@ from ...compiler.primitives.attend import attend
 from ...compiler.problem import problem
 from ...compiler.refusal import Refused
 from ...compiler.site import Site
-from ...compiler.symbols import build, table
+from .block_pattern import Blocks, checked, kept, misfit
 
 PLACES = (None, "absolute", "relative")
 
@@ -53,7 +52,7 @@ class S2(Mechanism):
     head_sliding_step: int | None = None
     head_sliding_offset: int = 0
     vert_position_type: str | None = None
-    pattern: tuple[tuple[tuple[int, ...], ...], ...] | None = None
+    pattern: Blocks | None = None
 
     part = "core"
     kind = "needs recovery"
@@ -64,6 +63,7 @@ class S2(Mechanism):
         {"block_size": 2, "local_blocks": 1, "vert_stride": 3},
         {"block_size": 2, "local_blocks": 2, "vert_stride": 3, "num_dense_heads": 1, "head_sliding_offset": 1},
         {"block_size": 3, "local_blocks": 1, "vert_stride": 2, "vert_position_type": "relative"},
+        {"block_size": 3, "pattern": (((1, 0, 0), (1, 1, 0), (0, 1, 1)),)},
     )
 
     def __post_init__(self) -> None:
@@ -79,7 +79,9 @@ class S2(Mechanism):
             found = f"homo_head with num_dense_heads={self.num_dense_heads}"
             raise Refused(found, where="s2", fits="heads that may differ")
         if self.pattern is not None:
-            object.__setattr__(self, "pattern", _checked(self.pattern))
+            object.__setattr__(self, "pattern", checked(self.pattern, "s2"))
+            if self.homo_head or self.num_dense_heads or self.vert_position_type:
+                raise Refused("a pattern with heads or positions of a rule", where="s2", fits="one of the two")
 
     @property
     def _sides(self) -> tuple[int, int]:
@@ -92,18 +94,11 @@ class S2(Mechanism):
         if site.causal and isinstance(self.local_blocks, tuple):
             return f"local_blocks={self.local_blocks} looks to the right, this site is causal: give one number"
         if self.pattern is not None:
-            return self._pattern_fits(self.pattern, site)
+            return misfit(self.pattern, site, "s2")
         heads = self.num_kv_heads or site.kv_heads
         if site.heads % heads or self.num_dense_heads > heads:
             return f"s2: {heads} key heads, {self.num_dense_heads} of them dense, for {site.heads} heads"
         return None
-
-    @staticmethod
-    def _pattern_fits(pattern: tuple[Any, ...], site: Site) -> str | None:
-        if len(pattern) not in (1, site.heads):
-            return f"s2: a pattern of {len(pattern)} heads for {site.heads} heads"
-        ahead = any(any(row[a + 1 :]) for head in pattern for a, row in enumerate(head))
-        return "s2: this pattern looks to the right, this site is causal" if site.causal and ahead else None
 
     def keep(self, site: Any) -> Callable[..., Any]:
         """The predicate at a site; what a causal mask adds is left to the site."""
@@ -132,7 +127,7 @@ class S2(Mechanism):
         return lambda h, i, j: chosen(h, i, j) | (h >= first)
 
     def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
-        keep = self.keep(site) if self.pattern is None else _read_from(self.pattern, self.block_size, q.device)
+        keep = self.keep(site) if self.pattern is None else kept(self.pattern, self.block_size, q.device)
         return attend(q, k, v, keep=keep, site=site)
 
     def limits(self) -> Iterable[Limit]:
@@ -147,24 +142,3 @@ class S2(Mechanism):
             ):
                 run = lambda same=same, causal=causal: attention(q, k, v, same, causal=causal)
                 yield Limit(f"{says}: full attention ({kind})", run, full)
-
-
-def _checked(pattern: Any) -> tuple[tuple[tuple[int, ...], ...], ...]:
-    """A pattern as nested tuples, refused where it is not square or a block does not see itself."""
-    held = torch.as_tensor(pattern).bool().int()
-    if held.ndim != 3 or held.shape[1] != held.shape[2] or not held.diagonal(dim1=1, dim2=2).all():
-        found = f"a pattern of shape {tuple(held.shape)}"
-        raise Refused(found, where="s2", fits="(heads or 1, blocks, blocks), every own block 1")
-    return tuple(tuple(map(tuple, head)) for head in held.tolist())
-
-
-def _read_from(pattern: tuple[Any, ...], size: int, device: torch.device) -> Callable[..., Any]:
-    held, last = table(torch.tensor(pattern, device=device)), len(pattern[0]) - 1
-
-    def keep(h: Any, i: Any, j: Any) -> Any:
-        a, c = i // size, j // size
-        place = 0 if len(pattern) == 1 else h
-        inside = held[place, build("minimum", a, last), build("minimum", c, last)] == 1
-        return (a == c) | ((a <= last) & (c <= last) & inside)
-
-    return keep
