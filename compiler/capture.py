@@ -17,6 +17,7 @@ from . import chance
 from .attempts import Attempt, attempts, filled
 from .checkpointing import unflagged
 from .containers import Layout, Leaf, absorb, lay_out_caches, put_together, take_apart
+from .fused_layers import cast_as_fused, may_fuse
 from .graph_state import graph_from, state_of
 from .inside import inside
 from .leaves import plain_calls, stamp_leaves
@@ -159,8 +160,9 @@ def setting(model: nn.Module) -> tuple[str, ...]:
     weight = next((p for p in model.parameters() if p.is_floating_point()), None)
     if weight is None:
         return (mode, *_autocast("cpu"))
+    fused = ("fused layers",) if may_fuse(model) else ()
     device = "" if weight.device.type == "cpu" else f" {weight.device}"
-    return mode, f"{str(weight.dtype).removeprefix('torch.')}{device}", *_autocast(weight.device.type)
+    return mode, f"{str(weight.dtype).removeprefix('torch.')}{device}", *_autocast(weight.device.type), *fused
 
 
 def _autocast(device: str) -> tuple[str, ...]:
@@ -178,11 +180,12 @@ def export(model: nn.Module, call: Call, attempt: Attempt) -> Captured:
     flat = _flat(model, call, attempt, seen)
     shapes = tuple(dict.fromkeys(sorted(dims), torch.export.Dim.AUTO) or None for dims in attempt.open)
     tensors = tuple(t.detach() for t in attempt.tensors)  # one object passed twice would become one input
-    grad = torch.is_grad_enabled()
+    grad, fused = torch.is_grad_enabled(), may_fuse(model)
     try:
         with (
             torch.no_grad(),
             unchanged(model),
+            cast_as_fused(model, fused=fused),
             quiet(),
             _fakes(attempt),
             chance.no_unseen_chance(),

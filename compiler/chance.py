@@ -5,6 +5,7 @@ A trace makes constants of what random and numpy drew and leaves seeds out: its 
 
 from __future__ import annotations
 
+import pickle
 import random
 import threading
 from collections.abc import Callable, Iterator
@@ -52,6 +53,6 @@ def _seeding(manual_seed: Callable[..., Any]) -> Callable[..., Any]:
     return seed
 
 
-def _drawn() -> dict[str, Any]:
-    kind, words, *rest = numpy.random.get_state()
-    return {"Python's random": random.getstate(), "numpy.random": (kind, words.tobytes(), *rest)}  # type: ignore[union-attr]
+def _drawn() -> dict[str, bytes]:
+    states = {"Python's random": random.getstate(), "numpy.random": numpy.random.get_state()}
+    return {name: pickle.dumps(state) for name, state in states.items()}
