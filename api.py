@@ -128,7 +128,7 @@ def optimize(
         fast.prepare(*args, **kwargs)
     except Uncapturable as whole:
         must_run(inner, args, kwargs)
-        fast = _in_islands(inner, work, whole, args, kwargs)
+        fast = _in_islands(inner, work, whole, args, kwargs, max_signatures)
     finally:
         torch.set_grad_enabled(grad)
     for warning in fast.report.warnings:
@@ -439,18 +439,28 @@ def _islands(
 ) -> dict[str, Captured]:
     """The parts with attention that can be captured; where there is none, why the whole could not be."""
     try:
-        return capture_islands(model, args, kwargs, lambda captured: bool(raise_sites(captured.graph).nodes))
+        return capture_islands(model, args, kwargs, _attention_lacking)
     except Refused as none:
         raise Refused(f"{whole.found}; {none.found} ({none.fits})", where=whole.where, fits=whole.fits) from None
 
 
+def _attention_lacking(captured: Captured) -> str | None:
+    raised = raise_sites(captured.graph)
+    return None if raised.nodes else "; ".join(shown_misses(raised.misses[:1]))
+
+
 def _in_islands(
-    model: nn.Module, work: Rewriting, whole: Uncapturable, args: Sequence[Any], kwargs: Mapping[str, Any]
+    model: nn.Module,
+    work: Rewriting,
+    whole: Uncapturable,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    limit: int,
 ) -> Any:
     """The model with its largest capturable parts rewritten in place; the report says which, and why not the whole."""
     paths = _islands(model, whole, args, kwargs)
     parts = {path: Rewriting(work.recipes, work.name, path, notes=[f"an island at {path}"]) for path in paths}
-    fast: Any = host_islands(model, list(paths), lambda path: parts[path].program_for)
+    fast: Any = host_islands(model, list(paths), lambda path: parts[path].program_for, limit=limit)
     with torch.no_grad():
         fast(*args, **kwargs)
     report = joined([part.report for part in parts.values() if part.report is not None])

@@ -39,7 +39,9 @@ def main() -> None:
 def _recipes() -> Iterator[tuple[str, Any]]:
     yield from ((f"{name}.yaml", name) for name in shipped())
     for slug, cls in reattend.mechanisms().items():
-        if cls.part == "model":
+        if cls.stage == "quantize":
+            yield slug, {"version": 1, "quantize": {"*": slug}}
+        elif cls.part == "model":
             yield slug, {"version": 1, "passes": [slug]}
         elif cls.part in ("core", "region", "gate"):
             yield slug, {"version": 1, "sites": [{"match": "*", "heads" if cls.part == "gate" else "attention": slug}]}

@@ -60,6 +60,10 @@ def _after_one_run(model: nn.Module, call: Call) -> tuple[Leaf, ...]:
     after = Call.of(call.signature, args, kwargs)
     if len(after.leaves) != len(call.leaves):
         raise Refused("a cache without layers", where="past_key_values", fits="DynamicCache(config=model.config)")
+    for leaf in after.leaves:
+        if leaf.tensor is None:
+            fits = "use_cache=False, also in generate"
+            raise Refused("a part of a cache that stays empty", where=leaf.path, fits=fits)
     return after.leaves
 
 

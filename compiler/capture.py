@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -10,10 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
+from . import chance
 from .attempts import Attempt, attempts, filled
 from .checkpointing import unflagged
 from .containers import Layout, Leaf, absorb, lay_out_caches, put_together, take_apart
+from .fused_layers import cast_as_fused, may_fuse
 from .graph_state import graph_from, state_of
 from .inside import inside
 from .leaves import plain_calls, stamp_leaves
@@ -27,6 +31,8 @@ from .untouched import forgotten, quiet, unchanged
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _MUTABLE = ("object", "mapping", "items")
+_FITS = "no branches on tensor values, no .item(), tensors in and out; or capture its parts"
+_FITS_CHANCE = "draws by torch's own functions, without a seed, which a graph has; or the option that turns them off"
 
 
 @dataclass
@@ -126,10 +132,12 @@ def capture(
         except Exception as failed:
             error = error or failed
             reasons.append(_reason(failed))
+            if _at_any_size(failed):
+                break
             continue
         notes = _static(captured.dims, ways[0], reasons) if dynamic else ()
         return replace(captured, notes=(*notes, *captured.notes))
-    fits = "no branches on tensor values, no .item(), tensors in and out; or capture its parts"
+    fits = _FITS_CHANCE if isinstance(error, chance.UnseenChance) else _FITS
     raise Uncapturable(reasons[-1], where=type(model).__name__, fits=fits) from error
 
 
@@ -152,8 +160,9 @@ def setting(model: nn.Module) -> tuple[str, ...]:
     weight = next((p for p in model.parameters() if p.is_floating_point()), None)
     if weight is None:
         return (mode, *_autocast("cpu"))
+    fused = ("fused layers",) if may_fuse(model) else ()
     device = "" if weight.device.type == "cpu" else f" {weight.device}"
-    return mode, f"{str(weight.dtype).removeprefix('torch.')}{device}", *_autocast(weight.device.type)
+    return mode, f"{str(weight.dtype).removeprefix('torch.')}{device}", *_autocast(weight.device.type), *fused
 
 
 def _autocast(device: str) -> tuple[str, ...]:
@@ -171,13 +180,15 @@ def export(model: nn.Module, call: Call, attempt: Attempt) -> Captured:
     flat = _flat(model, call, attempt, seen)
     shapes = tuple(dict.fromkeys(sorted(dims), torch.export.Dim.AUTO) or None for dims in attempt.open)
     tensors = tuple(t.detach() for t in attempt.tensors)  # one object passed twice would become one input
-    grad = torch.is_grad_enabled()
+    grad, fused = torch.is_grad_enabled(), may_fuse(model)
     try:
         with (
             torch.no_grad(),
             unchanged(model),
+            cast_as_fused(model, fused=fused),
             quiet(),
             _fakes(attempt),
+            chance.no_unseen_chance(),
             zeros_at_padding(model),
             plain_calls(model) as leaves,
         ):
@@ -292,6 +303,13 @@ def _static(dims: Sizes, wanted: Attempt, reasons: Sequence[str]) -> tuple[str, 
     return tuple(f"{kind} static ({', '.join(places)}) {why}" for kind, places in fixed.items())
 
 
+def _at_any_size(error: Exception) -> bool:
+    """Whether the export fails however many sizes are open: chance, and a question about tensor values alone."""
+    if isinstance(error, GuardOnDataDependentSymNode):
+        return not re.search(r"\bs\d", str(error).partition("\n")[0])  # s0 is an open size, u0 a value
+    return isinstance(error, chance.UnseenChance)
+
+
 def _reason(error: Exception) -> str:
     """The first line of what torch.export said, with the line of the user's code that it happened in."""
     said = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
@@ -299,7 +317,7 @@ def _reason(error: Exception) -> str:
     trace = error.__traceback__
     while trace is not None:
         name = trace.tb_frame.f_code.co_filename
-        if "/torch/" not in name and not name.startswith("<") and name != __file__:
+        if "/torch/" not in name and not name.startswith("<") and name not in (__file__, chance.__file__):
             place = f" ({name.rsplit('/', 1)[-1]}:{trace.tb_lineno}, in {trace.tb_frame.f_code.co_name})"
         trace = trace.tb_next
     return f"{said[:200]}{place}"

@@ -17,6 +17,7 @@ from torch import Tensor
 from .refusal import Refused
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, enum.Enum, type, torch.Size)
+_CACHES = ("Cache", "CacheLayerMixin", "LinearAttentionCacheLayerMixin")
 _FILLED_IN = ("is_initialized", "dtype", "device", "rows")  # attributes of a cache layer that its tensors say again
 
 
@@ -135,7 +136,7 @@ def _together(layout: Layout, take: Callable[[], Any], known: Mapping[str, Any])
 def is_cache(value: Any) -> bool:
     """A Hugging Face cache, or one of its layers."""
     bases = type(value).__mro__
-    return any(b.__name__ in ("Cache", "CacheLayerMixin") and b.__module__ == "transformers.cache_utils" for b in bases)
+    return any(b.__name__ in _CACHES and b.__module__ == "transformers.cache_utils" for b in bases)
 
 
 def lay_out_caches(model: Any, values: Iterable[Any]) -> None:
@@ -161,7 +162,7 @@ def _forgets(layer: Any) -> bool:
 
 
 def is_layer(value: Any) -> bool:
-    return is_cache(value) and hasattr(value, "is_initialized") and not hasattr(value, "layers")
+    return is_cache(value) and not hasattr(value, "layers") and not hasattr(value, "self_attention_cache")
 
 
 def _apart_object(value: Any, path: str, leaves: list[Leaf], known: Mapping[int, str]) -> Layout:
@@ -169,7 +170,8 @@ def _apart_object(value: Any, path: str, leaves: list[Leaf], known: Mapping[int,
     if not is_layer(value):
         return _named("object", value, given, path, leaves, known)
     if type(value).__name__ not in ("DynamicLayer", "DynamicSlidingWindowLayer", "RingLayer"):
-        raise Refused(f"a cache layer {type(value).__name__}", where=path, fits="DynamicCache: its layers grow by cat")
+        fits = "DynamicCache, whose layers grow by cat; else use_cache=False, also in generate"
+        raise Refused(f"a cache layer {type(value).__name__}", where=path, fits=fits)
     states = [given.pop("keys", None), given.pop("values", None)]
     names, parts = [], []
     for name, state in zip(("keys", "values"), states):
@@ -192,6 +194,9 @@ def _object(made_of: type, named: dict[str, Any]) -> Any:
     value.__dict__.update(named)
     if "keys" in named and "values" in named and is_cache(value):
         keys = named["keys"]
+        if keys is None:  # a layer that nothing was written to
+            value.__dict__["is_initialized"] = False
+            return value
         value.__dict__ |= {"is_initialized": True, "dtype": keys.dtype, "device": keys.device}
         if "cumulative_length" in named:
             value.__dict__["cumulative_length"] = named["cumulative_length"].shape[0]

@@ -1,4 +1,8 @@
-"""generate() of a hosted model: a cache of fixed size, which only spares a compiler work, becomes one that grows."""
+"""generate() of a hosted model, with the caches that graphs take.
+
+A cache of fixed size, which only spares a compiler work, becomes one that grows; where layers keep a state of another
+kind than keys and values, no cache is used.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +24,22 @@ def generating(made_from: Any) -> Callable[..., Any]:
         if asked is not None and asked not in GROWING:
             log.warning("cache_implementation=%r: a DynamicCache instead, with the same tokens; graphs grow it", asked)
             kwargs = kwargs | {"cache_implementation": "dynamic"}
+        state = _other_state(self) if kwargs.get("past_key_values") is None and kwargs.get("use_cache", True) else ""
+        if state:
+            log.warning("use_cache=False: graphs take no %s; the same tokens, each from all before it", state)
+            kwargs = kwargs | {"use_cache": False}
         return made_from.generate(self, *args, **kwargs)
 
     return generate
+
+
+def _other_state(model: Any) -> str:
+    """The kind of cache layer that the model's own cache has beside those of keys and values, or ""."""
+    from transformers import DynamicCache
+
+    layers = DynamicCache(config=model.config).layers
+    bases = ((type(layer).__name__, base.__name__) for layer in layers for base in type(layer).__mro__)
+    return next((layer for layer, base in bases if base == "LinearAttentionCacheLayerMixin"), "")
 
 
 def _asked(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> str | None:

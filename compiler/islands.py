@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -22,37 +22,90 @@ def capture_islands(
     model: nn.Module,
     args: Sequence[Any],
     kwargs: Mapping[str, Any] | None,
-    wanted: Callable[[Captured], bool],
+    lacking: Callable[[Captured], str | None],
 ) -> dict[str, Captured]:
-    """The wanted parts by path, none inside another, each captured on what it was given in one run of the whole."""
+    """The wanted parts by path, none inside another, each captured on what it was given in one run of the whole.
+
+    lacking   why a part is not wanted: None where it is, "" where nothing in it comes near.
+    """
     calls = _calls(model, tuple(args), dict(kwargs or {}))
     found: dict[str, Captured] = {}
-    refusals: dict[str, Refused] = {}
+    refusals: dict[str, str] = {}
+    near: dict[str, str] = {}
+    known: dict[Hashable, str] = {}  # why parts were refused, "" where they are not wanted: their like need no trial
     waiting = [(name, child) for name, child in model.named_children()]
     while waiting:
         path, module = waiting.pop(0)
         if path in calls and any(True for _ in module.children()):
-            try:
-                captured = capture(module, *calls[path])
-            except Refused as refused:
-                refusals[path] = refused
-            else:
-                if wanted(captured):
-                    captured.notes = (*captured.notes, f"captured as an island at {path}")
-                    found[path] = captured
+            alike = _alike(module, path, calls[path])
+            refused = known.get(alike)
+            if refused is None:
+                refused = _tried(module, path, calls[path], lacking, found, near)
+            if alike is not None and path not in found:
+                known[alike] = refused
+            if not refused:
                 continue  # what is not wanted as a whole has nothing wanted inside
+            refusals[path] = refused
         waiting[:0] = [(f"{path}.{name}", child) for name, child in module.named_children()]
     if not found:
-        said = "; ".join(f"{path}: {refused.found}" for path, refused in list(refusals.items())[:3])
-        raise Refused("no part of it can be captured", where=type(model).__name__, fits=said or "a part with attention")
+        what = "no attention found in what can be captured of it" if near else "no part of it can be captured"
+        said = "; ".join(f"{path}: {why}" for path, why in [*near.items(), *refusals.items()][:3])
+        raise Refused(what, where=type(model).__name__, fits=said or "a part with attention")
     return found
 
 
-def host_islands(model: nn.Module, paths: Sequence[str], program_for: Callable[[str], ProgramFor]) -> nn.Module:
+def _tried(
+    module: nn.Module,
+    path: str,
+    given: Given,
+    lacking: Callable[[Captured], str | None],
+    found: dict[str, Captured],
+    near: dict[str, str],
+) -> str:
+    """Capture a part: why that is refused; "" where it is not, and then it is found or not wanted."""
+    try:
+        captured = capture(module, *given)
+    except Refused as refused:
+        return refused.found
+    lacks = lacking(captured)
+    if lacks is None:
+        captured.notes = (*captured.notes, f"captured as an island at {path}")
+        found[path] = captured
+    elif lacks:
+        near[path] = lacks
+    return ""
+
+
+def _alike(module: nn.Module, path: str, given: Given) -> Hashable | None:
+    """What two parts have in common that are captured, or not, alike: classes, settings, sizes, and their calls.
+
+    A layer's number of its own is no setting.
+    """
+    try:
+        call = Call.of(forward_signature(module), *given)
+        place = next((int(part) for part in reversed(path.split(".")) if part.isdigit()), None)
+        settings = tuple((name, type(m), _settings(m, place)) for name, m in module.named_modules())
+        sizes = tuple(p.shape for p in module.parameters())
+        alike = settings, sizes, call.layouts, tuple(t if t is None else t.shape for t in call.tensors)
+        hash(alike)
+    except (Refused, TypeError):
+        return None
+    return alike
+
+
+def _settings(module: nn.Module, place: int | None) -> tuple[tuple[str, Any], ...]:
+    plain = {n: v for n, v in vars(module).items() if isinstance(v, bool | int | float | str | type(None))}
+    numbers = {n for n, v in plain.items() if v == place and ("layer" in n or n.endswith(("id", "idx", "index")))}
+    return tuple((n, None if n in numbers else v) for n, v in plain.items())
+
+
+def host_islands(
+    model: nn.Module, paths: Sequence[str], program_for: Callable[[str], ProgramFor], *, limit: int = 8
+) -> nn.Module:
     """A twin of the model in which the modules at these paths are hosted; `program_for(path)` makes their graphs."""
     whole = twin(model)
     for path in paths:
-        whole.set_submodule(path, host(whole.get_submodule(path), program_for(path)))
+        whole.set_submodule(path, host(whole.get_submodule(path), program_for(path), limit=limit))
     return whole
 
 

@@ -78,12 +78,13 @@ def _submodule(module: fx.GraphModule, node: fx.Node) -> tuple[fx.GraphModule, t
 
 
 def _changes_nothing(node: fx.Node) -> bool:
-    """Autocast that is off, or on for another kind of device; gradients allowed, as they are anyhow."""
+    """Autocast that is off, as around it, or on for another kind of device; gradients allowed, as they are anyhow."""
     kind = getattr(node.target, "__name__", "")
     if kind == "wrap_with_autocast":
         device, _, enabled = node.args[:3]
         tensors = [n.meta["val"] for n in node.all_input_nodes if isinstance(n.meta.get("val"), torch.Tensor)]
-        return not enabled or all(t.device.type != device for t in tensors)
+        off = not enabled and not torch.is_autocast_enabled(str(device))  # a graph runs under the autocast of its call
+        return off or all(t.device.type != device for t in tensors)
     return kind == "wrap_with_set_grad_enabled" and bool(node.args[0])
 
 

@@ -120,6 +120,37 @@ def test_a_cache_of_fixed_size_becomes_one_that_grows(where: str, caplog: pytest
         fast(x, past_key_values=hf.StaticCache(config=model.config, max_cache_len=16), use_cache=True)
 
 
+def hybrid() -> Any:
+    """A convolution's state in one layer, keys and values in the other."""
+    config = hf.Lfm2Config(
+        hidden_size=32,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        layer_types=["conv", "full_attention"],
+        vocab_size=60,
+    )
+    torch.manual_seed(0)
+    return hf.Lfm2ForCausalLM(config).eval()
+
+
+def test_a_state_that_is_no_keys_and_values_is_refused_and_left_as_it_was() -> None:
+    model = hybrid()
+    fast, x, cache = host(model, identity), torch.randint(1, 60, (2, 5)), hf.DynamicCache(config=model.config)
+    with pytest.raises(Refused, match=r"layers.0: a cache layer LinearAttentionLayer.*use_cache=False"):
+        fast(x, past_key_values=cache, use_cache=True)
+    model(x, past_key_values=cache, use_cache=True)
+
+
+@pytest.mark.slow
+def test_generate_without_a_cache_where_a_state_is_no_keys_and_values(caplog: pytest.LogCaptureFixture) -> None:
+    model = hybrid()
+    fast, x, options = host(model, identity), torch.randint(1, 60, (2, 5)), {"max_new_tokens": 4, "do_sample": False}
+    assert torch.equal(fast.generate(x, **options), model.generate(x, **options))
+    assert "use_cache=False: graphs take no LinearAttentionLayer" in caplog.text
+
+
 @pytest.mark.slow
 def test_an_encoder_decoder_generates_the_same_tokens() -> None:
     config = hf.T5Config(

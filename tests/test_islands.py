@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import sys
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
+import reattend
 from reattend.compiler.capture import Captured, capture
-from reattend.compiler.hosted import is_hosted
+from reattend.compiler.hosted import hosting, is_hosted
 from reattend.compiler.islands import capture_islands, host_islands
 from reattend.compiler.refusal import Refused
 from reattend.compiler.signature import Call
@@ -28,8 +32,9 @@ class Early(nn.Module):
         return self.head(x)
 
 
-def attends(captured: Captured) -> bool:
-    return any("scaled_dot_product_attention" in str(n.target) for n in captured.graph.graph.nodes)
+def attends(captured: Captured) -> str | None:
+    found = any("scaled_dot_product_attention" in str(n.target) for n in captured.graph.graph.nodes)
+    return None if found else ""
 
 
 def identity(path: str):  # type: ignore[no-untyped-def]
@@ -63,3 +68,56 @@ def test_nothing_to_capture_is_refused() -> None:
     model = nn.Sequential(nn.Sequential(Counts(), nn.ReLU()))
     with pytest.raises(Refused, match="no part of it can be captured"):
         capture_islands(model, (torch.randn(2, 3),), {}, attends)
+
+
+class Asking(nn.Module):
+    """A layer that asks for a value, in a model that hands it none: neither it nor its like can be captured."""
+
+    def __init__(self, layer_idx: int, width: int = 8) -> None:
+        super().__init__()
+        self.layer_idx, self.linear = layer_idx, nn.Linear(8, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(x)
+        return y if y.sum() > 0 else -y
+
+
+@pytest.mark.parametrize(("widths", "tried"), [((8, 8, 8, 8), 1), ((8, 8, 8, 4), 2)])
+def test_layers_alike_are_tried_once_and_a_question_of_values_at_one_size(
+    widths: tuple[int, ...], tried: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exported: list[str] = []
+    capture_module = sys.modules[capture.__module__]
+    own = capture_module.export
+
+    def export(model: nn.Module, *rest: Any) -> Captured:
+        exported.append(type(model).__name__)
+        return own(model, *rest)
+
+    monkeypatch.setattr(capture_module, "export", export)
+    layers = nn.Sequential(*(Asking(k, width) for k, width in enumerate(widths)))
+    with pytest.raises(Refused, match="0.0: Could not guard"):
+        capture_islands(nn.Sequential(layers), (torch.randn(2, 8),), {}, attends)
+    assert exported.count("Asking") == tried and exported.count("Sequential") == 1
+
+
+class Chunks(nn.Module):
+    """Something near attention, behind a question of values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(16, 16), nn.Softmax(-1), nn.Linear(16, 16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.inner(x)
+        return y if y.sum() > 0 else -y
+
+
+def test_what_comes_near_in_a_part_is_said_before_what_cannot_be_captured() -> None:
+    with pytest.raises(Refused, match=r"no attention found in what can be captured of it.*inner: a softmax"):
+        capture_islands(Chunks(), (torch.randn(2, 5, 16),), {}, lambda captured: "a softmax")
+
+
+def test_islands_take_as_many_signatures_as_asked() -> None:
+    fast = reattend.optimize(Early().eval(), "exact", (torch.randn(2, 5, 16),), measure=False, max_signatures=3)
+    assert hosting(fast.layers[0]).limit == 3

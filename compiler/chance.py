@@ -1,0 +1,58 @@
+"""Chance that a graph does not see: numbers that a forward draws in Python, and seeds that it sets.
+
+A trace makes constants of what random and numpy drew and leaves seeds out: its graph would answer differently.
+"""
+
+from __future__ import annotations
+
+import pickle
+import random
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy
+import torch
+
+_UNLIKELY = 0x5EED_0DD  # a seed that a forward sets must show as a change
+
+
+class UnseenChance(Exception):
+    """A forward that draws or seeds where no graph sees it."""
+
+
+@contextmanager
+def no_unseen_chance() -> Iterator[None]:
+    """Raise where what runs inside draws from Python's or numpy's generator, or seeds torch's; all are put back."""
+    before = random.getstate(), numpy.random.get_state(), torch.manual_seed
+    random.seed(_UNLIKELY)
+    numpy.random.seed(_UNLIKELY)
+    ours = _drawn()
+    torch.manual_seed = torch.random.manual_seed = _seeding(torch.manual_seed)
+    try:
+        yield
+        moved = [f"draws by {name}" for name, state in _drawn().items() if state != ours[name]]
+    finally:
+        torch.manual_seed = torch.random.manual_seed = before[2]
+        random.setstate(before[0])
+        numpy.random.set_state(before[1])
+    if moved:
+        raise UnseenChance(f"its forward {' and '.join(moved)}, and a graph would repeat that draw")
+
+
+def _seeding(manual_seed: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.manual_seed, refused where a forward is traced; other threads may go on seeding."""
+    tracing = threading.get_ident()
+
+    def seed(value: Any) -> Any:
+        if threading.get_ident() != tracing:
+            return manual_seed(value)
+        raise UnseenChance(f"its forward seeds torch's generator (torch.manual_seed({value})), and a graph would not")
+
+    return seed
+
+
+def _drawn() -> dict[str, bytes]:
+    states = {"Python's random": random.getstate(), "numpy.random": numpy.random.get_state()}
+    return {name: pickle.dumps(state) for name, state in states.items()}

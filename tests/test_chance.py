@@ -1,0 +1,85 @@
+"""Numbers that a forward draws in Python, and seeds that it sets, are in no graph: such models are refused, by name."""
+
+from __future__ import annotations
+
+import random
+import threading
+
+import numpy
+import pytest
+import torch
+from small_models import stack
+from torch import Tensor, nn
+
+import reattend
+from reattend.compiler.capture import capture
+from reattend.compiler.refusal import Refused
+
+
+class Chance(nn.Module):
+    """Attention behind a step that draws."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.body = how, stack(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "python":
+            x = x * random.random()
+        elif self.how == "numpy":
+            x = x * float(numpy.random.rand())
+        elif self.how == "seed":
+            torch.manual_seed(0)
+        return self.body(x + torch.rand_like(x))
+
+
+SAID = {
+    "python": "its forward draws by Python's random, and a graph would repeat that draw",
+    "numpy": "its forward draws by numpy.random, and a graph would repeat that draw",
+    "seed": r"its forward seeds torch's generator \(torch.manual_seed\(0\)\).* \(test_chance.py:\d+, in forward\)",
+}
+
+
+@pytest.mark.parametrize("how", SAID)
+def test_chance_that_no_graph_has_is_refused_by_name(how: str) -> None:
+    torch.manual_seed(0)
+    with pytest.raises(Refused, match=SAID[how]) as said:
+        capture(Chance(how).eval(), (torch.randn(2, 5, 32),))
+    assert "without a seed" in said.value.fits
+
+
+def test_draws_in_the_graph_are_as_the_models_own() -> None:
+    model = Chance("none").eval()
+    fast = reattend.optimize(model, "exact", (torch.randn(2, 5, 32),), measure=False)
+    x = torch.randn(2, 7, 32)
+    torch.manual_seed(3)
+    wanted = model(x)
+    torch.manual_seed(3)
+    torch.testing.assert_close(fast(x), wanted)
+
+
+def test_what_does_not_draw_is_rewritten_in_its_place() -> None:
+    model = Chance("seed").eval()
+    fast = reattend.optimize(model, "exact", (torch.randn(2, 5, 32),), measure=False)
+    assert len(fast.sites) == 1 and any("torch.manual_seed(0)" in note for note in fast.report.notes)
+    x = torch.randn(2, 7, 32)
+    torch.testing.assert_close(fast(x), model(x))
+
+
+def test_no_generator_is_moved_and_other_threads_may_seed() -> None:
+    before = random.getstate(), numpy.random.get_state()[1].copy(), torch.get_rng_state()
+    stop = threading.Event()
+
+    def seeding() -> None:
+        while not stop.wait(0.01):
+            torch.manual_seed(5)
+
+    other = threading.Thread(target=seeding)
+    other.start()
+    try:
+        capture(stack(1), (torch.randn(2, 5, 32),))
+    finally:
+        stop.set()
+        other.join()
+    assert random.getstate() == before[0] and (numpy.random.get_state()[1] == before[1]).all()
+    assert torch.manual_seed is torch.random.manual_seed and torch.manual_seed.__name__ == "manual_seed"

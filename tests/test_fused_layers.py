@@ -1,0 +1,49 @@
+"""Autocast on a CPU: dtypes and values as the original's, in fused encoder layers and where a forward turns it off."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import reattend
+
+
+def encoder() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.TransformerEncoder(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), 2).eval()
+
+
+@pytest.mark.parametrize("grad", [False, True], ids=["fused", "with gradients"])
+def test_an_encoder_under_autocast_gives_what_its_fused_layers_give(grad: bool) -> None:
+    model, x = encoder(), torch.randn(2, 9, 32)
+    fast = reattend.optimize(model, "exact", (x,), measure=False)
+    with torch.set_grad_enabled(grad), torch.autocast("cpu", torch.bfloat16):
+        wanted, found = model(x), fast(x)
+    assert found.dtype is wanted.dtype is (torch.float32 if grad else torch.bfloat16)
+    apart = (found.float() - wanted.float()).abs().max() / wanted.float().abs().max()
+    assert apart <= 2 * torch.finfo(torch.bfloat16).eps  # the last place, twice, of the largest value
+
+
+class Apart(nn.Module):
+    """One layer that is kept in float32, whatever stands around it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.exact = nn.TransformerEncoderLayer(32, 4, 64, batch_first=True), nn.Linear(32, 32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.inner(x)
+        with torch.autocast("cpu", enabled=False):
+            y: Tensor = self.exact(x.float())
+        return y
+
+
+def test_a_region_without_autocast_stays_without() -> None:
+    torch.manual_seed(0)
+    model, x = Apart().eval(), torch.randn(2, 9, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        fast = reattend.optimize(model, "exact", (x,), measure=False)
+        wanted, found = model(x), fast(x)
+    assert found.dtype is wanted.dtype is torch.float32
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0.0)
