@@ -111,7 +111,7 @@ def _resized(leaf: Leaf, batch: int, queries: int, past: int) -> Tensor:
 
 def attempts(call: Call, example: tuple[Tensor, ...]) -> list[Attempt]:
     """From everything open to nothing; sizes of 1 doubled first, since torch.export takes them as constants."""
-    both = tuple(_open(leaf, t) for leaf, t in zip(call.leaves, example, strict=True))
+    both = _without_broadcast(call, example, [_open(leaf, t) for leaf, t in zip(call.leaves, example, strict=True)])
     batch = tuple(o & {0} for o in both)
     as_given = AS_GIVEN.get()
     doubled = example if as_given else _doubled(example, both)
@@ -119,6 +119,17 @@ def attempts(call: Call, example: tuple[Tensor, ...]) -> list[Attempt]:
     ways = [Attempt(doubled, both), Attempt(batches, both), Attempt(batches, batch)]
     ways = [w for k, w in enumerate(ways) if not any(_alike(w, before) for before in ways[:k])]
     return [*ways, Attempt(example, (frozenset(),) * len(example))]
+
+
+def _without_broadcast(
+    call: Call, example: tuple[Tensor, ...], opened: list[frozenset[int]]
+) -> tuple[frozenset[int], ...]:
+    """A first size of 1 beside larger ones is said for all rows of a batch: it stays 1 where the batch is open."""
+    asked = [0 in o and not leaf.cached for leaf, o in zip(call.leaves, opened, strict=True)]
+    if all(t.shape[0] <= 1 for t, first in zip(example, asked, strict=True) if first):
+        return tuple(opened)
+    alone = [first and t.shape[0] == 1 for t, first in zip(example, asked, strict=True)]
+    return tuple(o - {0} if one else o for o, one in zip(opened, alone, strict=True))
 
 
 def _alike(one: Attempt, other: Attempt) -> bool:

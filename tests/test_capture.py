@@ -257,6 +257,25 @@ def test_a_relation_between_sizes_is_checked() -> None:
         captured.check((torch.randn(3, 7, 3),))
 
 
+class Biased(nn.Module):
+    """T5's way: a bias of all rows comes in, and sizes are read from what it is added to."""
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        q = x.unflatten(-1, (2, -1)).transpose(1, 2)
+        scores = q @ q.mT + bias
+        o = scores.softmax(-1) @ q
+        return o.transpose(1, 2).reshape(*x.shape[:2], -1)
+
+
+def test_what_is_said_once_for_a_batch_stays_one_where_the_batch_is_open() -> None:
+    model, bias = Biased(), torch.randn(1, 2, 5, 5)
+    captured = capture(model, (torch.randn(2, 5, 8), bias))
+    assert [shape[0] for shape in captured.dims.shapes][1] == 1
+    for batch in (2, 3):
+        x = torch.randn(batch, 5, 8)
+        torch.testing.assert_close(run(captured, model, x, bias), model(x, bias))
+
+
 def test_what_cannot_be_dynamic_is_static_and_said() -> None:
     class Positions(nn.Module):
         def __init__(self) -> None:
