@@ -25,7 +25,7 @@ def peak_bytes(run: Callable[[], Any], device: str = "cpu", *, warm: bool = True
 
 def _on_cpu(run: Callable[[], Any]) -> int:
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # else it writes of its own starts and stops to stderr
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as seen:  # else 2.11 warns
         run()
     assert seen.profiler is not None and seen.profiler.kineto_results is not None
     events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
