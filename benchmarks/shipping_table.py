@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import reattend
-from reattend.compiler.recipe_load import shipped
+from reattend.compiler.recipe_load import everywhere, shipped
 from reattend.compiler.refusal import Refused
+from reattend.compiler.steps import vocabulary
 from reattend.models.load import load_model
 
 MODELS = ("llama", "vit")
@@ -38,13 +39,10 @@ def main() -> None:
 
 def _recipes() -> Iterator[tuple[str, Any]]:
     yield from ((f"{name}.yaml", name) for name in shipped())
+    words = vocabulary()
     for slug, cls in reattend.mechanisms().items():
-        if cls.stage == "quantize":
-            yield slug, {"version": 1, "quantize": {"*": slug}}
-        elif cls.part == "model":
-            yield slug, {"version": 1, "passes": [slug]}
-        elif cls.part in ("core", "region", "gate"):
-            yield slug, {"version": 1, "sites": [{"match": "*", "heads" if cls.part == "gate" else "attention": slug}]}
+        if cls.part in ("core", "region", "gate", "model"):
+            yield slug, everywhere(slug, words)
 
 
 def _cells(name: str, recipe: Any, reasons: dict[str, int]) -> list[str]:

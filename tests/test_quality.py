@@ -190,7 +190,6 @@ def test_a_mechanism_that_breaks_down_breaks_one_row(quick: list[str], notebook:
     assert found["bursts"].measures == {}
 
 
-@pytest.mark.slow
 def test_a_mechanism_by_name_is_measured_wherever_it_belongs(quick: list[str]) -> None:
     """Weights of 8 bits change a model without a site: a row all the same."""
     calls = [{"input_ids": torch.arange(12).view(1, -1) + n} for n in range(2)]
@@ -201,6 +200,7 @@ def test_a_mechanism_by_name_is_measured_wherever_it_belongs(quick: list[str]) -
     assert 0 < stored.measures["kl"] < sigmoid.measures["kl"] and sigmoid.sites == (2, 2)
 
 
+@pytest.mark.slow
 def test_calls_of_ones_own(quick: list[str], tmp_path: Path) -> None:
     model = byte_llama()
     model.config.vocab_size = 255  # no byte model any more

@@ -135,6 +135,13 @@ def test_what_computes_something_else_is_no_stock_checkpoint(tmp_path: Path) -> 
         fast.export("troch", tmp_path)
 
 
+def test_weights_of_few_bits_generate_and_say_so() -> None:
+    """Quantized layers see no other tokens than their originals; merged tokens are another matter."""
+    fast = optimized("w8")
+    assert fast.ships()["generate"].open
+    assert fast.generate(ids(1, 5), max_new_tokens=2, do_sample=False, pad_token_id=0).shape == (1, 7)
+
+
 @pytest.mark.slow
 def test_an_exported_program_runs_without_reattend(tmp_path: Path) -> None:
     fast = optimized(MIXED)

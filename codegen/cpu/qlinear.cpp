@@ -23,8 +23,8 @@ typedef uint8_t byte32 __attribute__((vector_size(32), aligned(1), may_alias));
 typedef int16_t word16 __attribute__((vector_size(32), aligned(2), may_alias));
 
 constexpr int64_t LINE = 64, TILE = 16 * LINE, SUMS = 128;  // bytes of a line of a tile, of a tile, of a row of sums
-constexpr int OUTPUTS = 32, CHUNK = 64, SPAN = 4, ROWS = 16 / DIGITS;                       // of a block; tiles of a panel that are made at a time
-constexpr int OF_A_BYTE = CODES == BYTES ? 1 : 2;  // codes
+constexpr int OUTPUTS = 32, CHUNK = 64, SPAN = 4;  // of a panel; tiles of it that are made at a time; panels that share what they read of x
+constexpr int ROWS = 16 / DIGITS, OF_A_BYTE = CODES == BYTES ? 1 : 2;  // rows of x in a block; codes of a byte
 constexpr int PER = WHOLE ? 64 : 32, STRIP = WHOLE ? 32 : 16 / PARTS;  // inputs of a tile; blocks of rows that stay in a cache
 
 INLINE float wide(half h) { const uint32_t bits = (uint32_t)h << 16; float x; memcpy(&x, &bits, 4); return x; }

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..hosted import hosting, original, way_out
+from ..mechanism import mechanisms
 from ..refusal import Refused, nearest
 from .exporting import why_no_compiler, why_not_export, write_aoti, write_torch
 from .fewer_heads import joined, why_not_fewer, with_fewer_heads
@@ -123,7 +124,7 @@ def _why_not_packaged(fast: Any) -> str:
 def _why_not_generated(fast: Any) -> str:
     if not (hasattr(fast, "can_generate") and fast.can_generate()):
         return f"{type(fast).__name__} has no generate()"
-    report = hosting(fast).about.report if hosting(fast).about is not None else None
-    if report is not None and report.passes:
-        return f"whole-model passes see other tokens at each step: {', '.join(report.passes)}"
-    return ""
+    work = hosting(fast).about
+    passes = [choice.mechanism for recipe in (work.recipes if work is not None else ()) for choice in recipe.passes]
+    merging = [slug for slug in passes if mechanisms()[slug].stage != "weights"]
+    return f"whole-model passes see other tokens at each step: {', '.join(merging)}" if merging else ""
