@@ -21,6 +21,7 @@ from torch import Tensor
 
 import reattend  # noqa: F401 - registers schemes and kernels
 from reattend.codegen.cpu import qlinear as plain
+from reattend.codegen.cpu.qlinear_units import road
 from reattend.compiler.bench import machine
 from reattend.compiler.mechanism import mechanism
 from reattend.compiler.primitives.operator import watched
@@ -111,10 +112,11 @@ def main() -> None:
     print(machine(), text, sep="\n")
     if given.md:
         with open(given.md, encoding="utf-8") as file:
-            before, _, rest = file.read().partition("<!-- measured -->\n")
+            begin = f"<!-- measured {road() or 'torch'} -->\n"
+            before, _, rest = file.read().partition(begin)
             after = rest.partition("<!-- end -->")[2]
         with open(given.md, "w", encoding="utf-8") as file:
-            file.write(f"{before}<!-- measured -->\n{machine()}, {platform.machine()}\n\n{text}\n<!-- end -->{after}")
+            file.write(f"{before}{begin}{machine()}, {platform.machine()}\n\n{text}\n<!-- end -->{after}")
     if given.json:
         with open(given.json, "w", encoding="utf-8") as file:
             json.dump({"machine": machine(), "milliseconds": found, "kernels": kernels}, file, indent=1)

@@ -25,6 +25,8 @@ SPECS = [
     QLinearSpec("qoq", 70, group=10, activations="int8"),
     QLinearSpec("int4", 130, group=26),
 ]
+# what this processor can be asked: matrix units are stood in for by loops, dots are its own
+ROADS = [*(["emulated"] if "avx512_bf16" in cpu_flags() else []), *(["dots"] if "avx512_vnni" in cpu_flags() else [])]
 
 
 def stored(spec: QLinearSpec, outputs: int = 20, seed: int = 0) -> list[Tensor]:
@@ -140,26 +142,30 @@ def test_generated_kernels_are_the_meaning(spec: QLinearSpec, dtype: torch.dtype
         if rows < 5 and qlinear_units.no_vectors([[x], tensors], spec.text) is None:
             (got,) = qlinear_units.run_few([[x], tensors], spec.text)
             torch.testing.assert_close(got, expected, rtol=0, atol=near * expected.abs().max().item())
-        if qlinear_units.no_tiles([[x], tensors], spec.text) is None and cpu_flags() & {"avx512_bf16"}:
-            (got,) = qlinear_units.run([[x], tensors], spec.text, halves="emulated")
+        for by in ROADS:
+            if qlinear_units.no_tiles([[x], tensors], spec.text, by) is not None:
+                continue
+            (got,) = qlinear_units.run([[x], tensors], spec.text, by)
             torch.testing.assert_close(got, expected, rtol=0, atol=near * expected.abs().max().item())
 
 
+@pytest.mark.skipif(not ROADS, reason="a processor without products of bytes")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [5, 8, 10])
 @pytest.mark.parametrize("spec", [QLinearSpec("int8", 192), QLinearSpec("int4", 192, group=64)], ids=lambda s: s.text)
-def test_bfloat16_taken_apart_is_bfloat16(spec: QLinearSpec, rows: int) -> None:
-    """Few rows meet codes as three whole numbers each: rows far from 1, of nothing, of no numbers, with outliers."""
-    tensors, x = stored(spec, 36), torch.randn(rows, 192).to(torch.bfloat16)
-    assert qlinear_units.no_tiles([[x], tensors], spec.text) is None
-    if not cpu_flags() & {"avx512_bf16"}:
-        pytest.skip("a processor without bfloat16")
+def test_taken_apart_rows_are_what_they_were(spec: QLinearSpec, rows: int, dtype: torch.dtype) -> None:
+    """Rows meet codes as three whole numbers each: rows far from 1, of nothing, of no numbers, with outliers."""
+    tensors, x = stored(spec, 36), torch.randn(rows, 192).to(dtype)
     x[0], x[1], x[2, 7], x[3], x[4, 0] = x[0] * 1e30, 0, 1000, x[3] * 1e-30, torch.nan
     expected = x.double() @ dequantized(tensors, spec).T
-    (got,) = qlinear_units.run([[x], tensors], spec.text, halves="emulated")
-    assert got[4].isnan().all()
-    for row in (0, 1, 2, 3, *range(5, rows)):
-        near = 1e-5 * float(expected[row].abs().max())
-        torch.testing.assert_close(got[row].double(), expected[row], rtol=2**-8, atol=near)
+    for by in ROADS:
+        assert qlinear_units.no_tiles([[x], tensors], spec.text, by) is None
+        (got,) = qlinear_units.run([[x], tensors], spec.text, by)
+        assert got[4].isnan().all()
+        for row in (0, 1, 2, 3, *range(5, rows)):
+            near = 1e-5 * float(expected[row].abs().max())
+            rounded = {torch.float32: 0, torch.bfloat16: 2**-8}[dtype]
+            torch.testing.assert_close(got[row].double(), expected[row], rtol=rounded, atol=near)
 
 
 def test_a_call_runs_a_kernel() -> None:

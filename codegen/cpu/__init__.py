@@ -14,7 +14,7 @@ scan_op.kernels.setdefault("cpu", []).insert(0, Kernel(NAME, scan.few, scan.run)
 qlinear_op.kernels.setdefault("cpu", []).extend(
     [
         Kernel(f"{NAME}, vectors", qlinear_units.few, qlinear_units.run_few),
-        Kernel(f"{NAME}, matrix units", qlinear_units.refuses, qlinear_units.run),
+        Kernel(f"{NAME}, {qlinear_units.ROADS[qlinear_units.road()]}", qlinear_units.refuses, qlinear_units.run),
         Kernel("numbers with bytes", qlinear.no_bytes, qlinear.by_bytes),
         Kernel("whole numbers", qlinear.no_whole, qlinear.by_whole),
         Kernel("weights made whole", qlinear.no_numbers, qlinear.by_numbers, plain=True),

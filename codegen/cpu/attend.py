@@ -92,7 +92,7 @@ def source(text: str, tables: str, halves: str = "") -> str:
         *(_segment(n, keep, score, spec, tables) for n, (keep, score, _) in enumerate(spec.segments)),
         function("vf sink(int b, int h, int i, const Table* t)", scores(spec, parse(spec.sink or "0.0")), "vf", tables),
     ]
-    return skeleton("attend.cpp", head, halves=halves)
+    return skeleton("attend.cpp", said=head, halves=halves)
 
 
 def shown(text: str) -> str:

@@ -52,7 +52,7 @@ def source(text: str, tables: str) -> str:
     }
     return skeleton(
         "attend_backward.cpp",
-        [
+        said=[
             f"constexpr int BM = {queries}, BN = {keys};",
             f"constexpr bool SOFTMAX = {'true' if spec.normaliser == 'softmax' else 'false'};",
             attend.reach_said(bound),

@@ -67,11 +67,12 @@ INLINE vi maximum_(vi a, vi b) { return most(a, b); }
 INLINE vf absolute(vf x) { return (vf)((vi)x & 0x7fffffff); }
 INLINE vi absolute(vi x) { return select(x < 0, -x, x); }
 #ifdef __clang__
-INLINE vf turned(vf x, int by) { vf y; for (int l = 0; l < VL; l++) y[l] = x[(l + by) & (VL - 1)]; return y; }
+template <class V> INLINE V turned(V x, int by) { V y; for (int l = 0; l < VL; l++) y[l] = x[(l + by) & (VL - 1)]; return y; }
 #else
-INLINE vf turned(vf x, int by) { return __builtin_shuffle(x, (count() + by) & (VL - 1)); }
+template <class V> INLINE V turned(V x, int by) { return __builtin_shuffle(x, (count() + by) & (VL - 1)); }
 #endif
 INLINE float highest(vf x) { for (int by = VL / 2; by; by /= 2) x = most(x, turned(x, by)); return x[0]; }
+INLINE int32_t total(vi x) { for (int by = VL / 2; by; by /= 2) x += turned(x, by); return x[0]; }
 INLINE float total(vf x) { for (int by = VL / 2; by; by /= 2) x += turned(x, by); return x[0]; }
 // VL rows of VL numbers become columns: in registers, and of memory.
 INLINE void turn(vf x[VL]) {

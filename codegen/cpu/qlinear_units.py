@@ -1,9 +1,12 @@
-"""`qlinear` by generated C++: few rows by vectors, weights unpacked in registers; more by the matrix units."""
+"""`qlinear` by generated C++: few rows by vectors, weights unpacked in registers; more by the matrix units, or where a
+processor has none by its products of four bytes at a time ("dots").
+"""
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Mapping, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -21,6 +24,8 @@ _FEWER = 2  # the same where units take bfloat16 apart
 _APART = 10  # rows up to which bfloat16 is faster taken apart into whole numbers than bytes made bfloat16; measured
 _LEAST = 1 << 16  # weights of a layer; fewer are not worth a library of their own
 _MOST = 1 << 16  # inputs whose products are sure to fit into a sum of 32 bits
+_DOTS = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512_vnni", "f16c"})
+ROADS = {"units": "matrix units", "dots": "four bytes at a time", "": "no products of bytes"}
 _CODES = {"int8": "BYTES", "int4": "NIBBLES", "qoq": "NESTED"}
 _TYPES = {torch.float32: "FLOAT", torch.bfloat16: "HALF", torch.float16: "HALF"}
 _address, _whole = ctypes.c_void_p, ctypes.c_int64
@@ -43,12 +48,13 @@ def source(codes: str, digits: int, x: str, scales: str, halves: str) -> str:
         f"constexpr bool WHOLE = {'true' if whole else 'false'};",
         f"constexpr int PARTS = {parts}, DIGITS = {max(digits, 1)};",
     ]
-    return skeleton("qlinear.cpp", head, halves=halves)
+    products = "qlinear_dots.hpp" if halves == "dots" else "qlinear_tiles.hpp"
+    return skeleton("qlinear.hpp", products, "qlinear.cpp", said=head, halves=halves)
 
 
 def source_few(codes: str, scales: str) -> str:
     """The whole C++ text for few rows of float32."""
-    return skeleton("qlinear_few.cpp", [f"#define CODES {codes}", f"#define SCALES {scales}"])
+    return skeleton("qlinear_few.cpp", said=[f"#define CODES {codes}", f"#define SCALES {scales}"])
 
 
 def few(groups: Groups, text: str) -> str | None:
@@ -62,7 +68,7 @@ def few(groups: Groups, text: str) -> str | None:
         return "bfloat16 with bytes"
     if tensors[0].shape[0] * spec.inputs < _LEAST:
         return "few weights"
-    if rows > _FEWER and _apart(x, spec) and refuses(groups, text) is None:
+    if (rows > _FEWER or road() == "dots") and x.dtype == torch.bfloat16 and refuses(groups, text) is None:
         return f"{rows} rows of bfloat16"
     return no_vectors(groups, text) or built(source_few, *_said_few(groups, spec))[1]
 
@@ -93,19 +99,27 @@ def run_few(groups: Groups, text: str) -> list[Tensor]:
     return [y.to(x.dtype).view(*x.shape[:-1], y.shape[1])]
 
 
+@lru_cache(maxsize=1)
+def road() -> str:
+    """How this processor multiplies many bytes: by matrix units, a few at a time, or not."""
+    if {"amx_int8", "amx_bf16"} <= cpu_flags():
+        return "units"
+    return "dots" if cpu_flags() >= _DOTS else ""
+
+
 def refuses(groups: Groups, text: str) -> str | None:
-    """Why a call is not handed to the matrix units."""
+    """Why a call is not handed to the products of bytes."""
     (x,), tensors = groups
     spec = QLinearSpec.of(text)
-    if "amx_int8" not in cpu_flags() or "amx_bf16" not in cpu_flags():
-        return "no matrix units"
+    if not road():
+        return ROADS[""]
     if x.numel() == 0 or tensors[0].shape[0] * spec.inputs < _LEAST:
         return "few weights"
-    return no_tiles(groups, text) or built(source, *_said(groups, spec), "units")[1]
+    return no_tiles(groups, text, road()) or built(source, *_said(groups, spec, road()), road())[1]
 
 
-def no_tiles(groups: Groups, text: str) -> str | None:
-    """Why the skeleton cannot say a call, whatever the processor."""
+def no_tiles(groups: Groups, text: str, by: str) -> str | None:
+    """Why the skeleton cannot say a call to units or dots, whether this processor has them or not."""
     (x,), tensors = groups
     spec = QLinearSpec.of(text)
     if x.dtype not in (torch.float32, torch.bfloat16):
@@ -114,10 +128,13 @@ def no_tiles(groups: Groups, text: str) -> str | None:
         return f"{spec.inputs} inputs"
     if spec.group % 32 or (spec.format == "int4" and spec.activations and spec.group):
         return f"groups of {spec.group}"
-    if spec.format == "int4" and not spec.activations and x.dtype == torch.float32:
-        return "weights of 4 bits in float32"  # they become bfloat16
     if spec.format == "qoq" and not spec.activations:
         return "nested scales without whole activations"
+    if _digits(x, spec, by) == 0:  # weights become bfloat16
+        if x.dtype == torch.float32 and (spec.format == "int4" or by == "dots"):
+            return f"groups of {spec.group} in float32"
+        if by == "dots" and "avx512_bf16" not in cpu_flags():
+            return "no products of bfloat16"
     return _odd(tensors, spec)
 
 
@@ -127,15 +144,16 @@ def _odd(tensors: Sequence[Tensor], spec: QLinearSpec) -> str | None:
     return "a bias of another type" if spec.bias and tensors[-1].dtype not in (torch.float32, torch.bfloat16) else None
 
 
-def run(groups: Groups, text: str, halves: str = "units") -> list[Tensor]:
+def run(groups: Groups, text: str, by: str = "") -> list[Tensor]:
     (x,), tensors = groups
+    by = by or road()
     spec = QLinearSpec.of(text)
     named = dict(zip(spec.names, tensors))
     rows = x.reshape(-1, spec.inputs).contiguous()
     y = torch.empty(rows.shape[0], tensors[0].shape[0], dtype=x.dtype)
     call = _call(rows, named, y, spec)
     call.bias_type = int(spec.bias and named["bias"].dtype == torch.bfloat16)
-    function, _ = built(source, *_said(groups, spec), halves)
+    function, _ = built(source, *_said(groups, spec, by), by)
     if function is None or function(ctypes.byref(call)):
         return by_numbers(groups, text)  # no matrix units for this process
     return [y.view(*x.shape[:-1], y.shape[1])]
@@ -153,13 +171,21 @@ def _said_few(groups: Groups, spec: QLinearSpec) -> tuple[str, str]:
     return _CODES[spec.format], _TYPES[groups[1][1].dtype]
 
 
-def _said(groups: Groups, spec: QLinearSpec) -> tuple[str, int, str, str]:
+def _said(groups: Groups, spec: QLinearSpec, by: str) -> tuple[str, int, str, str]:
     (x,), tensors = groups
-    digits = 1 if spec.activations else 3 if _apart(x, spec) else 0
-    return _CODES[spec.format], digits, _TYPES[x.dtype], _TYPES[tensors[1].dtype]
+    return _CODES[spec.format], _digits(x, spec, by), _TYPES[x.dtype], _TYPES[tensors[1].dtype]
 
 
-def _apart(x: Tensor, spec: QLinearSpec) -> bool:
-    """Whether rows of x are taken apart into whole numbers, whose sums within a group are whole."""
-    grouped = spec.format == "int8" or spec.groups == 1 or spec.group % 64 == 0
-    return grouped and x.dtype == torch.bfloat16 and x.numel() <= _APART * spec.inputs
+def _digits(x: Tensor, spec: QLinearSpec, by: str) -> int:
+    """How many whole numbers stand for one of x, 0: it stays what it is, and codes become bfloat16.
+
+    Three say a float32 to 2**-23 of its row's largest. Sums within a group are then whole.
+    """
+    if spec.activations:
+        return 1
+    if spec.format == "int4" and spec.groups > 1 and spec.group % 64:
+        return 0
+    if x.dtype == torch.float32:
+        return 3 if by == "dots" or spec.format == "int4" else 0
+    bare = by == "dots" and "avx512_bf16" not in cpu_flags()
+    return 3 if bare or x.numel() <= _APART * spec.inputs else 0

@@ -45,7 +45,7 @@ def source(text: str, channels: bool, halves: str = "") -> str:
             for side, feature in (("q", spec.feature_q), ("k", spec.feature_k))
         ),
     ]
-    return skeleton("scan.cpp", head, halves=halves)
+    return skeleton("scan.cpp", said=head, halves=halves)
 
 
 def source_of(groups: Groups, text: str) -> str:

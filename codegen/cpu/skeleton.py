@@ -10,17 +10,18 @@ from ...compiler.symbols import Expr
 from .printer import cpp
 
 
-def skeleton(name: str, said: Sequence[str], *, halves: str = "") -> str:
+def skeleton(*names: str, said: Sequence[str], halves: str = "") -> str:
     """Vectors and their functions, then what is said, then the loops. `halves`: tensors of bfloat16; their products by
-    the processor's "units", by loops that stand in for them ("emulated"), or in float32 ("vectors").
+    the processor's "units", by loops that stand in for them ("emulated"), a few at a time ("dots"), or in float32
+    ("vectors").
     """
     chosen = ["#define HALVES"] if halves else []
-    chosen += ["#define EMULATED"] if halves == "emulated" else []
+    chosen += [f"#define {halves.upper()}"] if halves in ("emulated", "dots") else []
     parts = [*chosen, _text("lanes.hpp"), *([_text("units.hpp")] if halves in ("units", "emulated") else [])]
-    return "\n".join([*parts, *said, _text(name)])
+    return "\n".join([*parts, *said, *map(_text, names)])
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=16)
 def _text(name: str) -> str:
     return (resources.files(__package__) / name).read_text(encoding="utf-8")
 
