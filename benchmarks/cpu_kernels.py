@@ -3,9 +3,9 @@
     python benchmarks/cpu_kernels.py [--tokens 1024 4096 16384] [--dtype float32 bfloat16] [--flex] [--json FILE]
 
 One batch, 8 heads of 64, 2 threads. The bound of a row is its floating-point operations at the speed of the same run's
-products: a matrix product where a processor has units for it, else multiplications that never leave the registers, for
-torch's product is not the fastest everywhere. A result above it is an error of the benchmark, not a success. flex_attention
-gets its BlockMask ready.
+products: a matrix product where a processor has units for it, else multiplications that never leave the registers:
+torch's product is not the fastest everywhere. A result above it is an error of the benchmark, not a success.
+flex_attention gets its BlockMask ready.
 """
 
 from __future__ import annotations
