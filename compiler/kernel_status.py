@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 from .case import Case, cases
 from .mechanism import Mechanism
@@ -40,6 +40,16 @@ def _calls(case: Case) -> list[Ran]:
     with watched() as ran:
         case.answer()
     return ran
+
+
+def by_torch(ran: Sequence[Ran], device: str = "cuda") -> tuple[str, ...]:
+    """Calls that ran on a device without a kernel of their own, each once and why.
+
+    >>> by_torch([Ran("attend", "", (("generated Triton", "a head of 512, at most 256"),), device="cuda")])
+    ('attend in plain torch (a head of 512, at most 256)',)
+    """
+    alone = [r for r in ran if r.device == device and not r.kernel]
+    return tuple(dict.fromkeys(_road(r.primitive, r.kernel, r.refused) for r in alone))
 
 
 def _together(road: Callable[[Ran], str], calls: list[Ran]) -> str:

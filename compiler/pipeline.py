@@ -16,6 +16,7 @@ from .capture import Captured
 from .facts import describe
 from .masks import fold_masks
 from .mechanism import Mechanism
+from .primitives.operator import Ran, watched
 from .program import Program, Store
 from .raising import raise_sites
 from .recipe import Verify
@@ -148,6 +149,7 @@ class Checked:
     deviation: Deviation
     rolled_back: dict[str, str]
     waits: bool = False  # the bounds are asked after training
+    ran: tuple[Ran, ...] = ()  # what the rewritten graph called
 
 
 def checked_rewrite(
@@ -167,7 +169,8 @@ def checked_rewrite(
         outcome = rewrite(raised, steps, without=frozenset(rolled_back))
         results = worst_of([check_sites(raised, outcome.program.changes, inputs) for inputs in batches])
         wrong = {r.path: r.failed for r in results if r.failed}
-        deviation = mean_of([_deviation(raised, outcome.program, inputs) for inputs in batches])
+        with watched() as ran:
+            deviation = mean_of([_deviation(raised, outcome.program, inputs) for inputs in batches])
         waits = wait and any(c.mechanism.kind != "exact" for c in outcome.program.changes)
         broken = "" if waits else broken_bound(verify, deviation)
         whole = outcome.program.whole_model > 0
@@ -178,7 +181,7 @@ def checked_rewrite(
                 worst = worst_first(results)[0].path if results else ""  # "": the whole-model passes, all that is left
                 wrong = {worst: f"rolled back: {broken}"}
         if not wrong:
-            return Checked(outcome, results, deviation, rolled_back, waits)
+            return Checked(outcome, results, deviation, rolled_back, waits, tuple(ran))
         for path, reason in wrong.items():
             log.warning("%s: %s", path or "whole-model passes", reason)
         rolled_back |= wrong

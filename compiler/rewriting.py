@@ -17,6 +17,7 @@ from .draft import drafting
 from .fidelity import against_model, too_far
 from .held_out import Batch, calibration
 from .held_rows import as_bytes, as_numbers
+from .kernel_status import by_torch
 from .lowering import lower_calls
 from .mechanism import KINDS
 from .pipeline import Checked, Outcome, Step, checked_rewrite, lower, raise_program, rewrite
@@ -258,7 +259,7 @@ class Rewriting:
                 *whole,
                 *(f"rewrite of weights refused: {no}" for _, no in self.moved.refused),
             ),
-            notes=(*self.notes, *program.notes),
+            notes=(*self.notes, *program.notes, *by_torch(self.first.ran)),
             details=Details.of(raised, program, self.recipe),
         )
 

@@ -218,7 +218,7 @@ class Attend:
         if not (self.packed or self.spec.kv_heads):
             yield f"hk = h // G{segment}"
         for port in "KV":
-            yield f"{port.lower()} = {port}{segment} + b_ * {port}{segment}_b + hk * {port}{segment}_h"
+            yield f"{port.lower()} = {port}{segment} + b_ * {port}{segment}_b + hk.to(tl.int64) * {port}{segment}_h"
         for index in ("row_k", "at_k"):
             if index in self.own(segment):
                 name, head = f"{index}{segment}", "hk" if self.packed else "h"

@@ -304,7 +304,7 @@ class Gradient:
         call = f"dk, dv = tile({', '.join([*given, *self.of.looked_up, *_KEY_SIZES])})"
         pointers = ["kept = KEPT + (b_ * H + h) * N", "delta = DELTA + (b_ * H + h) * N"]
         for word in ("X", "R") if self.scans else ():
-            pointers.append(f"edge_{word.lower()} = EDGE_{word} + (b_ * H + h) * N * EDGES + tl.program_id(0)")
+            pointers.append(f"edge_{word.lower()} = EDGE_{word} + (b_ * H + h) * N * EDGES + block")
         if self._key_own:
             pointers.append("at_q = at_q0 + b * at_q0_b + h * at_q0_h")
         said = {

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import replace
-from functools import cache
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -15,29 +13,27 @@ from ...compiler.primitives.attend_meaning import attend_meaning
 from ...compiler.primitives.attend_spec import AttendSpec
 from ...compiler.primitives.operator import Groups
 from ...compiler.primitives.rows import repeat_heads
-from ...compiler.refusal import Refused
 from .. import relative
 from .arguments import Arguments, index, kinds, looked_up, named, port
 from .attend import Attend, tables_in, why_not
 from .blocks import Blocks, forward_blocks, padded, smaller
 from .launch_shares import in_shares, shares_of
-from .launching import TooLargeError, launched, precision, target
+from .launching import UnfitError, launched, precision, target, unfit
 
 log = logging.getLogger("reattend")
 _MOST_D = 256
 _MOST_TABLE = 1 << 31  # elements that an offset of 32 bits reaches
+_MOST_STEP = 1 << 24  # from one row to the next: those of a block of 128 lie within an offset of 32 bits
 _MOST_LISTED = 128  # keys or queries of a listed tile that is not cut into blocks
 
 
 def refuses(groups: Groups, text: str) -> str | None:
     """Why a call is not handed to the kernel."""
     (q,), kv, tables = groups
-    reason = why_not(text) if has_triton() else "no triton"
+    reason = unfit(groups) or why_not(text)
     if reason:
         return reason
     spec = AttendSpec.of(text)
-    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"{q.dtype}"
     if any(t.dtype != q.dtype for t in kv):
         return "keys or values of another dtype than the queries"
     if max(q.shape[-1], kv[1].shape[-1]) > _MOST_D:
@@ -50,12 +46,9 @@ def refuses(groups: Groups, text: str) -> str | None:
         return "rows of keys of each query's own"
     if q.numel() == 0 or kv[1].shape[-1] == 0 or not all(k.shape[2] for k in kv[::2]):
         return "no rows"
+    if any(t.shape[2] > 1 and t.stride(2) >= _MOST_STEP for t in (q, *kv)):
+        return "rows that lie 2 ** 24 numbers apart"
     return _tiles_refused(spec, groups)
-
-
-@cache
-def has_triton() -> bool:
-    return find_spec("triton") is not None
 
 
 def _tiles_refused(spec: AttendSpec, groups: Groups) -> str | None:
@@ -93,10 +86,10 @@ def run(
     for tried in (chosen, *smaller(chosen)):
         try:
             return _run(groups, text, keeps, tried, shares)
-        except TooLargeError as error:
+        except UnfitError as error:
             log.info("attend in blocks of %d x %d: %s", tried.rows, tried.keys, error)
     if keeps:
-        raise Refused("a block of 16 x 16 does not fit this device", where="attend")
+        raise UnfitError("a block of 16 x 16")
     return attend_meaning(groups, text)
 
 
@@ -127,11 +120,11 @@ def _run(groups: Groups, text: str, keeps: bool, blocks: Blocks, shares: int) ->
     given |= {"D": q.shape[-1], "DP": padded(q.shape[-1]), "E": kv[1].shape[-1], "EP": padded(kv[1].shape[-1])}
     given |= {"BM": blocks.rows, "BN": blocks.keys, "STEP": step, "WIDE": wide, "STAGES": blocks.stages}
     given |= {"PRECISION": precision(q), "num_warps": blocks.warps, "num_stages": blocks.stages}
-    programs = (-(-_rows(groups, text) // step), q.shape[0] * (kv[0].shape[1] if kernel.packed else heads))
+    programs = -(-_rows(groups, text) // step) * q.shape[0] * (kv[0].shape[1] if kernel.packed else heads)
     if shares > 1:
         in_shares(kernel, given, made, programs, shares)
     else:
-        launched(kernel.source, kernel.name, programs, given | made)
+        launched(kernel.source, kernel.name, (programs,), given | made)
     found = {"o": made.get("O"), "lse": made.get("LSE")}
     return [found[which] for which in spec.outputs] + ([made["KEPT"]] if "KEPT" in made else [])
 
@@ -201,7 +194,7 @@ def _placed(spec: AttendSpec, q: Tensor, kv: Any, tables: Any, parts: int) -> Ar
     if spec.q_positions:
         given |= index("at_q", tables[spec.q_positions])
     if spec.kv_heads:
-        given["kv_heads"] = tables[spec.kv_heads]
+        given["kv_heads"] = tables[spec.kv_heads].clamp(0, kv[0].shape[1] - 1)
     return given | listing(spec, tables, kv[0].shape[2], parts)
 
 

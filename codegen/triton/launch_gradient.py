@@ -16,7 +16,7 @@ from .arguments import Arguments, index, kinds, looked_up, named, port
 from .attend import Attend, tables_in
 from .attend_gradient import Gradient, why_no_gradient
 from .blocks import Blocks, gradient_blocks, padded, scanning_blocks
-from .launching import TooLargeError, launched, precision, target
+from .launching import UnfitError, launched, precision, target
 from .parts import parts
 
 
@@ -43,7 +43,7 @@ def gradients(
     try:
         rows = _rows(groups, spec, known, named_grads, kernel)
         found = _summed(groups, text, rows, named_grads.get("o"), learned)
-    except TooLargeError:
+    except UnfitError:
         return None
     shapes = [q.shape, *(t.shape for t in (*kv, *tables))]
     return [found[n].sum_to_size(shapes[n]) for n in wanted]
@@ -141,8 +141,8 @@ class _Call:
             edges["EDGES"] = count
         own |= runs | edges | launch.listing(spec, named(self.groups), k.shape[2], parts_)
         own |= _placed(self.groups, gradient, "at_q", "at_k0", of_keys=False)
-        programs = (-(-q.shape[2] // step), q.shape[0] * q.shape[1])
-        launched(gradient.source, "back_queries", programs, self._base(rows) | own | _sizes(blocks))
+        programs = -(-q.shape[2] // step) * q.shape[0] * q.shape[1]
+        launched(gradient.source, "back_queries", (programs,), self._base(rows) | own | _sizes(blocks))
         return dq, of_tables, edges
 
     def over_keys(self, rows: tuple[Tensor, Tensor], edges: Arguments) -> list[Tensor]:
@@ -154,8 +154,8 @@ class _Call:
         own: Arguments = {"DK": dk, "DV": dv, "G": q.shape[1] // k.shape[1], "STEP": step, "WIDE": wide}
         own |= edges | launch.listing(spec, named(self.groups), k.shape[2], parts_, turned=True)
         own |= _placed(self.groups, gradient, "at_q0", "at_k0", of_keys=True)
-        programs = (-(-k.shape[2] // step), q.shape[0] * k.shape[1])
-        launched(gradient.source_of_keys, "back_keys", programs, self._base(rows) | own | _sizes(blocks))
+        programs = -(-k.shape[2] // step) * q.shape[0] * k.shape[1]
+        launched(gradient.source_of_keys, "back_keys", (programs,), self._base(rows) | own | _sizes(blocks))
         return [dk, dv]
 
     @property

@@ -14,8 +14,7 @@ from ...compiler.primitives.scan_meaning import in_order, scan_meaning
 from ...compiler.primitives.scan_spec import ScanSpec
 from .arguments import Arguments, port
 from .blocks import padded
-from .launch import has_triton
-from .launching import TooLargeError, launched, precision, target
+from .launching import UnfitError, launched, precision, target, unfit
 from .scan import Scan, of_spec, why_not
 
 log = logging.getLogger("reattend")
@@ -38,11 +37,9 @@ class Operands:
 def refuses(groups: Groups, text: str) -> str | None:
     """Why a call is not handed to the kernel."""
     (q,), (k, v), _ = groups
-    reason = why_not(text) if has_triton() else "no triton"
+    reason = unfit(groups) or why_not(text)
     if reason:
         return reason
-    if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"{q.dtype}"
     if k.dtype != q.dtype or v.dtype != q.dtype:
         return "keys or values of another dtype than the queries"
     if max(q.shape[-1], v.shape[-1]) > MOST:
@@ -59,7 +56,7 @@ def run(groups: Groups, text: str) -> list[Tensor]:
     x = operands(groups, spec)
     try:
         made = scanned(of_spec(spec, channels(x.decay)), x, kind=q.dtype)
-    except TooLargeError as error:
+    except UnfitError as error:
         log.info("scan: %s", error)
         return scan_meaning(groups, text)
     if spec.normaliser == "none":
@@ -118,7 +115,7 @@ def scanned(
             blocks = -(-E // sizes["BE"])
             launched(kernel.source, "scan", (B * H, blocks), given | sizes)
             return {which: made[which] for which in kernel.outputs}
-        except TooLargeError:
+        except UnfitError:
             if sizes["T"] == sizes["BE"] == 16:
                 raise
             sizes |= {"T": max(16, sizes["T"] // 2), "BE": max(16, sizes["BE"] // 2), "STAGES": 1, "num_stages": 1}

@@ -16,7 +16,7 @@ from torch import Tensor
 from ...compiler.primitives.operator import Groups
 from ...compiler.primitives.scan_spec import ScanSpec
 from .launch_scan import MOST, Operands, channels, operands, refuses, scanned
-from .launching import TooLargeError
+from .launching import UnfitError
 from .scan import Scan, of_spec
 
 FIRST_TABLE = 3  # of the tensors of a call: q, k, v, then tables
@@ -40,7 +40,7 @@ def gradients(
     shapes = [t.shape for group in groups for t in group]
     try:
         return [_summed(of.by(name), shapes[k]) if name else None for name, k in zip(names, wanted, strict=True)]
-    except TooLargeError:
+    except UnfitError:
         return None
 
 

@@ -43,7 +43,7 @@ def why_not_shared(text: str) -> str | None:
     return "listed tiles" if AttendSpec.of(text).tiles else refusal(lambda: joining(of_any_tables(text)))
 
 
-def in_shares(kernel: Attend, given: Arguments, made: Arguments, programs: tuple[int, int], count: int) -> None:
+def in_shares(kernel: Attend, given: Arguments, made: Arguments, programs: int, count: int) -> None:
     """Two launches: what each share of the keys gives, and the results of all."""
     q: Tensor = given["Q"]
     rows, shared = q.shape[0] * q.shape[1] * q.shape[2], replace(kernel, shared=True)
@@ -51,7 +51,7 @@ def in_shares(kernel: Attend, given: Arguments, made: Arguments, programs: tuple
         name: q.new_empty(count * rows * (given["E"] if name == "OF_o" else 1), dtype=torch.float32)
         for name in kernel.gathered
     }
-    launched(shared.source, shared.name, (*programs, count), given | gathered | {"R": rows})
+    launched(shared.source, shared.name, (programs, count), given | gathered | {"R": rows})
     block = max(1, min(64, 4096 // padded(given["E"])))
     own = {name: given[name] for name in (*kernel.looked_up, "H", "N", "shift", "E", "EP")}
     if kernel.spec.q_positions:

@@ -7,16 +7,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
 
+from ...compiler.primitives.operator import Groups
 from .arguments import Arguments
 from .module import loaded
 
 log = logging.getLogger("reattend")
 
+_NO_CODE = "PassManager::run failed"  # what a backend of Triton says that finds no code for a kernel
 Launch = tuple[str, str, tuple[int, ...], Arguments]  # a source, the kernel's name in it, programs, arguments
 
 
@@ -42,13 +45,48 @@ def recorded(target: str) -> Iterator[list[Launch]]:
         _RECORDING.reset(token)
 
 
-class TooLargeError(Exception):
-    """A block wants more shared memory or registers than the device has."""
+class UnfitError(Exception):
+    """A kernel that a device has no room for, or that Triton cannot make for it."""
+
+
+KINDS = (torch.float32, torch.bfloat16, torch.float16)  # what is multiplied
+_LOOKED_UP = (*KINDS, torch.float64, torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+_LEAST = (8, 0)  # the first NVIDIA GPUs that multiply bfloat16
+
+
+def unfit(groups: Groups) -> str | None:
+    """Why no generated kernel takes these tensors, whatever it is asked to do with them."""
+    tensors = [t for group in groups for t in group]
+    first = tensors[0]
+    if not _has_triton():
+        return "no triton"
+    if first.dtype not in KINDS:
+        return f"{first.dtype}"
+    for t in tensors:
+        if t.device != first.device:
+            return f"a tensor on {t.device} beside one on {first.device}"
+        if t.dtype not in _LOOKED_UP:
+            return f"a tensor of {t.dtype}"
+    return _too_old(first.device) if first.device.type == "cuda" else None
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+@cache
+def _too_old(device: torch.device) -> str | None:
+    found = torch.cuda.get_device_capability(device)
+    if torch.version.hip or found >= _LEAST:
+        return None
+    return f"a GPU of compute capability {found[0]}.{found[1]}, at least {_LEAST[0]}.{_LEAST[1]}"
 
 
 def launched(source: str, name: str, grid: tuple[int, ...], given: Arguments) -> None:
     """One kernel, on its arguments by name; the first time on a device Triton compiles it, some seconds long."""
-    from triton.runtime.errors import OutOfResources
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import OutOfResources, PTXASError
 
     recording = _RECORDING.get()
     if recording is not None:
@@ -60,7 +98,12 @@ def launched(source: str, name: str, grid: tuple[int, ...], given: Arguments) ->
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             getattr(loaded(source), name)[grid](**given)
     except OutOfResources as error:
-        raise TooLargeError(str(error)) from None
+        raise UnfitError(str(error)) from None
+    except (CompilationError, PTXASError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and _NO_CODE not in str(error):
+            raise
+        log.warning("%s cannot be made for %s: %s", name, device, str(error).strip().split("\n")[-1])
+        raise UnfitError(f"{name}: {error}") from None
 
 
 @lru_cache(maxsize=4096)

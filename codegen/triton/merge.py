@@ -7,11 +7,10 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ...compiler.primitives.merge import MergeSpec
+from ...compiler.primitives.merge import MergeSpec, merge_meaning
 from ...compiler.primitives.operator import Groups
 from .blocks import padded
-from .launch import has_triton
-from .launching import launched
+from .launching import KINDS, UnfitError, launched, unfit
 from .skeleton import filled, text_of
 
 _MOST_D, _MOST_PARTS = 512, 64  # parts are arguments each
@@ -33,11 +32,11 @@ def source(by: str, parts: int) -> str:
 def refuses(groups: Groups, text: str) -> str | None:
     """Why a call is not handed to the kernel."""
     parts, logs = groups
-    if not has_triton():
-        return "no triton"
-    kinds = (torch.float32, torch.bfloat16, torch.float16)
+    reason = unfit(groups)
+    if reason:
+        return reason
     for t in (*parts, *logs):
-        if t.dtype not in kinds:
+        if t.dtype not in KINDS:
             return f"{t.dtype}"
     if len(parts) > _MOST_PARTS:
         return f"{len(parts)} parts, at most {_MOST_PARTS}"
@@ -47,7 +46,7 @@ def refuses(groups: Groups, text: str) -> str | None:
 
 
 def run(groups: Groups, text: str) -> list[Tensor]:
-    """o and lse, or numerators and denominators."""
+    """o and lse, or numerators and denominators; by the plain meaning where the kernel does not fit a device."""
     parts, logs = ([t.contiguous() for t in group] for group in groups)
     E, rows = parts[0].shape[-1], logs[0].numel()
     o, lse = torch.empty_like(parts[0]), torch.empty_like(logs[0], dtype=torch.float32)
@@ -55,5 +54,8 @@ def run(groups: Groups, text: str) -> list[Tensor]:
     given = {f"P{n}": t for n, t in enumerate(parts)} | {f"L{n}": t for n, t in enumerate(logs)}
     sizes = {"R": rows, "E": E, "EP": padded(E), "BM": block, "num_warps": 4}
     kernel = source(MergeSpec.of(text).by, len(parts))
-    launched(kernel, "merge", (-(-rows // block),), {**given, "O": o, "LSE": lse, **sizes})
+    try:
+        launched(kernel, "merge", (-(-rows // block),), {**given, "O": o, "LSE": lse, **sizes})
+    except UnfitError:
+        return merge_meaning(groups, text)
     return [o, lse]

@@ -21,8 +21,7 @@ from ...compiler.primitives.qlinear_spec import BLOCK, QLinearSpec
 from .arguments import Arguments
 from .attend import listed
 from .blocks import Blocks, padded
-from .launch import has_triton
-from .launching import TooLargeError, launched, precision, target
+from .launching import UnfitError, launched, precision, target, unfit
 from .skeleton import filled, text_of
 
 _HALF = BLOCK // 2  # inputs that lie in one half of the bytes: of one group each
@@ -87,10 +86,9 @@ def refuses(groups: Groups, text: str) -> str | None:
     """Why a call is not handed to the kernel."""
     (x,), tensors = groups
     spec = QLinearSpec.of(text)
-    if not has_triton():
-        return "no triton"
-    if x.dtype not in (torch.float32, torch.bfloat16, torch.float16):
-        return f"{x.dtype}"
+    reason = unfit(groups)
+    if reason:
+        return reason
     if any(t.dtype == torch.float64 for t in tensors):
         return "scales of float64"
     if not x.numel() or not tensors[0].numel():
@@ -109,7 +107,7 @@ def run(groups: Groups, text: str) -> list[Tensor]:
     (x,), tensors = groups
     try:
         return [_run(x, [t.contiguous() for t in tensors], QLinear(text))]
-    except TooLargeError:
+    except UnfitError:
         return qlinear_meaning(groups, text)
 
 

@@ -24,7 +24,7 @@ class Walk:
     """Ranges of indices as ranges of tiles: statements that compute them, then the loops over them.
 
     `size` is how many indices there are, `block` how many a tile has, `shift` what an index is ahead of its place;
-    `shared`: of each range only a share is passed, by the program's place on the third axis.
+    `shared`: of each range only a share is passed, by the program's place on the second axis.
     """
 
     name: str
@@ -58,8 +58,8 @@ class Walk:
 
     def _share(self, suffix: str) -> None:
         low, high, share = f"low{suffix}", f"high{suffix}", f"share{suffix}"
-        self.lines.append(f"{share} = tl.cdiv({high} - {low}, tl.num_programs(2))")
-        self.lines.append(f"{low} = {low} + {share} * tl.program_id(2)")
+        self.lines.append(f"{share} = tl.cdiv({high} - {low}, tl.num_programs(1))")
+        self.lines.append(f"{low} = {low} + {share} * tl.program_id(1)")
         self.lines.append(f"{high} = tl.maximum(tl.minimum({low} + {share}, {high}), {low})")
 
     def _whole(self, suffix: str, reached: Reached) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..refusal import Refused, nearest
@@ -27,6 +28,7 @@ from .operator import Primitive
 attend_op = Primitive("attend", ("q", "kv*", "tables*"), attend_meaning, attend_shapes, frugal=attend_in_blocks)
 
 Predicate = Callable[..., Any]
+_KINDS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INDICES = {n: name(n) for n in ("b", "h", "i", "j", "N", "M")}
 
 
@@ -246,6 +248,7 @@ def _check(q: Tensor, kv: Sequence[Tensor], tables: Sequence[Tensor], spec: Atte
     if q.ndim != 4 or any(t.ndim != 4 for t in kv):
         found = f"q of {q.ndim} and k, v of {[t.ndim for t in kv]} dimensions"
         raise Refused(found, where="attend", fits="(B, H, N, D)")
+    _check_tensors(q, kv)
     heads, dim = q.shape[1], q.shape[-1]
     for k, v in zip(kv[::2], kv[1::2], strict=True):
         if k.shape[-1] != dim:
@@ -261,7 +264,23 @@ def _check(q: Tensor, kv: Sequence[Tensor], tables: Sequence[Tensor], spec: Atte
         if given.ndim not in dims:
             fits = f"{' or '.join(map(str, dims))} dimensions"
             raise Refused(f"{what} of shape {tuple(given.shape)}", where="attend", fits=fits)
+    for what, table, heads_of, count in _places_of(spec, q, kv):
+        _check_places(what, tables[int(table[1:])], q.shape[0], heads_of, count)
+    if spec.kv_heads and tables[int(spec.kv_heads[1:])].shape[0] != heads:
+        found = f"a table of {tables[int(spec.kv_heads[1:])].shape[0]} key heads"
+        raise Refused(found, where="attend", fits=f"one for each of {heads} heads")
     _check_texts(spec)
+
+
+def _check_tensors(q: Tensor, kv: Sequence[Tensor]) -> None:
+    for t in (q, *kv):
+        if t.dtype not in _KINDS:
+            raise Refused(f"rows of {t.dtype}", where="attend", fits=", ".join(map(str, _KINDS)))
+        if t.shape[1] == 0:
+            raise Refused(f"rows of shape {tuple(t.shape)}", where="attend", fits="at least one head")
+        if t.shape[0] != q.shape[0] and t.shape[0] != 1:
+            found = f"q of a batch of {q.shape[0]}, keys or values of {t.shape[0]}"
+            raise Refused(found, where="attend", fits=f"{q.shape[0]} or 1")
 
 
 def _tables_of(spec: AttendSpec) -> list[tuple[str, str, tuple[int, ...]]]:
@@ -271,6 +290,22 @@ def _tables_of(spec: AttendSpec) -> list[tuple[str, str, tuple[int, ...]]]:
     named += [("a relative table", term[0], (3,)) for term in spec.relative]
     named += [("tiles", spec.tiles[0], (4,))] if spec.tiles else []
     return [entry for entry in named if entry[1]]
+
+
+def _places_of(spec: AttendSpec, q: Tensor, kv: Sequence[Tensor]) -> list[tuple[str, str, tuple[int, ...], int]]:
+    """Tables of one entry for each query or key: what, its name, the heads that it may have, how many entries."""
+    named = [("q_positions", spec.q_positions, q)]
+    named += [("k_positions", part[2], k) for part, k in zip(spec.segments, kv[::2], strict=True)]
+    return [(what, places, (t.shape[1], q.shape[1]), t.shape[2]) for what, places, t in named if places]
+
+
+def _check_places(what: str, given: Tensor, batch: int, heads: tuple[int, ...], count: int) -> None:
+    """What is one for all has an axis of 1."""
+    wanted = ((batch,), heads, (count,)) if given.ndim == 3 else ((batch,), (count,))[-given.ndim :]
+    for size, fitting in zip(given.shape, wanted, strict=True):
+        if all(size != fits for fits in (*fitting, 1)):
+            fits = f"B = {batch}, H = {' or '.join(map(str, dict.fromkeys(heads)))}, {count} places"
+            raise Refused(f"{what} of shape {tuple(given.shape)}", where="attend", fits=fits)
 
 
 def _check_texts(spec: AttendSpec) -> None:

@@ -47,6 +47,7 @@ class Ran:
     refused: tuple[tuple[str, str], ...]
     on_gpu: str = ""  # the kernel that a GPU would take for the same call
     refused_there: tuple[tuple[str, str], ...] = ()
+    device: str = "cpu"
 
 
 _WATCHED: ContextVar[list[Ran] | None] = ContextVar("_WATCHED", default=None)
@@ -140,7 +141,8 @@ class Primitive:
         if watching is not None:
             there, refused_there = self.choose(groups, spec, device="cuda")
             names = [k.name if k else "" for k in (kernel, there)]
-            watching.append(Ran(self.name, names[0], tuple(refused), names[1], tuple(refused_there)))
+            on = next(t.device.type for group in groups for t in group)
+            watching.append(Ran(self.name, names[0], tuple(refused), names[1], tuple(refused_there), on))
         taken = {t.untyped_storage()._cdata for group in groups for t in group}
         return [_own(r, taken) for r in (kernel.run if kernel else self.frugal or self.meaning)(groups, spec)]
 

@@ -130,6 +130,9 @@ def _start(state: Tensor | None, q: Tensor, v: Tensor, normaliser: str) -> Tenso
 def _check(q: Tensor, k: Tensor, v: Tensor, causal: bool, normaliser: str, read: str, outputs: Sequence[str]) -> None:
     if not q.ndim == k.ndim == v.ndim == 4:
         raise Refused(f"q, k, v of {q.ndim}, {k.ndim}, {v.ndim} dimensions", where="scan", fits="(B, H, N, D)")
+    if q.shape[0] != k.shape[0] and k.shape[0] != 1:
+        fits = f"{q.shape[0]} or 1"
+        raise Refused(f"q of a batch of {q.shape[0]}, keys of {k.shape[0]}", where="scan", fits=fits)
     if q.shape[-1] != k.shape[-1]:
         raise Refused(f"q has D={q.shape[-1]}, k has D={k.shape[-1]}", where="scan", fits="equal dimensions")
     if q.shape[1] % k.shape[1] or k.shape[1] != v.shape[1]:
