@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-
 KEPT = "padding kept"  # in a signature: padding holds what attention made of it
 
 
