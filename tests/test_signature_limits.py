@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from typing import Any
 
@@ -309,3 +310,17 @@ def test_autocast_is_a_signature_of_its_own(around: bool) -> None:
             with torch.autocast("cpu", torch.bfloat16, enabled=inside):
                 torch.testing.assert_close(fast(x), model(x), rtol=2**-7 if inside else 1e-5, atol=1e-5)
     assert sorted("autocast bfloat16" in str(key) for key in fast.signatures) == [False, True]
+
+
+def test_a_length_that_the_model_fixes_may_become_one() -> None:
+    class Lengths(nn.Module):
+        """The scale follows from the number of tokens: each has a graph of its own."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x @ x.mT * math.log(x.shape[1] + 1)).softmax(-1) @ x
+
+    model = Lengths()
+    fast = reattend.optimize(model, "exact", torch.randn(2, 5, 4), measure=False)
+    for length in (7, 1, 5):
+        x = torch.randn(2, length, 4)
+        torch.testing.assert_close(fast(x), model(x))
