@@ -16,6 +16,7 @@ from .untouched import unchanged
 
 # set while a call is captured whose sizes of 0 and 1 make the model compute something else than larger ones do
 AS_GIVEN: ContextVar[bool] = ContextVar("AS_GIVEN", default=False)
+_KEPT = ("past", "cache")  # in the names of arguments that are keys and values of earlier calls, as plain tensors
 _QUERIES, _PAST = 3, 10  # sizes of a decoder's example call: none of them 0 or 1, which torch.export takes as constants
 
 
@@ -144,6 +145,8 @@ def _open(leaf: Leaf, tensor: Tensor) -> frozenset[int]:
     whole = not tensor.is_floating_point()
     if tensor.ndim == 4 and "mask" in leaf.path:
         return frozenset({0, 2, 3})
+    if tensor.ndim == 4 and any(word in leaf.path for word in _KEPT):
+        return frozenset({0, 1, 2})  # (B, H, N, D) or (B, N, H, D): the model itself fixes its heads
     sequence = tensor.ndim >= 2 and (whole or tensor.ndim == 3 or (tensor.ndim == 2 and "mask" in leaf.path))
     return frozenset({0, 1} if sequence else {0})
 

@@ -21,7 +21,7 @@ from .fused_layers import cast_as_fused, may_fuse
 from .graph_state import graph_from, state_of
 from .inside import inside
 from .leaves import plain_calls, stamp_leaves
-from .padding import zeros_at_padding
+from .padding import KEPT, keeps_padding, packing, zeros_at_padding
 from .plain_graph import operations, plain, written
 from .ranges import Sizes, Symbol
 from .refusal import Refused, Uncapturable
@@ -160,9 +160,9 @@ def setting(model: nn.Module) -> tuple[str, ...]:
     weight = next((p for p in model.parameters() if p.is_floating_point()), None)
     if weight is None:
         return (mode, *_autocast("cpu"))
-    fused = ("fused layers",) if may_fuse(model) else ()
+    own = ((KEPT,) if keeps_padding(model) else ()) + (("fused layers",) if may_fuse(model) else ())
     device = "" if weight.device.type == "cpu" else f" {weight.device}"
-    return mode, f"{str(weight.dtype).removeprefix('torch.')}{device}", *_autocast(weight.device.type), *fused
+    return mode, f"{str(weight.dtype).removeprefix('torch.')}{device}", *_autocast(weight.device.type), *own
 
 
 def _autocast(device: str) -> tuple[str, ...]:
@@ -180,7 +180,7 @@ def export(model: nn.Module, call: Call, attempt: Attempt) -> Captured:
     flat = _flat(model, call, attempt, seen)
     shapes = tuple(dict.fromkeys(sorted(dims), torch.export.Dim.AUTO) or None for dims in attempt.open)
     tensors = tuple(t.detach() for t in attempt.tensors)  # one object passed twice would become one input
-    grad, fused = torch.is_grad_enabled(), may_fuse(model)
+    grad, fused, packs = torch.is_grad_enabled(), may_fuse(model), packing(model)
     try:
         with (
             torch.no_grad(),
@@ -189,7 +189,7 @@ def export(model: nn.Module, call: Call, attempt: Attempt) -> Captured:
             quiet(),
             _fakes(attempt),
             chance.no_unseen_chance(),
-            zeros_at_padding(model),
+            zeros_at_padding(packs),
             plain_calls(model) as leaves,
         ):
             unflagged(model)

@@ -87,10 +87,7 @@ def features(spec: AttendSpec, tables: Sequence[torch.Tensor] = ()) -> frozenset
     score = spec.score_expr
     if any(e.op == "lookup" or (e.op == "name" and e.args[0] in ("i", "j", "h")) for e in score.walk()):
         found.add("bias")
-    if any(
-        e.op not in ("name", "const", "mul", "add", "lookup", "sub", "abs", "where") and "s" in e.names
-        for e in score.walk()
-    ):
+    if any(map(_bends, score.walk())):
         found.add("softcap")
     if spec.sink:
         found.add("sinks")
@@ -100,11 +97,22 @@ def features(spec: AttendSpec, tables: Sequence[torch.Tensor] = ()) -> frozenset
         found.add("mask")
     for condition in spec.conjuncts:
         if any(e.op == "lookup" for e in condition.walk()):
-            document = condition.op == "eq" and {"i", "j"} <= condition.names
+            sides = [a.names & {"i", "j"} for a in condition.args] if condition.op == "eq" else []
+            document = sides in ([{"i"}, {"j"}], [{"j"}, {"i"}])
             found.add("padding" if is_padding(condition) else "packed" if document else "mask")
         elif condition.text != CAUSAL and _offset(condition) is None:
             found.add("mask")
     return frozenset(found)
+
+
+def _bends(e: Expr) -> bool:
+    """Something on the way of the score that is not linear in it."""
+    inside = ["s" in a.names for a in e.args if isinstance(a, Expr)]
+    if e.op in ("add", "sub"):
+        return False
+    if e.op in ("truediv", "where"):  # a numerator; what is chosen between
+        return inside[1 if e.op == "truediv" else 0]
+    return sum(inside) > (1 if e.op == "mul" else 0)
 
 
 def _expr(text: str) -> Expr:

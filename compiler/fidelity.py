@@ -9,6 +9,7 @@ from torch import Tensor, fx, nn
 
 from .capture import Captured
 from .containers import take_apart
+from .padding import KEPT
 from .signature import Call
 from .verification import EXACT_OWN, Deviation, compare
 
@@ -22,8 +23,9 @@ def against_model(model: nn.Module, captured: Captured, call: Call) -> Deviation
         return None
     draws = any(map(_draws, captured.graph.graph.nodes))
     with torch.no_grad(), torch.random.fork_rng(devices=[], enabled=draws):
-        wanted = _answer(model, call)
-        if draws and not all(map(_same, wanted, _answer(model, call))):
+        grad = KEPT in captured.key.setting  # which the graph is of
+        wanted = _answer(model, call, grad)
+        if draws and not all(map(_same, wanted, _answer(model, call, grad))):
             return None
         found = captured.graph(*captured.inputs(call))[: captured.output.count]
     if len(wanted) != len(found):
@@ -41,8 +43,10 @@ def too_far(deviation: Deviation, model: nn.Module) -> str:
     return f"the captured graph is not the model: its output is off by {deviation}, before any rewrite"
 
 
-def _answer(model: nn.Module, call: Call) -> list[Any]:
-    return [leaf.tensor for leaf in take_apart(model(*call.args, **dict(call.kwargs)), "")[0]]
+def _answer(model: nn.Module, call: Call, grad: bool) -> list[Any]:
+    with torch.set_grad_enabled(grad):
+        answer = model(*call.args, **dict(call.kwargs))
+    return [leaf.tensor for leaf in take_apart(answer, "")[0]]
 
 
 def _same(a: Any, b: Any) -> bool:

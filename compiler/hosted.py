@@ -325,10 +325,13 @@ def _at_other_sizes(model: Any, state: Hosting, call: Call, key: SignatureKey, o
             must_run(original(model), call.args, call.kwargs)
     except Refused as own:
         raise Refused(outside.found, where=outside.where, fits=f"{outside.fits}; {own.found}") from None
+    token = AS_GIVEN.set(AS_GIVEN.get() or any(size < 2 for _, size in places))  # a trace knows no size of 0 or 1
     try:
         _captured(model, state, call, apart).check(state.graphs[apart].inputs(call))
     except Uncapturable:
         raise outside from None
+    finally:
+        AS_GIVEN.reset(token)
     return apart
 
 

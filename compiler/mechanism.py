@@ -82,6 +82,7 @@ class Mechanism:
     honours: ClassVar[frozenset[str] | set[str]] = frozenset()
     paper: ClassVar[str] = ""
     tries: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)  # knobs that small generic questions are asked with
+    stands: ClassVar[str] = ""  # an inserted one: "before" its block x is f(x), "behind" its attention x + f(LN(x))
     also: ClassVar[Mapping[str, str]] = {}  # a paper's word for a knob that is a word of this class: kind, part
     judged: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)  # knobs that `quality --all` measures it at
     heads_alike: ClassVar[bool] = True  # permuting heads (with per-head tensors) permutes the answer

@@ -5,7 +5,7 @@ torch.export takes the plain path, where padding holds whatever attention made o
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -13,11 +13,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+KEPT = "padding kept"  # in a signature: padding holds what attention made of it
+
+
+def packing(model: nn.Module) -> list[nn.TransformerEncoder]:
+    """The encoders that pack their input here: not where gradients of their weights are asked for."""
+    return [encoder for encoder in _packable(model) if not (torch.is_grad_enabled() and _learns(encoder))]
+
+
+def keeps_padding(model: nn.Module) -> bool:
+    """Whether an encoder that packs without gradients does not here."""
+    return torch.is_grad_enabled() and any(map(_learns, _packable(model)))
+
+
+def _packable(model: nn.Module) -> list[nn.TransformerEncoder]:
+    return [m for m in model.modules() if isinstance(m, nn.TransformerEncoder) and _packs(m)]
+
+
+def _learns(encoder: nn.TransformerEncoder) -> bool:
+    """Its forward asks its first layer alone."""
+    first = encoder.layers[0]
+    return not first.training and any(p.requires_grad for p in first.parameters())
+
 
 @contextmanager
-def zeros_at_padding(model: nn.Module) -> Iterator[None]:
+def zeros_at_padding(encoders: Sequence[nn.TransformerEncoder]) -> Iterator[None]:
     """While tracing, encoders that would pack their input give zeros where it is padding."""
-    encoders = [m for m in model.modules() if isinstance(m, nn.TransformerEncoder) and _packs(m)]
     hooks = [e.layers[-1].register_forward_hook(partial(_emptied, e), with_kwargs=True) for e in encoders]
     try:
         yield

@@ -55,7 +55,8 @@ def raise_program(captured: Captured, store: Store, prefix: str = "") -> tuple[P
     raised = raise_sites(captured.graph)
     fold_masks(captured.graph)
     sites, ports = describe(captured.graph, prefix)
-    program = Program(captured.graph, sites, ports, store, prefix, notes=list(captured.notes))
+    training = captured.key.setting[0].startswith("train")
+    program = Program(captured.graph, sites, ports, store, prefix, training, notes=list(captured.notes))
     return program, shown_misses(raised.misses, prefix)
 
 

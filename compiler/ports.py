@@ -24,7 +24,7 @@ ATTEND = attend_op.op
 RESHAPING = frozenset(  # the same numbers in another order, shape or type
     {"view", "reshape", "_unsafe_view", "transpose", "permute", "unsqueeze", "squeeze", "slice", "select", "expand"}
     | {"contiguous", "clone", "to", "_to_copy", "alias", "flatten", "unflatten", "split", "chunk", "unbind", "t"}
-    | {"split_with_sizes", "movedim", "swapaxes", "detach", "numpy_T", "type_as"}
+    | {"split_with_sizes", "movedim", "swapaxes", "detach", "numpy_T", "type_as", "view_as", "reshape_as"}
 )
 PROJECTIONS = frozenset(
     {"linear", "addmm", "matmul", "mm", "conv2d", "conv1d", "_convolution", "convolution", "qlinear"}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -76,6 +76,7 @@ class Program:
     ports: dict[str, Ports]
     store: Store
     prefix: str = ""  # where the graph's module stands in the whole model, if it is a part of one
+    training: bool = False  # a graph of train()
     whole_model: int = 0  # whole-model passes that were taken
     changes: list[Change] = field(default_factory=list)
     losses: list[tuple[str, fx.Node]] = field(default_factory=list)
@@ -110,8 +111,10 @@ class Program:
         ports = {path: own.moved(mapped) for path, own in self.ports.items()}
         fresh = Draft(self.graph, graph)
         fresh.meta = dict(self.graph.meta) | {"output_shapes": output_shapes(self.graph)}
-        return Program(
-            fresh, self.sites, ports, self.store, self.prefix, notes=list(self.notes), fragments=self.fragments
+        return replace(
+            Program(fresh, self.sites, ports, self.store, self.prefix, self.training),
+            notes=list(self.notes),
+            fragments=self.fragments,
         )
 
     @property

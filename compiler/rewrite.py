@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, fx
 
 from .facts import features
+from .inserting import OnStream, on_stream, stream_at
 from .mechanism import Mechanism
 from .ports import is_padding, real_keys
 from .primitives.attend_spec import AttendSpec
@@ -20,22 +21,25 @@ from .tracing import Fragment, Setting, trace
 
 
 def put(program: Program, path: str, mechanism: Mechanism, *, dropped: frozenset[str] = frozenset()) -> Change:
-    """Rewrite one site by a core, gate or region mechanism."""
-    site = program.site(path)
+    """Rewrite one site by a core, gate or region mechanism, or put an inserted one beside it."""
+    site, ports = program.site(path), program.ports[path]
+    if mechanism.part == "insert":
+        mechanism = OnStream(mechanism, program.training)
+    anchor = _anchor(program, path, mechanism)
+    if mechanism.part == "insert":
+        site = on_stream(site, anchor.meta["val"])
     reason = mechanism.refuses(site, dropped)
     if reason:
         raise Refused(reason, where=str(site))
-    ports = program.ports[path]
-    anchor = _anchor(program, path, mechanism)
     attend = ports.attend
     spec = without(AttendSpec.of(str(attend.args[3])), dropped)
     setting = Setting(replace(site, features=site.features - dropped), spec)
-    inputs = _inputs(program, site, mechanism, attend, anchor)
+    before = _behind(anchor) if mechanism.part in ("gate", "insert") else anchor  # these read the value they replace
+    inputs = _inputs(program, site, mechanism, attend, anchor, before)
     fragment = _fragment(program, mechanism, setting, inputs)
     if mechanism.part == "cache":
         return _stored(program, mechanism, setting, fragment, dropped)
     anchor.meta |= {"site": path, "mechanism": mechanism.slug}
-    before = anchor.next if mechanism.part == "gate" else anchor  # a gate reads the value that it replaces
     results, made = insert_before(before, fragment.graph, {n: inputs[n] for n in fragment.inputs}, like=anchor)
     _same_shape(path, mechanism, anchor.meta["val"], results[0].meta["val"])
     anchor.replace_all_uses_with(results[0], delete_user_cb=lambda user: user not in made)
@@ -48,8 +52,19 @@ def put(program: Program, path: str, mechanism: Mechanism, *, dropped: frozenset
     change = Change(site, mechanism, setting, fragment, str(attend.args[3]), own, tuple(targets.values()),
                     tuple(sorted(dropped)))  # fmt: skip
     program.changes.append(change)
-    ports.nodes["o"] = results[0] if mechanism.part in ("core", "gate") else ports.nodes["o"]
+    if mechanism.part in ("core", "gate"):
+        ports.nodes["o"] = results[0]
+    elif mechanism.part == "region":
+        ports.projected = results[0]
     return change
+
+
+def _behind(anchor: fx.Node) -> fx.Node:
+    """Where something stands that reads a node: right behind it, arguments of the graph before all else."""
+    node = anchor.next
+    while node.op == "placeholder":
+        node = node.next
+    return node
 
 
 def _stored(program: Program, mechanism: Any, setting: Setting, fragment: Fragment, dropped: frozenset[str]) -> Change:
@@ -104,47 +119,52 @@ def _anchor(program: Program, path: str, mechanism: Mechanism) -> fx.Node:
                 "the output projection was not found", where=path, fits="a site whose o feeds one linear layer"
             )
         return ports.projected
-    raise Refused(f"part {mechanism.part!r}", where=path, fits="core, gate, cache or region mechanisms stand at a site")
+    if isinstance(mechanism, OnStream):
+        return stream_at(program, path, mechanism)
+    raise Refused(f"part {mechanism.part!r}", where=path, fits="core, gate, cache, region, insert")
 
 
-def _inputs(program: Program, site: Site, mechanism: Mechanism, attend: fx.Node, anchor: fx.Node) -> dict[str, fx.Node]:
+def _inputs(
+    program: Program, site: Site, mechanism: Mechanism, attend: fx.Node, anchor: fx.Node, before: fx.Node
+) -> dict[str, fx.Node]:
     """The fragment's inputs: the ports it asks for, the site's tables, its own tensors."""
-    ports = program.ports[site.path].nodes
+    ports = program.ports[site.path].nodes | ({"x": anchor} if mechanism.part == "insert" else {})
     must, may = mechanism.wanted_ports()
     inputs = {n: ports[n] for n in (*must, *may) if n in ports and n != "key_padding"}
     padding = program.ports[site.path].padding
     if padding is not None and "key_padding" in (*must, *may):
-        inputs["key_padding"] = _key_padding(program, padding, ports, attend, anchor)
-    inputs |= {f"table_{k}": node for k, node in enumerate(attend.args[2])}  # type: ignore[arg-type]
+        inputs["key_padding"] = _key_padding(program, padding, ports, attend, before)
+    tables = () if mechanism.part == "insert" else attend.args[2]  # of the scores, which it does not see
+    inputs |= {f"table_{k}": node for k, node in enumerate(tables)}  # type: ignore[arg-type]
     like = anchor.meta["val"]
     fake = program.fake_mode.from_tensor
     for name, declared in mechanism.params(site).items():
         target = tensor_name(program, site, mechanism, name)
         value: Tensor = program.store.parameter(target, declared, like)
-        inputs[f"param_{name}"] = _own_tensor(program, anchor, target, value, fake)
+        inputs[f"param_{name}"] = _own_tensor(program, before, target, value, fake)
     for name, declared in mechanism.buffers(site).items():
         target = tensor_name(program, site, mechanism, name)
         inputs[f"param_{name}"] = _own_tensor(
-            program, anchor, target, program.store.buffer(target, declared, like), fake
+            program, before, target, program.store.buffer(target, declared, like), fake
         )
     return inputs
 
 
 def _key_padding(
-    program: Program, padding: Expr, ports: dict[str, fx.Node], attend: fx.Node, anchor: fx.Node
+    program: Program, padding: Expr, ports: dict[str, fx.Node], attend: fx.Node, before: fx.Node
 ) -> fx.Node:
     tables = {f"t{k}": node for k, node in enumerate(attend.args[2])}  # type: ignore[arg-type]
 
     def compute(q: Tensor, k: Tensor, **tables: Tensor) -> Tensor:
         return real_keys(padding, q, k, tables)
 
-    (found,) = insert(program, anchor, compute, {"q": ports["q"], "k": ports["k"], **tables}, like=anchor)
+    (found,) = insert(program, before, compute, {"q": ports["q"], "k": ports["k"], **tables}, like=attend)
     return found
 
 
-def _own_tensor(program: Program, anchor: fx.Node, target: str, value: Tensor, fake: Any) -> fx.Node:
+def _own_tensor(program: Program, before: fx.Node, target: str, value: Tensor, fake: Any) -> fx.Node:
     mount(program.graph, target, value)
-    return get_attr(program.graph.graph, anchor, target, value, fake)
+    return get_attr(program.graph.graph, before, target, value, fake)
 
 
 def _fragment(program: Program, mechanism: Mechanism, setting: Setting, inputs: dict[str, fx.Node]) -> Fragment:

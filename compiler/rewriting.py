@@ -30,7 +30,7 @@ from .ringed import ringed, unringed
 from .showing.looking import Details
 from .signature import Call
 from .site import Site
-from .steps import fitting, steps_of
+from .steps import PLACED, fitting, steps_of
 from .verification import Deviation, SiteResult
 from .weights_asked import gives_weights, weights_asked
 
@@ -192,7 +192,8 @@ class Rewriting:
             step, refusal = refused[0]
             others = f" (and {len(refused) - 1} more)" if len(refused) > 1 else ""
             site = next((s for s in self.first.outcome.reference.sites if s.path == step.path), None)
-            fits = f"fits here: {', '.join(fitting(site))} (reattend mechanisms --for MODEL@SITE)" if site else ""
+            others_fit = fitting(site) if site is not None and step.mechanism.part in PLACED else ()
+            fits = f"fits here: {', '.join(others_fit)} (reattend mechanisms --for MODEL@SITE)" if others_fit else ""
             raise Refused(f"{refusal}{others}", fits=fits)
 
     def _holds_as_before(self, outcome: Outcome, captured: Captured, settled: Settled) -> None:

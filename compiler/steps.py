@@ -15,6 +15,8 @@ from .site import Site
 from .split import Split as SplitCore
 from .vocabulary import Knob, MechanismFacts, Vocabulary
 
+PLACED = ("core", "gate", "region")  # parts of what stands in a site's own place
+
 
 def vocabulary() -> Vocabulary:
     """The words that recipes may use now: every registered mechanism with its knobs."""
@@ -82,7 +84,7 @@ def fitting(site: Site) -> tuple[str, ...]:
     """Names of mechanisms that can stand at a site with their default knobs."""
     found = []
     for slug, cls in mechanisms().items():
-        if cls.part not in ("core", "gate", "region"):
+        if cls.part not in PLACED:
             continue
         try:
             reason = cls().refuses(site)

@@ -30,6 +30,11 @@ def insert(
 
 def residual_add(program: Program, path: str) -> fx.Node:
     """The node that adds a site's projected output to the residual stream."""
+    return residual_sum(program, path)[1]
+
+
+def residual_sum(program: Program, path: str) -> tuple[fx.Node, fx.Node]:
+    """The residual stream in front of a site's block, and the node that adds the site's projected output to it."""
     ports = program.ports[path]
     node = ports.projected
     seen = 0
@@ -37,8 +42,9 @@ def residual_add(program: Program, path: str) -> fx.Node:
         users = [u for u in node.users if op_name(u) != "sym_size"]
         adds = [u for u in users if op_name(u) == "add" and all(isinstance(a, fx.Node) for a in u.args[:2])]
         if adds:
-            return adds[0]
-        through = [u for u in users if op_name(u) in RESHAPING | {"dropout", "mul", "layer_norm", "rms_norm"}]
+            stream = next((a for a in adds[0].args[:2] if a is not node), node)
+            return stream, adds[0]  # type: ignore[return-value]
+        through = [u for u in users if op_name(u) in RESHAPING | _ON_THE_WAY]
         node, seen = (through[0] if through else None), seen + 1
     raise Refused("no residual addition after the output projection", where=path, fits="a block x + W_o(attention(x))")
 
@@ -72,6 +78,7 @@ def carry_lengths(program: Program, start: fx.Node, old: int, new: int) -> None:
             changed.add(node)
 
 
+_ON_THE_WAY = frozenset({"dropout", "mul", "div", "layer_norm", "rms_norm", "roll"})  # from a projection to its sum
 _SHAPED = frozenset({"view", "reshape", "_unsafe_view", "expand"})
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .inserting import OnStream, stream_at
 from .mechanism import KINDS
 from .ports import is_padding, real_keys
 from .primitives.attend_blocks import attend_in_blocks
@@ -95,6 +96,7 @@ def check_sites(reference: Program, changes: Sequence[Change], inputs: Sequence[
     by_path: dict[str, list[Change]] = {}
     for change in changes:
         by_path.setdefault(change.site.path, []).append(change)
+    by_path = {path: at_the_site(found) or found for path, found in by_path.items()}
     groups = {path: _wanted(reference, own) for path, own in by_path.items()}
     results: dict[str, SiteResult] = {}
 
@@ -106,8 +108,16 @@ def check_sites(reference: Program, changes: Sequence[Change], inputs: Sequence[
     return [results[path] for path in by_path if path in results]
 
 
+def at_the_site(changes: Sequence[Change]) -> list[Change]:
+    """What stands in the site's place; a mechanism that is inserted beside it is judged where it is alone."""
+    return [change for change in changes if change.mechanism.part != "insert"]
+
+
 def _wanted(reference: Program, changes: Sequence[Change]) -> dict[str, Any]:
     ports = reference.ports[changes[0].site.path]
+    if isinstance(changes[0].mechanism, OnStream):
+        stream = stream_at(reference, changes[0].site.path, changes[0].mechanism)
+        return {"x": stream, "expected": stream}
     asked = {name for change in changes for name in change.fragment.inputs} | {"q", "k", "v"}
     nodes = {name: ports.nodes[name] for name in asked if name in ports.nodes}
     tables = {f"table_{k}": node for k, node in enumerate(ports.attend.args[2])}  # type: ignore[arg-type]

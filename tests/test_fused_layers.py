@@ -25,6 +25,24 @@ def test_an_encoder_under_autocast_gives_what_its_fused_layers_give(grad: bool) 
     assert apart <= 2 * torch.finfo(torch.bfloat16).eps  # the last place, twice, of the largest value
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")  # torch itself, where it packs
+@pytest.mark.parametrize("first", [False, True], ids=["without gradients first", "with gradients first"])
+def test_an_encoder_packs_its_padding_where_no_gradients_are_asked_for(first: bool) -> None:
+    model, x = encoder(), torch.randn(2, 9, 32)
+    padding = torch.arange(9) >= torch.tensor([[9], [6]])
+    for given in (None, ((x,), {"src_key_padding_mask": padding})):
+        with torch.set_grad_enabled(first):
+            fast = reattend.optimize(model, "exact", given, measure=False)
+        for grad in (first, not first):
+            with torch.set_grad_enabled(grad):
+                wanted, found = model(x, src_key_padding_mask=padding), fast(x, src_key_padding_mask=padding)
+            torch.testing.assert_close(found, wanted, atol=1e-5, rtol=0.0)
+            assert bool((wanted[1, 6:] == 0).all()) is not grad
+        assert fast.report.captured.max_abs <= 1e-5 and not fast.report.warnings
+    model.requires_grad_(False), fast.requires_grad_(False)
+    torch.testing.assert_close(fast(x, src_key_padding_mask=padding), model(x, src_key_padding_mask=padding))
+
+
 class Apart(nn.Module):
     """One layer that is kept in float32, whatever stands around it."""
 

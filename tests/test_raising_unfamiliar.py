@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import reattend
 from reattend.compiler.capture import capture
 from reattend.compiler.masks import fold_masks
 from reattend.compiler.primitives.attend_spec import AttendSpec
@@ -376,3 +377,30 @@ def test_left_alone_and_named(run: Callable[..., Tensor], reason: str) -> None:
 def call(batch: int, length: int) -> tuple[Tensor, Tensor]:
     given = torch.Generator().manual_seed(batch * length)
     return torch.randn(batch, length, C, generator=given), torch.randint(0, 3, (batch, length), generator=given)
+
+
+# --- facts that follow from how it was written ------------------------------------------------------------------------
+
+
+def divided(m: M, q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
+    return (q @ k.mT / 2.5).softmax(-1) @ v  # no power of two: 1 / 2.5 is another number
+
+
+def divided_with_a_bias(m: M, q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
+    return ((q @ k.mT * 2.0 + m.temperature) / 5).softmax(-1) @ v
+
+
+def near_ones(m: M, q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
+    apart = (ids[:, None, :, None] - ids[:, None, None]).abs() * ids[:, None, None]
+    return (q @ k.mT * 0.4).masked_fill(apart == 1, -1e9).softmax(-1) @ v
+
+
+FACTS = [(divided, frozenset()), (divided_with_a_bias, frozenset({"bias"})), (near_ones, frozenset({"mask"}))]
+
+
+@pytest.mark.parametrize(("run", "features"), FACTS, ids=lambda x: getattr(x, "__name__", ""))
+def test_scale_and_features_are_those_of_the_formula(run: Callable[..., Tensor], features: frozenset[str]) -> None:
+    torch.manual_seed(0)
+    fast = reattend.optimize(Unfamiliar(Form(run)).eval(), "exact", call(2, 9), measure=False)
+    (row,) = fast.sites
+    assert row.site.scale == pytest.approx(0.4) and row.site.features == features

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from typing import Any
 
@@ -309,3 +310,47 @@ def test_autocast_is_a_signature_of_its_own(around: bool) -> None:
             with torch.autocast("cpu", torch.bfloat16, enabled=inside):
                 torch.testing.assert_close(fast(x), model(x), rtol=2**-7 if inside else 1e-5, atol=1e-5)
     assert sorted("autocast bfloat16" in str(key) for key in fast.signatures) == [False, True]
+
+
+def test_a_length_that_the_model_fixes_may_become_one() -> None:
+    class Lengths(nn.Module):
+        """The scale follows from the number of tokens: each has a graph of its own."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x @ x.mT * math.log(x.shape[1] + 1)).softmax(-1) @ x
+
+    model = Lengths()
+    fast = reattend.optimize(model, "exact", torch.randn(2, 5, 4), measure=False)
+    for length in (7, 1, 5):
+        x = torch.randn(2, length, 4)
+        torch.testing.assert_close(fast(x), model(x))
+
+
+class Decodes(nn.Module):
+    """A decoder that keeps its keys and values by hand, heads before tokens or behind them."""
+
+    def __init__(self, axis: int) -> None:
+        super().__init__()
+        self.axis, self.qkv = axis, nn.Linear(8, 24)
+
+    def forward(self, x: Tensor, past: Any = None) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        q, k, v = (t if self.axis == 1 else t.transpose(1, 2) for t in self.qkv(x).unflatten(-1, (3, 2, 4)).unbind(2))
+        if past is not None:
+            k, v = (torch.cat(pair, self.axis) for pair in zip(past, (k, v), strict=True))
+        kept = k, v
+        q, k, v = (t.transpose(1, 2) if self.axis == 1 else t for t in (q, k, v))
+        seen = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril(k.shape[2] - q.shape[2])
+        out = (q @ k.mT / 2).masked_fill(~seen, -math.inf).softmax(-1) @ v
+        return out.transpose(1, 2).flatten(2), kept
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+def test_keys_and_values_kept_by_hand_may_grow(axis: int) -> None:
+    model = Decodes(axis)
+    fast = reattend.optimize(model, "exact", torch.randn(2, 5, 8), measure=False)
+    past = ours = None
+    for length in (5, 1, 1, 2, 1):
+        x = torch.randn(2, length, 8)
+        (wanted, past), (found, ours) = model(x, past), fast(x, ours)
+        torch.testing.assert_close(found, wanted)
+    assert len(fast.signatures) == 2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -66,17 +67,28 @@ class AttendSpec(Spec):
 
     @property
     def scale(self) -> float | None:
-        """The factor on q.k where the score starts with one plain factor (before a softcap or a bias), else None."""
-        for e in self.score_expr.walk():
-            if e.op == "mul" and len(e.args) == 2 and e.args[0].text == "s" and e.args[1].op == "const":
-                return float(e.args[1].args[0])
-            if e.op in ("add", "tanh", "truediv") and any(isinstance(a, Expr) and a.text == "s" for a in e.args):
-                return 1.0
-        return 1.0 if self.score == "s" else None
+        """The factor on q.k: of all plain numbers that it is multiplied with or divided by, a bias or softcap between
+        them or not; None where another factor is no plain number."""
+        return _factor(self.score_expr)
 
     @property
     def is_causal(self) -> bool:
         return any(c.text == CAUSAL for c in self.conjuncts)
+
+
+def _factor(e: Expr) -> float | None:
+    if e.text == "s":
+        return 1.0
+    inner = [a for a in e.args if isinstance(a, Expr) and "s" in a.names]
+    below = _factor(inner[0]) if len(inner) == 1 else None
+    if below is None or e.op in ("add", "tanh", "where"):
+        return below
+    others = [a for a in e.args if a is not inner[0]]
+    if not all(a.op == "const" for a in others):
+        return None
+    if e.op == "truediv" and e.args[0] is inner[0]:
+        return below / float(others[0].args[0])
+    return below * math.prod(float(a.args[0]) for a in others) if e.op == "mul" else None
 
 
 def count_of(output: str) -> tuple[str, int]:

@@ -18,7 +18,7 @@ from ..held_out import Batch
 from ..pipeline import Outcome
 from ..program import Change
 from ..taps import stream_groups
-from ..verification import in_turn, padding_port
+from ..verification import at_the_site, in_turn, padding_port
 from .losses import relative
 from .pair import OnModel, Pair, View
 
@@ -57,6 +57,7 @@ def transfers(outcome: Outcome, learns: frozenset[str]) -> tuple[SiteTransfer, .
     by_path: dict[str, list[Change]] = {}
     for change in outcome.program.changes:
         by_path.setdefault(change.site.path, []).append(change)
+    by_path = {path: at_the_site(changes) for path, changes in by_path.items()}
     changed = {p: c for p, c in by_path.items() if any(one.mechanism.kind != "exact" for one in c)}
     return tuple(_transfer(outcome, path, changes, learns) for path, changes in changed.items())
 

@@ -24,7 +24,7 @@ from ...compiler.site import Site
 class CPE(Mechanism):
     """y = x + conv(x), or x + gelu(conv(x)) with act; conv depthwise on the grid, zeros beyond the edge.
 
-    It stands before each sub-block of L2ViT and DaViT. It starts at 0, as the identity.
+    It stands before each sub-block of L2ViT and DaViT; `insert: cpe` puts it before attention. It starts as identity.
 
     >>> layer, x = module("cpe", dim=8, grid=(3, 4)), torch.randn(2, 12, 8)
     >>> bool((layer(x) == x).all())
@@ -35,6 +35,7 @@ class CPE(Mechanism):
     act: bool = False
 
     part = "insert"
+    stands = "before"
     kind = "needs recovery"
     paper = "arXiv 2501.16182"
     tries = ({}, {"act": True, "kernel": 5})

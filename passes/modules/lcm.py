@@ -25,7 +25,8 @@ from ...compiler.starts import constant, uniform
 class LCM(Mechanism):
     """y = conv2(BN(gelu(conv1(x)))) on the grid, both convolutions depthwise, kernel x kernel, zeros beyond the edge.
 
-    It stands behind the attention of a linear block, x + lcm(LN(x)). conv2 starts at 0: inserted so it changes nothing.
+    It stands behind the attention of a linear block, x + lcm(LN(x)), where `insert: lcm` puts it, with a LayerNorm of
+    its own. conv2 starts at 0: inserted so it changes nothing.
     BN has the statistics of a channel over samples and places in train(), where the running ones follow by `momentum`
     with the unbiased variance, and the running ones in eval().
 
@@ -39,6 +40,7 @@ class LCM(Mechanism):
     momentum: float = 0.1
 
     part = "insert"
+    stands = "behind"
     kind = "needs recovery"
     paper = "arXiv 2501.16182"
     tries = ({}, {"kernel": 3})
