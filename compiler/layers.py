@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .mechanism import Aux, Mechanism, mechanism
 from .place import GridLike, as_grid, as_mechanism, layer_site, run, stand, stand_alone, started
-from .refusal import Refused
+from .refusal import Refused, nearest
 from .rotary import Rotated, rotated
 from .site import Grid, Site
 
@@ -150,7 +150,10 @@ class Attention(nn.Module):
 
 
 class Module(nn.Module):
-    """A region or inserted mechanism on x (B, N, C), or on a feature map (B, C, h, w), which is its own grid."""
+    """A region or inserted mechanism on x (B, N, C), or on a feature map (B, C, h, w), which is its own grid.
+
+    Further ports that the mechanism asks for are given by name.
+    """
 
     def __init__(self, chosen: Mechanism, *, dim: int, heads: int, causal: bool, grid: Grid | None) -> None:
         super().__init__()
@@ -158,11 +161,18 @@ class Module(nn.Module):
         site = layer_site(dim, heads, heads, causal=causal, grid=grid)
         self.reattend = Own(chosen, site)
 
-    def forward(self, x: Tensor, grid: GridLike = None, key_padding: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, grid: GridLike = None, key_padding: Tensor | None = None, **ports: Tensor | None
+    ) -> Tensor:
         image = x.ndim == 4
         chosen_grid = Grid(*x.shape[2:]) if image else as_grid(grid) or self.grid
         tokens = x.flatten(2).mT if image else x
         place = stand_alone(tokens, self.heads, causal=self.causal, grid=chosen_grid, key_padding=key_padding)
+        asked = sum(self.mechanism.wanted_ports(), ())
+        for port, tensor in ports.items():
+            if port not in asked:
+                raise Refused(f"port {port!r}", where=self.mechanism.slug, fits=nearest(port, asked, kind="its ports"))
+            place = place if tensor is None else place.with_port(port, tensor)
         if self.training and "train" in self.mechanism.wanted_ports()[1]:
             place = place.with_port("train", tokens.new_ones(()))
         y, aux = run(self.mechanism, place, self.reattend.tensors)
