@@ -78,9 +78,7 @@ def standing(
 class Way(Protocol):
     """How a state is carried: rows q, k, v after `seen` others give their outputs and the state behind them."""
 
-    def run(
-        self, at: Standing, state: State, seen: int, *rows: Tensor, **ports: Tensor
-    ) -> tuple[Tensor, State]: ...
+    def run(self, at: Standing, state: State, seen: int, *rows: Tensor, **ports: Tensor) -> tuple[Tensor, State]: ...
 
 
 @dataclass(frozen=True)
