@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -18,7 +18,7 @@ from ...compiler.primitives.prefix import prefix
 from ...compiler.refusal import Refused
 from ...compiler.starts import Start, constant, uniform
 
-ACTIVATIONS = {"silu": silu, "gelu": gelu, "relu": relu}  # of queries, keys and values
+ACTIVATIONS: Mapping[str, Callable[[Tensor], Tensor]] = {"silu": silu, "gelu": gelu, "relu": relu}  # of q, k, v
 
 
 @dataclass(frozen=True)
