@@ -98,6 +98,10 @@ class Mechanism:
     def buffers(self, site: Site) -> Mapping[str, Param]:
         return {}
 
+    def starts_from(self, site: Site, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Learned tensors that start from the site's own projections, {"q": (H, D, C), "k": (Hkv, D, C)}."""
+        return {}
+
     def draws(self, site: Site) -> Mapping[str, Param]:
         """Random tensors of a forward; drawn in the graph, so that primitives stay pure."""
         return {}

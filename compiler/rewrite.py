@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
+from .algebra.projections import projections
 from .facts import features
 from .mechanism import Mechanism
 from .ports import is_padding, real_keys
@@ -118,9 +121,11 @@ def _inputs(program: Program, site: Site, mechanism: Mechanism, attend: fx.Node,
     inputs |= {f"table_{k}": node for k, node in enumerate(attend.args[2])}  # type: ignore[arg-type]
     like = anchor.meta["val"]
     fake = program.fake_mode.from_tensor
-    for name, declared in mechanism.params(site).items():
-        target = tensor_name(program, site, mechanism, name)
-        value: Tensor = program.store.parameter(target, declared, like)
+    params = {tensor_name(program, site, mechanism, name): name for name in mechanism.params(site)}
+    starts = {} if params.keys() <= program.store.parameters.keys() else _starts(program, site, mechanism)
+    for target, name in params.items():
+        declared = mechanism.params(site)[name]
+        value: Tensor = program.store.parameter(target, declared, like, starts.get(name))
         inputs[f"param_{name}"] = _own_tensor(program, anchor, target, value, fake)
     for name, declared in mechanism.buffers(site).items():
         target = tensor_name(program, site, mechanism, name)
@@ -128,6 +133,15 @@ def _inputs(program: Program, site: Site, mechanism: Mechanism, attend: fx.Node,
             program, anchor, target, program.store.buffer(target, declared, like), fake
         )
     return inputs
+
+
+def _starts(program: Program, site: Site, mechanism: Mechanism) -> Mapping[str, Tensor]:
+    """What starts from the site's own projections: nothing where a mechanism does not ask, or they are not known."""
+    if type(mechanism).starts_from is Mechanism.starts_from:
+        return {}
+    weights = projections(program, site)
+    with torch.no_grad():
+        return mechanism.starts_from(site, weights) if weights else {}
 
 
 def _key_padding(
