@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .mechanism import Aux, Mechanism, mechanism
-from .place import GridLike, as_grid, as_mechanism, layer_site, run, stand, stand_alone, started
+from .place import GridLike, Place, as_grid, as_mechanism, layer_site, run, stand, stand_alone, started
 from .refusal import Refused, nearest
 from .rotary import Rotated, rotated
 from .site import Grid, Site
@@ -134,7 +134,7 @@ class Attention(nn.Module):
             place = stand(q, k, v, ports=ports, causal=self.causal, grid=self.grid, mask=key_padding, dropout=p)
         if self.mechanism.part == "gate":
             place = place.with_port("o", run(mechanism("softmax"), place)[0])
-        answer, aux = run(self.mechanism, place, self.reattend.tensors)
+        answer, aux = run(self.mechanism, _in_train(self, place), self.reattend.tensors)
         self.reattend.take(aux)
         return answer
 
@@ -173,9 +173,7 @@ class Module(nn.Module):
             if port not in asked:
                 raise Refused(f"port {port!r}", where=self.mechanism.slug, fits=nearest(port, asked, kind="its ports"))
             place = place if tensor is None else place.with_port(port, tensor)
-        if self.training and "train" in self.mechanism.wanted_ports()[1]:
-            place = place.with_port("train", tokens.new_ones(()))
-        y, aux = run(self.mechanism, place, self.reattend.tensors)
+        y, aux = run(self.mechanism, _in_train(self, place), self.reattend.tensors)
         self.reattend.take(aux)
         return y.mT.unflatten(2, x.shape[2:]) if image else y
 
@@ -208,6 +206,11 @@ def module(
         fits = f"module({chosen.slug!r}, dim=C): its learned tensors depend on it"
         raise Refused(f"{chosen.slug} without a width", where="module", fits=fits)
     return Module(chosen, dim=dim, **shape)
+
+
+def _in_train(layer: nn.Module, place: Place) -> Place:
+    """The place with the port `train`, while its layer trains."""
+    return place.with_port("train", next(iter(place.ports.values())).new_ones(())) if layer.training else place
 
 
 def _learned(chosen: Mechanism, dim: int, *, heads: int, causal: bool, grid: Grid | None) -> list[tuple[int, ...]]:

@@ -72,7 +72,7 @@ class Mechanism:
     `forward(self, site, p, <ports by name>)` is the meaning. Ports: q, k, v (B, H, N, D); x, x_kv (B, N, C), the hidden
     state that fed the projections; o (B, H, N, D), the attention's output (gates); key_padding (B, M), true where a key
     is real; bias, positions, cos, sin, q_nope, k_nope. A parameter with a default is given only where the site has it;
-    `train` only by a module of `reattend.module` in train().
+    `train` in train() alone.
     """
 
     slug: ClassVar[str] = ""

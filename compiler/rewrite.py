@@ -118,6 +118,8 @@ def _inputs(program: Program, site: Site, mechanism: Mechanism, attend: fx.Node,
     padding = program.ports[site.path].padding
     if padding is not None and "key_padding" in (*must, *may):
         inputs["key_padding"] = _key_padding(program, padding, ports, attend, anchor)
+    if program.graph.training and "train" in may:
+        inputs["train"] = insert(program, anchor, lambda q: q.new_ones(()), {"q": ports["q"]}, like=anchor)[0]
     inputs |= {f"table_{k}": node for k, node in enumerate(attend.args[2])}  # type: ignore[arg-type]
     like = anchor.meta["val"]
     fake = program.fake_mode.from_tensor
