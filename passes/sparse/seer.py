@@ -18,9 +18,10 @@ from ...compiler.primitives.attend import Tiles, attend
 from ...compiler.primitives.rows import repeat_heads
 from ...compiler.problem import problem
 from ...compiler.refusal import Refused
+from ...compiler.rotary import turned
 from ...compiler.site import Site
 from ...compiler.starts import normal
-from .seer_gate import HIDDEN, divergence, pooled, pools, rotated
+from .seer_gate import HIDDEN, divergence, pooled, pools
 
 
 @register("seer")
@@ -136,8 +137,8 @@ class Seer(Mechanism):
             gate_k = repeat_heads(gate_k, q)
         else:
             gate_q = gate_q @ p.gate_q_weight.to(wide)
-        gate_q = rotated(gate_q, numbers[:, 0], self.rope_theta)
-        gate_k = repeat_heads(rotated(gate_k @ p.gate_k_weight.to(wide), numbers[:, 0], self.rope_theta), q)
+        gate_q = turned(gate_q, numbers[:, 0], self.rope_theta)
+        gate_k = repeat_heads(turned(gate_k @ p.gate_k_weight.to(wide), numbers[:, 0], self.rope_theta), q)
         scores = gate_q @ gate_k.mT * self.gate_dim**-0.5
         a, c = numbers[:, :1] // size, numbers[:, 0] // size
         if self.past_gate:  # row a of the scores is that of the block before; its own block is no choice

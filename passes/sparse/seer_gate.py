@@ -31,16 +31,6 @@ def pooled(x: Tensor, numbers: Tensor, real: Tensor | None, names: str) -> tuple
     return torch.where(held[..., None], pooled, 0.0), held
 
 
-def rotated(x: Tensor, places: Tensor, theta: float) -> Tensor:
-    """x (B, H, G, E) turned by its place, halves against each other."""
-    half = x.shape[-1] // 2
-    speed = theta ** (-torch.arange(half, device=x.device, dtype=torch.float64) / half)
-    angle = places[:, None].to(torch.float64) * speed
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    first, second = x[..., :half], x[..., half:]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
-
-
 def divergence(scores: Tensor, target: Tensor, first: int) -> Tensor:
     """KL(target, softmax of the scores), the mean over all entries of the rows from one on."""
     scores, target = scores[..., first:, :], target[..., first:, :].to(scores.dtype)

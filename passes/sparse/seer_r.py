@@ -17,10 +17,11 @@ from ...compiler.mechanism import Aux, Limit, Mechanism, Param, register
 from ...compiler.primitives.attend import attend
 from ...compiler.problem import problem
 from ...compiler.refusal import Refused
+from ...compiler.rotary import turned
 from ...compiler.site import Site
 from ...compiler.starts import constant
 from ...compiler.symbols import table
-from .seer_gate import HIDDEN, divergence, pooled, pools, rotated
+from .seer_gate import HIDDEN, divergence, pooled, pools
 
 State = Mapping[str, Tensor]
 
@@ -172,7 +173,7 @@ class SeerR(Mechanism):
         places = blocks * size
         if self.late_blocks_at_end:
             places = torch.where(places + size > prompt, places + size - 1, places)
-        return rotated(keys, places, self.rope_theta), held[:, :1]
+        return turned(keys, places, self.rope_theta), held[:, :1]
 
     def _scores(self, p: Any, q: Tensor, keys: Tensor, places: Tensor) -> Tensor:
         """S (B, Hkv, rows, blocks) of rows at places; a block that is still open there has 0."""
@@ -183,7 +184,7 @@ class SeerR(Mechanism):
         else:
             gate = grouped.mean(2)
             gate = gate if self.q_head_pool == "Qavg" else gate @ p.gate_q_weight.to(wide)
-        gate = rotated(self._normed(gate, p, "gate_q_norm"), places, self.rope_theta)
+        gate = turned(self._normed(gate, p, "gate_q_norm"), places, self.rope_theta)
         scores = gate @ keys.mT * self.gate_dim**-0.5
         blocks = torch.arange(keys.shape[2], device=q.device)
         return torch.where((blocks + 1) * size <= places[:, None] + 1, scores, 0.0)
