@@ -2,7 +2,7 @@
 
 One causal `attend(..., site=site)`: the keys that a later query can still reach, a ring where the predicate is a
 window; the forward runs unchanged on the new queries and the kept keys, told where they stand. One causal `scan`: its
-state. Everything else gives `state`, `prefill` and `step` itself or is refused.
+state. Everything else gives `state`, `prefill` and `step` itself or is refused: so may a region, whose rows are x.
 """
 
 from __future__ import annotations
@@ -22,6 +22,8 @@ from .site import Site
 
 class Decoder:
     """One layer's attention, carried from token to token; q (B, H, n, D), k and v (B, Hkv, n, D), n new tokens.
+
+    A region is given x (B, n, C) alone. Other ports of the new tokens are given by name, where a mechanism takes them.
 
     >>> import torch
     >>> from .mechanism import mechanism
@@ -55,18 +57,21 @@ class Decoder:
     def state_bytes(self) -> int:
         return sum(t.numel() * t.element_size() for t in self.state.values())
 
-    def prefill(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def prefill(self, *rows: Tensor, **ports: Tensor) -> Tensor:
         """The first tokens of a sequence; what was there before is forgotten."""
         self.state, self.seen = {}, 0
-        return self.step(q, k, v)
+        return self.step(*rows, **ports)
 
-    def step(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def step(self, *rows: Tensor, **ports: Tensor) -> Tensor:
         """One or several tokens after those already seen."""
-        if not q.shape[2] == k.shape[2] == v.shape[2]:
-            found = f"{q.shape[2]} queries, {k.shape[2]} keys, {v.shape[2]} values"
-            raise Refused(found, where=str(self._at.site), fits="the same new tokens of all three")
-        o, self.state = self.way.run(self._at, self.state, self.seen, q, k, v)
-        self.seen += k.shape[2]
+        region = self._at.mechanism.part == "region"
+        counts = [t.shape[1 if region else 2] for t in rows]
+        if len(counts) != (1 if region else 3) or len(set(counts)) != 1:
+            found = ", ".join(f"{n} {what}" for n, what in zip(counts, ("queries", "keys", "values"), strict=False))
+            fits = "x alone" if region else "the same new tokens of all three"
+            raise Refused(found, where=str(self._at.site), fits=fits)
+        o, self.state = self.way.run(self._at, self.state, self.seen, *rows, **ports)
+        self.seen += counts[0]
         return o
 
 

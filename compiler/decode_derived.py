@@ -13,7 +13,7 @@ from itertools import accumulate, pairwise
 import torch
 from torch import Tensor, fx
 
-from .decode_ways import KeptKeys, OwnWay, ScanState, Standing, State, Way
+from .decode_ways import KeptKeys, OwnWay, ScanState, Standing, State, Way, decodes_by_itself
 from .primitives.attend_spec import AttendSpec
 from .primitives.scan_meaning import scan_shapes
 from .primitives.scan_spec import ScanSpec
@@ -24,7 +24,6 @@ from .site import Site
 from .symbol_text import parse
 from .tracing import Setting, trace
 
-OWN = ("state", "prefill", "step")  # what a mechanism defines that decodes in its own way
 FITS = "one causal attend(..., site=site), one causal scan, or a mechanism that defines state, prefill and step"
 _CHECKED = (3, 1, 1, 4, 2)  # rows at a time in which the derived form is compared with the whole
 _TOLERANCE = 1e-6
@@ -32,7 +31,7 @@ _TOLERANCE = 1e-6
 
 def way_of(at: Standing) -> Way:
     """The mechanism's own way, or the one that its forward implies; refused by name where it implies none."""
-    if all(hasattr(at.mechanism, name) for name in OWN):
+    if decodes_by_itself(at.mechanism):
         return OwnWay()
     try:
         way = _derived(at)

@@ -18,6 +18,7 @@ from .site import Site
 from .tracing import Setting, forward
 
 State = Mapping[str, Tensor]
+OWN = ("state", "prefill", "step")  # what a mechanism defines that decodes in its own way
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,8 @@ def standing(
     tables: Sequence[Tensor] = (),
 ) -> Standing:
     """The mechanism at the site, if it can stand there and the site decodes at all."""
-    if mechanism.part != "core" or site.pattern != "causal-self":
+    stands = mechanism.part == "core" or (mechanism.part == "region" and decodes_by_itself(mechanism))
+    if not stands or site.pattern != "causal-self":
         found = f"{mechanism.slug} ({mechanism.part}) at a site that is {site.pattern}"
         raise Refused(found, where=f"{site.path}: decode", fits="a core mechanism at a causal-self site")
     reason = mechanism.refuses(site)
@@ -76,7 +78,7 @@ def standing(
 class Way(Protocol):
     """How a state is carried: rows q, k, v after `seen` others give their outputs and the state behind them."""
 
-    def run(self, at: Standing, state: State, seen: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, State]: ...
+    def run(self, at: Standing, state: State, seen: int, *rows: Tensor, **ports: Tensor) -> tuple[Tensor, State]: ...
 
 
 @dataclass(frozen=True)
@@ -86,14 +88,15 @@ class KeptKeys:
     bound: Reach
     free: bool  # only i - j counts: rows that end where the queries end need no positions
 
-    def run(self, at: Standing, state: State, seen: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, State]:
+    def run(self, at: Standing, state: State, seen: int, *rows: Tensor, **ports: Tensor) -> tuple[Tensor, State]:
+        q, k, v = _only(rows, ports, at)
         new = k.shape[2]
         if state:
             k, v = torch.cat((state["k"], k), 2), torch.cat((state["v"], v), 2)
         o = at.forward(q, k, v, *self._placed(at, seen, new, k))
-        rows = kept_keys(k.shape[2], self.bound, k.device)
-        if rows is not None and len(rows) < k.shape[2]:
-            k, v = k.index_select(2, rows), v.index_select(2, rows)
+        kept = kept_keys(k.shape[2], self.bound, k.device)
+        if kept is not None and len(kept) < k.shape[2]:
+            k, v = k.index_select(2, kept), v.index_select(2, kept)
         return o, {"k": k, "v": v}
 
     def _placed(self, at: Standing, seen: int, new: int, k: Tensor) -> tuple[AttendSpec, tuple[Tensor, ...]]:
@@ -113,7 +116,8 @@ class ScanState:
     inputs: tuple[str, ...]
     size: tuple[int, ...]  # (H, D, Dv) as the scan sees them: features may be wider than the keys they are made of
 
-    def run(self, at: Standing, state: State, seen: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, State]:
+    def run(self, at: Standing, state: State, seen: int, *rows: Tensor, **ports: Tensor) -> tuple[Tensor, State]:
+        q, k, v = _only(rows, ports, at)
         start = state["state"] if state else self._empty(q)
         places = torch.arange(seen, seen + k.shape[2], device=k.device)
         values = at.values(q, k, v, at.moved(places, places)[1])
@@ -126,10 +130,24 @@ class ScanState:
 
 @dataclass(frozen=True)
 class OwnWay:
-    """The mechanism's own: from state(site, q), by prefill and step(site, p, state, q, k, v) -> (o, state)."""
+    """The mechanism's own: from state(site, q), by prefill and step(site, p, state, q, k, v) -> (o, state).
 
-    def run(self, at: Standing, state: State, seen: int, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, State]:
+    A region's take x for q, k and v; ports are those that its step takes beside the rows.
+    """
+
+    def run(self, at: Standing, state: State, seen: int, *rows: Tensor, **ports: Tensor) -> tuple[Tensor, State]:
         how: Any = at.mechanism
-        before = state if seen else how.state(at.site, q)
-        o, after = (how.step if seen else how.prefill)(at.site, Tensors(at.own), before, q, k, v)
+        before = state if seen else how.state(at.site, rows[0])
+        step = how.step if seen else how.prefill
+        o, after = step(at.site, Tensors(at.own), before, *rows, **ports)
         return o, after
+
+
+def decodes_by_itself(mechanism: Mechanism) -> bool:
+    return all(hasattr(mechanism, name) for name in OWN)
+
+
+def _only(rows: Sequence[Tensor], ports: Mapping[str, Tensor], at: Standing) -> Sequence[Tensor]:
+    if ports:
+        raise Refused(f"port {', '.join(ports)}", where=f"{at.site.path}: decode", fits="q, k and v alone")
+    return rows

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from .mechanism import Aux, Mechanism, mechanism
-from .place import GridLike, as_grid, as_mechanism, layer_site, run, stand, stand_alone, started
-from .refusal import Refused
+from .place import GridLike, Place, as_grid, as_mechanism, layer_site, run, stand, stand_alone, started
+from .refusal import Refused, nearest
 from .rotary import Rotated, rotated
 from .site import Grid, Site
 
@@ -134,7 +134,7 @@ class Attention(nn.Module):
             place = stand(q, k, v, ports=ports, causal=self.causal, grid=self.grid, mask=key_padding, dropout=p)
         if self.mechanism.part == "gate":
             place = place.with_port("o", run(mechanism("softmax"), place)[0])
-        answer, aux = run(self.mechanism, place, self.reattend.tensors)
+        answer, aux = run(self.mechanism, _in_train(self, place), self.reattend.tensors)
         self.reattend.take(aux)
         return answer
 
@@ -150,7 +150,10 @@ class Attention(nn.Module):
 
 
 class Module(nn.Module):
-    """A region or inserted mechanism on x (B, N, C), or on a feature map (B, C, h, w), which is its own grid."""
+    """A region or inserted mechanism on x (B, N, C), or on a feature map (B, C, h, w), which is its own grid.
+
+    Further ports that the mechanism asks for are given by name.
+    """
 
     def __init__(self, chosen: Mechanism, *, dim: int, heads: int, causal: bool, grid: Grid | None) -> None:
         super().__init__()
@@ -158,14 +161,19 @@ class Module(nn.Module):
         site = layer_site(dim, heads, heads, causal=causal, grid=grid)
         self.reattend = Own(chosen, site)
 
-    def forward(self, x: Tensor, grid: GridLike = None, key_padding: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, grid: GridLike = None, key_padding: Tensor | None = None, **ports: Tensor | None
+    ) -> Tensor:
         image = x.ndim == 4
         chosen_grid = Grid(*x.shape[2:]) if image else as_grid(grid) or self.grid
         tokens = x.flatten(2).mT if image else x
         place = stand_alone(tokens, self.heads, causal=self.causal, grid=chosen_grid, key_padding=key_padding)
-        if self.training and "train" in self.mechanism.wanted_ports()[1]:
-            place = place.with_port("train", tokens.new_ones(()))
-        y, aux = run(self.mechanism, place, self.reattend.tensors)
+        asked = sum(self.mechanism.wanted_ports(), ())
+        for port, tensor in ports.items():
+            if port not in asked:
+                raise Refused(f"port {port!r}", where=self.mechanism.slug, fits=nearest(port, asked, kind="its ports"))
+            place = place if tensor is None else place.with_port(port, tensor)
+        y, aux = run(self.mechanism, _in_train(self, place), self.reattend.tensors)
         self.reattend.take(aux)
         return y.mT.unflatten(2, x.shape[2:]) if image else y
 
@@ -198,6 +206,11 @@ def module(
         fits = f"module({chosen.slug!r}, dim=C): its learned tensors depend on it"
         raise Refused(f"{chosen.slug} without a width", where="module", fits=fits)
     return Module(chosen, dim=dim, **shape)
+
+
+def _in_train(layer: nn.Module, place: Place) -> Place:
+    """The place with the port `train`, while its layer trains."""
+    return place.with_port("train", next(iter(place.ports.values())).new_ones(())) if layer.training else place
 
 
 def _learned(chosen: Mechanism, dim: int, *, heads: int, causal: bool, grid: Grid | None) -> list[tuple[int, ...]]:

@@ -72,7 +72,7 @@ class Mechanism:
     `forward(self, site, p, <ports by name>)` is the meaning. Ports: q, k, v (B, H, N, D); x, x_kv (B, N, C), the hidden
     state that fed the projections; o (B, H, N, D), the attention's output (gates); key_padding (B, M), true where a key
     is real; bias, positions, cos, sin, q_nope, k_nope. A parameter with a default is given only where the site has it;
-    `train` only by a module of `reattend.module` in train().
+    `train` in train() alone.
     """
 
     slug: ClassVar[str] = ""
@@ -97,6 +97,10 @@ class Mechanism:
         return {}
 
     def buffers(self, site: Site) -> Mapping[str, Param]:
+        return {}
+
+    def starts_from(self, site: Site, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """Learned tensors that start from the site's own projections, {"q": (H, D, C), "k": (Hkv, D, C)}."""
         return {}
 
     def draws(self, site: Site) -> Mapping[str, Param]:

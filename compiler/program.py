@@ -48,9 +48,10 @@ class Store:
     modules: dict[str, nn.Module] = field(default_factory=dict)  # layers that stand in place of the model's own
     grams: dict[str, Tensor] = field(default_factory=dict)  # of what layers read, while a first call is decided
 
-    def parameter(self, name: str, declared: Param, like: Tensor) -> nn.Parameter:
+    def parameter(self, name: str, declared: Param, like: Tensor, start: Tensor | None = None) -> nn.Parameter:
         if name not in self.parameters:
-            self.parameters[name] = nn.Parameter(_filled(name, declared, like))
+            made = _filled(name, declared, like)
+            self.parameters[name] = nn.Parameter(made if start is None else start.to(made))
         return _of_shape(self.parameters[name], name, declared)  # type: ignore[return-value]
 
     def get(self, name: str) -> Tensor:

@@ -166,7 +166,7 @@ def batches_apart(case: Case) -> int:
     """A sample's answer does not depend on the other samples of its batch."""
     for sample, (together, alone) in enumerate(_with_and_without_others(case)):
         apart = _distance(together, alone)
-        if 1e-5 < apart <= 1e-5 * float(together.abs().max()):  # a matter of rounding large numbers, or not
+        if 1e-5 < apart <= 1e-4 * float(together.abs().max()):  # rounding of large numbers? in float64 it would vanish
             wide = _with_and_without_others(replace(case, dtype=torch.float64))
             apart = _distance(*list(wide)[sample]) * 1e4
         _expect(apart <= 1e-5, f"{case}: sample {sample} alone", alone, together)

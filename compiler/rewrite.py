@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, fx
 
+from .algebra.projections import projections
 from .facts import features
 from .inserting import OnStream, on_stream, stream_at
 from .mechanism import Mechanism
@@ -134,13 +137,17 @@ def _inputs(
     padding = program.ports[site.path].padding
     if padding is not None and "key_padding" in (*must, *may):
         inputs["key_padding"] = _key_padding(program, padding, ports, attend, before)
+    if program.graph.training and "train" in may:
+        inputs["train"] = insert(program, before, lambda q: q.new_ones(()), {"q": ports["q"]}, like=before)[0]
     tables = () if mechanism.part == "insert" else attend.args[2]  # of the scores, which it does not see
     inputs |= {f"table_{k}": node for k, node in enumerate(tables)}  # type: ignore[arg-type]
     like = anchor.meta["val"]
     fake = program.fake_mode.from_tensor
-    for name, declared in mechanism.params(site).items():
-        target = tensor_name(program, site, mechanism, name)
-        value: Tensor = program.store.parameter(target, declared, like)
+    params = {tensor_name(program, site, mechanism, name): name for name in mechanism.params(site)}
+    starts = {} if params.keys() <= program.store.parameters.keys() else _starts(program, site, mechanism)
+    for target, name in params.items():
+        declared = mechanism.params(site)[name]
+        value: Tensor = program.store.parameter(target, declared, like, starts.get(name))
         inputs[f"param_{name}"] = _own_tensor(program, before, target, value, fake)
     for name, declared in mechanism.buffers(site).items():
         target = tensor_name(program, site, mechanism, name)
@@ -148,6 +155,15 @@ def _inputs(
             program, before, target, program.store.buffer(target, declared, like), fake
         )
     return inputs
+
+
+def _starts(program: Program, site: Site, mechanism: Mechanism) -> Mapping[str, Tensor]:
+    """What starts from the site's own projections: nothing where a mechanism does not ask, or they are not known."""
+    if type(mechanism).starts_from is Mechanism.starts_from:
+        return {}
+    weights = projections(program, site)
+    with torch.no_grad():
+        return mechanism.starts_from(site, weights) if weights else {}
 
 
 def _key_padding(

@@ -40,3 +40,13 @@ def rotated(q: Tensor, k: Tensor, positions: Tensor | None = None, base: float =
 def _turned(t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = t.chunk(2, -1)
     return t * cos[:, None] + torch.cat((-second, first), -1) * sin[:, None]
+
+
+def turned(x: Tensor, places: Tensor, base: float) -> Tensor:
+    """Rows x (..., E) at places of their own, which broadcast to (...), halves against each other."""
+    half = x.shape[-1] // 2
+    speed = base ** (-torch.arange(half, device=x.device, dtype=torch.float64) / half)
+    angle = places[..., None].to(torch.float64) * speed
+    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+    first, second = x[..., :half], x[..., half:]
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)

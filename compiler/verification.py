@@ -148,7 +148,7 @@ def in_turn(
     changes: Sequence[Change], values: Mapping[str, Tensor], own: Sequence[Mapping[str, Tensor]]
 ) -> tuple[Tensor, list[Tensor]]:
     """What a site's changes give one after another on named values and their own tensors; the losses that they name."""
-    seen, losses = dict(values), list[Tensor]()
+    seen, losses = {"train": torch.ones(()), **values}, list[Tensor]()  # asked for by what was traced in train() alone
     for change, tensors in zip(changes, own, strict=True):
         given = seen | dict(tensors)
         answer = change.fragment.graph(*(given[name] for name in change.fragment.inputs))

@@ -58,6 +58,7 @@ from .sparse import msw_msa as msw_msa
 from .sparse import neighborhood as neighborhood
 from .sparse import s2 as s2
 from .sparse import seer as seer
+from .sparse import seer_r as seer_r
 from .sparse import transnext as transnext
 from .sparse import window as window
 from .tokens import super_token as super_token

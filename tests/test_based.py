@@ -117,3 +117,28 @@ def test_the_hybrid_is_a_recipe() -> None:
     called = [str(node.target) for node in fast.graph.graph.nodes if str(node.target).startswith("reattend.")]
     assert called == ["reattend.scan.default", "reattend.attend.default"]
     assert torch.isfinite(output).all()
+
+
+@pytest.mark.parametrize(("kind", "rank"), [("llama", 4), ("gpt2", 3), ("gpt2", 11)])
+def test_narrow_projections_start_at_the_best_product_of_their_rank(kind: str, rank: int) -> None:
+    """In a model they start by the SVD of W_q^T W_k, whichever way it stores the two."""
+    fast, _ = swapped(kind, {"based": {"feature_dim": rank}})
+    first = next(m for n, m in fast.named_modules() if n.endswith(("self_attn", "attn")))
+    if kind == "gpt2":
+        width = first.c_attn.weight.shape[0]
+        W_q, W_k = (t.T for t in first.c_attn.weight.detach().split(width, 1)[:2])
+        heads = kv = first.num_heads
+    else:
+        W_q, W_k = first.q_proj.weight.detach(), first.k_proj.weight.detach()
+        heads, kv = first.config.num_attention_heads, first.config.num_key_value_heads
+    dim = W_q.shape[0] // heads
+    named = {n: t.detach() for n, t in fast.named_parameters() if ".based.proj_" in n}
+    own = {n.rpartition(".")[2]: t for n, t in sorted(named.items(), reverse=True)}  # the first layer's come last
+    for h in range(heads):
+        here = slice(h * dim, (h + 1) * dim)
+        g = h * kv // heads
+        product = W_q[here].T @ W_k[g * dim : (g + 1) * dim] * dim**-0.5
+        u, s, vh = torch.linalg.svd(product)
+        best = (u[:, :rank] * s[:rank]) @ vh[:rank]
+        part = slice(h * rank, (h + 1) * rank)
+        assert torch.allclose(own["proj_q"][part].T @ own["proj_k"][part] * rank**-0.5, best, atol=1e-5)

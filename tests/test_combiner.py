@@ -54,14 +54,22 @@ def heads(q: Tensor, k: Tensor, v: Tensor) -> Iterator[tuple[int, int, Tensor, T
             yield b, h, q[b, h].double(), k[b, g].double(), v[b, g].double()
 
 
-def pooled(x: Tensor, pool: str) -> Tensor:
+def pooled(x: Tensor, pool: str, W: Tensor | None = None) -> Tensor:
     act, _, how = pool.rpartition("-")
-    x = x.clamp(min=0) if act else x
+    x = x if W is None else x @ W.double()
+    x = x.clamp(min=0) if act in ("relu", "deepset") else x
     return x.amax(0) if how == "max" else x.mean(0) if how == "mean" else x.sum(0)
 
 
 def written_out(
-    q: Tensor, k: Tensor, v: Tensor, variant: str, s: int, causal: bool = True, pool: str = "max"
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    variant: str,
+    s: int,
+    causal: bool = True,
+    pool: str = "max",
+    own: tuple[Tensor | None, Tensor | None] = (None, None),
 ) -> Tensor:
     o, scale = torch.zeros(*q.shape[:3], v.shape[-1], dtype=torch.float64), q.shape[-1] ** -0.5
     for b, h, Q, K, V in heads(q, k, v):
@@ -69,7 +77,8 @@ def written_out(
             direct, spans = sets(variant, i, q.shape[2], s, causal)
             items = [(K[j], V[j]) for j in direct]
             for z in spans:
-                items.append((pooled(K[z], pool), torch.softmax(K[z] @ (pooled(Q[z], pool) * scale), 0) @ V[z]))
+                mean = pooled(Q[z], pool, own[0]) * scale
+                items.append((pooled(K[z], pool, own[1]), torch.softmax(K[z] @ mean, 0) @ V[z]))
             w = torch.softmax(torch.stack([key @ Q[i] for key, _ in items]) * scale, 0)
             o[b, h, i] = sum(x * value for x, (_, value) in zip(w, items, strict=True))
     return o
@@ -82,6 +91,49 @@ def test_fixed(n: int, s: int, causal: bool, pool: str) -> None:
     q, k, v = problem(n, kv_heads=2)
     got = attention(q, k, v, "combiner", causal=causal, seg_len=s, summary_pool=pool)
     assert close(got, written_out(q, k, v, "fixed", s, causal, pool))
+
+
+@pytest.mark.parametrize("pool", ["deepset-max", "deepset-mean", "deepset-sum", "identity-max"])
+@pytest.mark.parametrize("variant", ["fixed", "logsparse"])
+def test_pools_of_learned_features(variant: str, pool: str) -> None:
+    q, k, v = problem(11, kv_heads=2)
+    W = torch.randn(2, 8, 8, generator=torch.Generator().manual_seed(3)).unbind()
+    p = dict(zip(("deepset_query_weight", "deepset_key_weight"), W, strict=True)) if "deepset" in pool else {}
+    got = attention(q, k, v, "combiner", causal=True, variant=variant, seg_len=3, summary_pool=pool, params=p)
+    assert close(got, written_out(q, k, v, variant, 3, True, pool, W if p else (None, None)))
+
+
+def test_parts_without_tokens_count_in_the_papers_mixture() -> None:
+    """Each is a key of 0 with the mean of its column or row: attention with four summaries in every direction."""
+    q, k, v = problem(12, heads=2)
+    got = attention(q, k, v, "combiner", variant="axial_mixture_bidir", seg_len=4, summary_pool="sum", count_empty=True)
+    o = torch.zeros_like(q, dtype=torch.float64)
+    for b, h, Q, K, V in heads(q, k, v):
+        for i in range(12):
+            r, u = divmod(i, 4)
+            lines = [[4 * t + w for t in range(3)] for w in range(4)]
+            parts = [(line, [line[:r], line[r + 1 :]]) for line in lines]
+            lines = [[4 * t + w for w in range(4)] for t in range(3)]
+            parts += [(line, [line[:u], line[u + 1 :]]) for line in lines]
+            items = [(K[j], V[j]) for j in (*range(4 * r, 4 * r + 4), *range(u, 12, 4))]
+            for line, two in parts:
+                for z in two:
+                    w = torch.softmax(K[z] @ Q[z].sum(0) * 8**-0.5, 0)
+                    items.append((K[z].sum(0), w @ V[z] if z else V[line].mean(0)))
+            w = torch.softmax(torch.stack([key @ Q[i] for key, _ in items]) * 8**-0.5, 0)
+            o[b, h, i] = sum(x * value for x, (_, value) in zip(w, items, strict=True))
+    assert close(got, o)
+
+
+@pytest.mark.parametrize("n", [3, 5, 9, 8])
+def test_the_papers_logsparse_has_a_level_too_few(n: int) -> None:
+    q, k, v = problem(n)
+    got = attention(q, k, v, "combiner", causal=True, variant="logsparse", short_levels=True)
+    whole = attention(q, k, v, "combiner", causal=True, variant="logsparse")
+    if n == 8:
+        assert torch.equal(got, whole)
+    else:
+        assert close(got[:, :, :-1], whole[:, :, :-1]) and close(got[:, :, -1], v[:, :, -1])
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 8, 13])

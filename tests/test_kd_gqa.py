@@ -83,6 +83,7 @@ def test_a_running_allocation_is_frozen_until_it_is_made_anew(change: str) -> No
     fresh = by_loops(u, 8)
     assert fresh != [2, 2, 2, 2]
     knobs: dict[str, Any] = {"variant": "dgqa", "change": change, "window_size": 3}
+    train = {"train": torch.ones(())}
     for step, due in ((0, True), (2, False), (6, True)):
         own = {"cache": torch.tensor(cache), "allocation": torch.tensor([3, 1, 0, 4]), "step": torch.tensor([step])}
         o, aux = attention_and_aux(q, k, v, "kd_gqa", params=own, **knobs)
@@ -91,8 +92,14 @@ def test_a_running_allocation_is_frozen_until_it_is_made_anew(change: str) -> No
         expected = [(c + x) / 3 for c, x in zip(cache, n, strict=True)] if due else cache
         assert torch.allclose(aux.buffers["cache"], torch.tensor(expected), rtol=1e-5)
         assert aux.buffers["step"].tolist() == [step + 1]
-        at_once = attention(q, k, v, "kd_gqa", params=own, at_once=True, **knobs)
+        at_once = attention(q, k, v, "kd_gqa", params=own, ports=train, at_once=True, **knobs)
         assert torch.allclose(at_once, written_out(q, k, v, fresh if due else [3, 1, 0, 4]), atol=1e-5)
+        every, aux = attention_and_aux(
+            q, k, v, "kd_gqa", params=own, at_once=True, **knobs
+        )  # as in the reference's eval()
+        assert torch.allclose(every, written_out(q, k, v, fresh), atol=1e-5)
+        assert torch.allclose(aux.buffers["cache"], torch.tensor(n), rtol=1e-5)
+        assert aux.buffers["step"].tolist() == [step]
 
 
 def test_joined_heads_are_joined_weights() -> None:
@@ -140,6 +147,33 @@ def test_what_does_not_fit_is_refused(knobs: dict[str, Any], causal: bool, match
     q, k, v = problem(5)
     with pytest.raises(Refused, match=match):
         attention(q, k, v, "kd_gqa", causal=causal, **knobs)
+
+
+@pytest.mark.parametrize("hosted", [True, False])
+def test_at_once_knows_whether_it_trains(hosted: bool) -> None:
+    """Between two dates a layer in training keeps its allocation, and one in eval() makes its own for every batch."""
+    torch.manual_seed(0)
+    knobs: dict[str, Any] = {"variant": "dgqa", "at_once": True, "window_size": 2}
+    if hosted:
+        model = timm.create_model("vit_tiny_patch16_224", img_size=32, depth=1, embed_dim=64, num_heads=4).eval()
+        x = torch.randn(2, 3, 32, 32)
+        recipe = {"version": 1, "sites": [{"match": "*", "attention": {"kd_gqa": knobs}}]}
+        layer = reattend.optimize(model, recipe, (x,))
+    else:
+        layer, x = reattend.Attention("kd_gqa", 64, 4, **knobs), torch.randn(2, 9, 64)
+    held = {n.rpartition(".")[2]: b for n, b in layer.named_buffers()}
+    layer.train()
+    held["step"].fill_(1)
+    held["allocation"].copy_(torch.tensor([4, 0, 0, 0]))
+    layer(x)
+    assert held["allocation"].tolist() == [4, 0, 0, 0] and held["step"].item() == 2
+    kept = layer(x)  # a step at which it is due
+    assert held["allocation"].tolist() != [4, 0, 0, 0]
+    held["allocation"].copy_(torch.tensor([4, 0, 0, 0]))
+    fresh = layer.eval()(x)
+    assert kept.shape == fresh.shape and held["allocation"].tolist() == [4, 0, 0, 0]
+    held["allocation"].copy_(torch.tensor([0, 0, 0, 4]))
+    assert torch.equal(layer(x), fresh), "in eval() the kept one does not matter"
 
 
 def test_in_a_vit_its_allocation_follows_training() -> None:

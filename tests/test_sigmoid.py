@@ -92,7 +92,8 @@ def test_a_sink_key_without_heads_is_shared_by_all() -> None:
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("kernel", ["linear", "elu", "mlp"])
 @pytest.mark.parametrize("normalize", [False, True])
-def test_kernel_weights(causal: bool, kernel: str, normalize: bool) -> None:
+@pytest.mark.parametrize("scale", [None, 0.2])
+def test_kernel_weights(causal: bool, kernel: str, normalize: bool, scale: float | None) -> None:
     q, k, v, _, seen = parts(causal)
     draw = torch.Generator().manual_seed(2)
     shapes = {"kernel_w1": (8, 8), "kernel_b1": (8,), "kernel_w2": (8, 8), "kernel_b2": (8,)}
@@ -103,12 +104,16 @@ def test_kernel_weights(causal: bool, kernel: str, normalize: bool) -> None:
             return torch.relu(t @ p["kernel_w1"].T + p["kernel_b1"]) @ p["kernel_w2"].T + p["kernel_b2"]
         return torch.nn.functional.elu(t) + 1 if kernel == "elu" else t
 
-    w = seen * SCALE * (phi(q) @ phi(k).repeat_interleave(2, 1).mT)
+    w = seen * (scale or SCALE) * (phi(q) @ phi(k).repeat_interleave(2, 1).mT)
     if normalize:
         total = w.sum(-1, keepdim=True)
         w = w / (total + 1e-8 if kernel == "elu" else total.abs().clamp(min=1))
-    got = attention(q, k, v, "sigmoid", causal=causal, kernel=kernel, normalize=normalize, params=p)
+    how: dict[str, Any] = {"kernel": kernel, "normalize": normalize, "softmax_scale": scale}
+    got = attention(q, k, v, "sigmoid", causal=causal, params=p, **how)
     assert torch.allclose(got, with_values(w, v), atol=1e-5)
+    sink = torch.randn(4, 8, generator=draw)
+    raised = attention(q, k, v, "sigmoid", causal=causal, params=p | {"v_sink": sink}, sink="v_bias", **how)
+    assert torch.allclose(raised, got + sink[:, None], atol=1e-5)
 
 
 def test_masks_multiply_weights() -> None:

@@ -117,7 +117,7 @@ def group(groups: Iterable[Group], kind: str, where: str = "") -> Group:
 
 
 @dataclass(frozen=True)
-class _Heads:
+class Heads:
     """One of q, k, v, o at a site: its space, and the slots of the weights behind or in front of it."""
 
     space: int
@@ -127,10 +127,10 @@ class _Heads:
 
 def _of_site(found: Following, site: Site, ports: Ports) -> list[tuple[Group, Users]]:
     roped = "q_nope" in ports.nodes and "k_nope" in ports.nodes
-    q, k = (_read(found, site, ports.nodes[f"{r}_nope" if roped else r], n, site.dim)
+    q, k = (read_heads(found, site, ports.nodes[f"{r}_nope" if roped else r], n, site.dim)
             for r, n in (("q", site.heads), ("k", site.kv_heads)))  # fmt: skip
-    v = _read(found, site, ports.nodes["v"], site.kv_heads, site.v_dim)
-    o = _read(found, site, ports.nodes["o"], site.heads, site.v_dim, reads=True)
+    v = read_heads(found, site, ports.nodes["v"], site.kv_heads, site.v_dim)
+    o = read_heads(found, site, ports.nodes["o"], site.heads, site.v_dim, reads=True)
     spec = AttendSpec.of(str(ports.attend.args[3]))
     plain = "" if _symmetric(spec) else "scores depend on the number of the head"
     path, groups = site.path.partition("#")[0], list[tuple[Group, Users]]()
@@ -149,7 +149,7 @@ def _of_site(found: Following, site: Site, ports: Ports) -> list[tuple[Group, Us
     return groups
 
 
-def _keys(site: Site, ports: Ports, q: _Heads, k: _Heads, roped: bool) -> Group:
+def _keys(site: Site, ports: Ports, q: Heads, k: Heads, roped: bool) -> Group:
     paired = partners(ports) if roped else ()
     why = q.why or k.why or ("its rotation by position has no pairs that are known" if roped and not paired else "")
     closed = _closed(ACTIONS, why)
@@ -161,10 +161,10 @@ def _keys(site: Site, ports: Ports, q: _Heads, k: _Heads, roped: bool) -> Group:
     )
 
 
-def _read(found: Following, site: Site, node: fx.Node, heads: int, dim: int, *, reads: bool = False) -> _Heads:
+def read_heads(found: Following, site: Site, node: fx.Node, heads: int, dim: int, *, reads: bool = False) -> Heads:
     label = found.labels.get(node)
     if label is None:
-        return _Heads(-1, ())
+        return Heads(-1, ())
     spaces = found.spaces
     whole = [d for d in label.digits if d[1] > 1] == [d for d in ((dim, heads), (1, dim)) if d[1] > 1]
     members = spaces.members(label.space)
@@ -176,7 +176,7 @@ def _read(found: Following, site: Site, node: fx.Node, heads: int, dim: int, *, 
         why = "its heads are not one run of channels each"
     elif others:
         why = f"{others[0]} {'writes to' if reads else 'reads'} it too"
-    return _Heads(label.space, slots, why)
+    return Heads(label.space, slots, why)
 
 
 def _symmetric(spec: AttendSpec) -> bool:

@@ -37,9 +37,10 @@ class KdGqa(Mechanism):
                   The weakest key head gets no query unless one is left over. Equal norms: H / G.
     dgqa          the buffer `allocation`, made anew in training at every window_size-th step for the steps behind it:
                   a = round(u / sum u * H), u = beta n + (1 - beta) cache (ema) or |cache - n| (diff; the knob is
-                  `change`, or the paper's `kind`), cache <- (cache + n) / window_size. Frozen otherwise; at_once uses
-                  the new one in the same forward, in eval() too, as the reference does. The reference mends a's sum at
-                  random heads; here it is done as in kdgqa.
+                  `change`, or the paper's `kind`), cache <- (cache + n) / window_size. Frozen otherwise. at_once does
+                  as the reference: the new one is used in the same forward, and in eval() every forward makes one,
+                  with cache <- n (handed out; buffers are kept in train() alone). The reference mends a's sum at random
+                  heads; here it is done as in kdgqa.
     pgqa          gqa, then from every group's output noise of the same row means and deviations is taken away (also at
                   test time): a case study of the paper.
 
@@ -102,7 +103,14 @@ class KdGqa(Mechanism):
         return {"cache": Param((G,), dtype=torch.float32), "allocation": even, "step": Param((1,), dtype=torch.long)}
 
     def forward(  # type: ignore[override]
-        self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor | None = None
+        self,
+        site: Any,
+        p: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        key_padding: Tensor | None = None,
+        train: Tensor | None = None,
     ) -> Any:
         k, v = self._joined(k), self._joined(v)
         if self.variant in ("gqa", "pgqa"):
@@ -114,14 +122,17 @@ class KdGqa(Mechanism):
         fresh = allocated(
             self.beta * n + (1 - self.beta) * p.cache if self.change == "ema" else (p.cache - n).abs(), heads
         )
-        due = p.step % self.window_size == 0
-        after = Aux(buffers={
-            "allocation": torch.where(due, fresh, p.allocation),
-            "cache": torch.where(due, (p.cache + n) / self.window_size, p.cache),
-            "step": p.step + 1,
-        })  # fmt: skip
-        a = after.buffers["allocation"] if self.at_once else p.allocation
-        return attend(q, k, v, kv_heads=_owners(a, heads), site=site), after
+        if self.at_once and train is None:
+            after = {"allocation": fresh, "cache": n, "step": p.step}
+        else:
+            due = p.step % self.window_size == 0
+            after = {
+                "allocation": torch.where(due, fresh, p.allocation),
+                "cache": torch.where(due, (p.cache + n) / self.window_size, p.cache),
+                "step": p.step + 1,
+            }
+        a = after["allocation"] if self.at_once else p.allocation
+        return attend(q, k, v, kv_heads=_owners(a, heads), site=site), Aux(buffers=after)
 
     def _joined(self, t: Tensor) -> Tensor:
         """(B, G, M, D) of (B, Hkv, M, D)."""

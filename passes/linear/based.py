@@ -34,7 +34,9 @@ class Based(Mechanism):
 
     phi(x) = (1, x / d^(1/4), vec(x xᵀ) / sqrt(2 d)) has 1 + d + d^2 features, a state of as many rows: good for narrow
     heads. Where q and k are not feature_dim wide and x is at hand, proj_q and proj_k (H * d, C) make new ones from x,
-    without positions; they start as torch starts a Linear and need training. feature_dim: 0 keeps q and k as they are.
+    without positions, and need training. In a model they start at the product of rank d that is nearest to each head's
+    W_q^T W_k, by its SVD: q' . k' / sqrt(d) is near the scaled q . k at equal positions. Elsewhere they start as torch
+    starts a Linear. feature_dim: 0 keeps q and k as they are.
 
     sliding     the window layers of the hybrid: softmax over the last window_size // 2 + 1 keys. Which layer is which
                 is the recipe's to say: `"**.layers.{2,7,12}.*": {based: {sliding: true}}`.
@@ -82,6 +84,16 @@ class Based(Mechanism):
         if self.g_norm and not self.sliding:
             own["g_norm"] = Param((site.v_dim,), constant(1.0))
         return own
+
+    def starts_from(self, site: Site, weights: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        if not self._narrows(site):
+            return {}
+        q, k = (widened(weights[role]) for role in ("q", "k"))
+        pairs = [_low_rank(q[h], k[h * site.kv_heads // site.heads], self.feature_dim, site.scale)
+                 for h in range(site.heads)]  # fmt: skip
+        return {
+            name: torch.cat(parts) for name, parts in zip(("proj_q", "proj_k"), zip(*pairs, strict=True), strict=True)
+        }
 
     def forward(  # type: ignore[override]
         self,
@@ -142,3 +154,14 @@ class Based(Mechanism):
                     lambda: causal(Based(feature_dim=0, compressed=True)), lambda: causal(plain))  # fmt: skip
         yield Limit("a wide window is softmax", lambda: causal(Based(sliding=True, window_size=16)),
                     lambda: attention(q, k, v, "softmax", causal=True))  # fmt: skip
+
+
+def _low_rank(q: Tensor, k: Tensor, rank: int, scale: float) -> tuple[Tensor, Tensor]:
+    """(rank, C) each, whose product is that of q and k (D, C), scaled by scale * sqrt(rank), as nearly as it can be."""
+    (left, a), (right, b) = (torch.linalg.qr(t.mT) for t in (q, k))
+    u, s, vh = torch.linalg.svd(a @ b.mT)
+    root = (s * scale * rank**0.5).sqrt()[:rank]
+    new = (root[:, None] * (left @ u).mT[:rank], root[:, None] * (right @ vh.mT).mT[:rank])
+    # where heads are narrower than rank, one factor is 0, and the other lets it learn
+    free = torch.eye(rank - len(root), q.shape[1], dtype=q.dtype, device=q.device) * q.shape[1] ** -0.5
+    return torch.cat((new[0], free)), torch.cat((new[1], torch.zeros_like(free)))

@@ -8,17 +8,19 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, rms_norm
+from torch.nn.functional import linear, pad, rms_norm
 
 from ...compiler.layers import module
 from ...compiler.mechanism import Limit, Mechanism, Param, register
 from ...compiler.primitives.attend import attend
 from ...compiler.primitives.rows import as_type, widened
 from ...compiler.problem import hidden
-from ...compiler.refusal import Refused
+from ...compiler.refusal import Refused, nearest
 from ...compiler.site import Site
 from ...compiler.starts import constant, normal, uniform
-from .titans_memory import Memory, Net
+from .titans_memory import ACTIVATIONS, Memory, Net, Past
+
+State = Mapping[str, Tensor]
 
 
 @register("titans")
@@ -44,17 +46,33 @@ class Titans(Mechanism):
     theta = max_lr sigmoid(.) of each token, eta and alpha sigmoid(.) of each chunk's mean. There is no official code:
     the memory is that of a re-implementation, the three layers are the paper's formulas; how the gate is normalised is
     not said there (here: RMS norms and a sigmoid).
+
+    chunk_size       a pair: of reading, of writing. Reading never has the shorter ones: it would look ahead.
+    momentum_order   S passes through as many decays of its own, each a row of to_momentum: the second is that of the
+                     first's S, and so on; the last is added.
+    max_grad_norm    the gradient of each of the memory's tensors has a norm of m/2 (1 + tanh(norm / (m/2))), as in the
+                     re-implementation: small ones grow towards m/2. One of 0 stays 0 (there it is no number).
+    per_parameter_lr_modulation   and a rate, max_mem_layer_modulation sigmoid(.) of each chunk's mean, one for each
+                     tensor: to_layer_modulation (H * tensors, C), gamma before the matrices.
+    activation       of queries, keys and values.
+    The port store_mask (B, N): where it is false, theta is 0. A Decoder carries the memory from piece to piece: the
+    tokens of the open chunk, the weights behind the last one, those that gradients are taken at, and every S.
     """
 
     variant: Literal["memory", "mac", "mag", "mal"] = "memory"
-    chunk_size: int = 1
+    chunk_size: int | tuple[int, int] = 1
     heads: int = 1
     dim_head: int | None = None
     batch_size: int | None = None
     memory_depth: int = 2
     expansion_factor: float = 4.0
     momentum: bool = True
+    momentum_order: int = 1
     max_lr: float = 1.0
+    max_grad_norm: float | None = None
+    per_parameter_lr_modulation: bool = False
+    max_mem_layer_modulation: float = 1.0
+    activation: Literal["silu", "gelu", "relu"] | None = None
     residual_norm: bool = True
     norm_eps: float = 1e-5
     qk_rmsnorm: bool = False
@@ -70,6 +88,8 @@ class Titans(Mechanism):
         {"expansion_factor": 0.1, "chunk_size": 3, "max_lr": 0.1},
         {"heads": 2, "dim_head": 4, "memory_depth": 1, "residual_norm": False, "qk_rmsnorm": True,
          "post_rmsnorm": True, "momentum": False, "chunk_size": 2},
+        {"expansion_factor": 0.1, "chunk_size": (3, 2), "max_lr": 0.1, "momentum_order": 2, "activation": "silu",
+         "max_grad_norm": 0.5, "per_parameter_lr_modulation": True},
         *({"variant": variant, "expansion_factor": 0.1, "window": 3, "num_persist": 2, "chunk_size": 4, "max_lr": 0.1}
           for variant in ("mag", "mal")),
     )  # fmt: skip
@@ -77,12 +97,21 @@ class Titans(Mechanism):
     def __post_init__(self) -> None:
         if self.variant not in ("memory", "mac", "mag", "mal"):
             raise Refused(f"variant={self.variant!r}", where="titans", fits="memory, mac, mag or mal")
-        if min(self.chunk_size, self.heads, self.memory_depth, self.segment, self.window) < 1 or self.num_persist < 0:
+        if not isinstance(self.chunk_size, int):
+            object.__setattr__(self, "chunk_size", tuple(self.chunk_size))
+        reads, writes = self._chunks
+        sizes = (writes, self.heads, self.memory_depth, self.segment, self.window, self.momentum_order)
+        if min(sizes) < 1 or self.num_persist < 0:
             raise Refused("a size below 1", where="titans", fits="sizes of 1 or more, num_persist of 0 or more")
-        if self.batch_size is not None and (self.batch_size < 1 or self.batch_size % self.chunk_size):
+        if reads < writes:
+            found = f"chunk_size={self.chunk_size} reads ahead of what is written"
+            raise Refused(found, where="titans", fits="(reading, writing), the first no smaller")
+        if self.activation is not None and self.activation not in ACTIVATIONS:
+            raise Refused(f"activation={self.activation!r}", where="titans", fits=nearest(self.activation, ACTIVATIONS))
+        if self.batch_size is not None and (self.batch_size < 1 or self.batch_size % writes):
             found = f"batch_size={self.batch_size}, chunk_size={self.chunk_size}"
             raise Refused(found, where="titans", fits="batch_size a multiple of chunk_size")
-        if self.variant == "mac" and self.segment % (self.batch_size or self.chunk_size):
+        if self.variant == "mac" and any(self.segment % size for size in (reads, writes, self.batch_size or 1)):
             found = f"segment={self.segment}, chunk_size={self.chunk_size}, batch_size={self.batch_size}"
             raise Refused(found, where="titans", fits="segments of whole chunks and batches")
 
@@ -95,10 +124,17 @@ class Titans(Mechanism):
             return f"dim_head={self.dim_head} with one head, x has {site.width} channels"
         return None
 
+    @property
+    def _chunks(self) -> tuple[int, int]:
+        reads, writes = (self.chunk_size,) * 2 if isinstance(self.chunk_size, int) else self.chunk_size
+        return reads, writes
+
     def _memory(self, width: int) -> Memory:
         net = Net(self.dim_head or width, self.memory_depth, self.expansion_factor, self.residual_norm, self.norm_eps)
-        return Memory(net, self.heads, self.chunk_size, self.batch_size, self.momentum, self.max_lr, self.qk_rmsnorm,
-                      self.post_rmsnorm)  # fmt: skip
+        orders = self.momentum_order if self.momentum else 0
+        rates = self.max_mem_layer_modulation if self.per_parameter_lr_modulation else None
+        return Memory(net, self.heads, *self._chunks, self.batch_size, orders, self.max_lr, self.qk_rmsnorm,
+                      self.post_rmsnorm, self.max_grad_norm, rates, self.activation)  # fmt: skip
 
     def params(self, site: Site) -> Mapping[str, Param]:
         width = site.width
@@ -110,16 +146,16 @@ class Titans(Mechanism):
             own |= {name: Param((width,), constant(1.0)) for name in ("attention_norm", "memory_norm")}
         return own
 
-    def forward(self, site: Any, p: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, site: Any, p: Any, x: Tensor, store_mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
         narrow, x, memory = x.dtype, widened(x), self._memory(site.width)
         p = _Wide(p)
         if self.variant == "memory":
-            return as_type(memory(p, x), narrow)
+            return as_type(memory(p, x, store_mask), narrow)
         if self.variant == "mac":
-            return as_type(self._segments(site, p, memory, x), narrow)
+            return as_type(self._segments(site, p, memory, x, store_mask), narrow)
         front = p.persistent.expand(x.shape[0], -1, -1)
         whole = torch.cat((front, x), 1)
-        known = memory(p, whole)
+        known = memory(p, whole, None if store_mask is None else pad(store_mask, (self.num_persist, 0), value=True))
         near, few = self.window, self.num_persist
         y = self._attended(site, p, whole if self.variant == "mag" else known, lambda i, j: (i - j < near) | (j < few))
         if self.variant == "mag":
@@ -127,31 +163,53 @@ class Titans(Mechanism):
             y = y * torch.sigmoid(rms_norm(known, known.shape[2:], p.memory_norm))
         return as_type(y[:, self.num_persist :], narrow)
 
+    def state(self, site: Any, x: Tensor) -> State:
+        reads, writes = self._chunks
+        if self.variant != "memory" or reads != writes:
+            found = f"variant={self.variant!r}, chunk_size={self.chunk_size}"
+            raise Refused(found, where="titans from piece to piece", fits="one memory, with one chunk_size")
+        return {"waiting": x[:, :0], "chunks": torch.zeros((), dtype=torch.long)}
+
+    def prefill(self, site: Any, p: Any, state: State, x: Tensor) -> tuple[Tensor, State]:
+        memory, p, size = self._memory(site.width), _Wide(p), self._chunks[1]
+        names = [f"speed_{order}" for order in range(memory.orders)]
+        past = memory.start(p, x.shape[0])
+        if "weights" in state:
+            past = Past(state["base"], state["weights"], tuple(state[name] for name in names))
+        whole = torch.cat((state["waiting"], x), 1)
+        rows, chunks, ready = past.weights, int(state["chunks"]), whole.shape[1] // size
+        if ready:
+            found, past = memory.written(p, widened(whole[:, : ready * size]), past, chunks=chunks)
+            rows = torch.cat((rows, found), 2)
+        y = memory.read(p, widened(whole), rows)[:, -x.shape[1] :]
+        carried = {"base": past.base, "weights": past.weights, **dict(zip(names, past.speeds, strict=True))}
+        after = {"waiting": whole[:, ready * size :], "chunks": torch.tensor(chunks + ready)}
+        return as_type(y, x.dtype), {**after, **carried}
+
+    step = prefill
+
     def _attended(self, site: Any, p: Any, x: Tensor, keep: Any) -> Tensor:
         q, k, v = (linear(x, w).unflatten(2, (site.heads, -1)).transpose(1, 2) for w in (p.w_q, p.w_k, p.w_v))
         o = attend(q, k, v, causal=True, keep=keep)
         return linear(o.transpose(1, 2).flatten(2), p.w_o)
 
-    def _segments(self, site: Any, p: Any, memory: Memory, x: Tensor) -> Tensor:
+    def _segments(self, site: Any, p: Any, memory: Memory, x: Tensor, mask: Tensor | None) -> Tensor:
         if not isinstance(x.shape[1], int):
             raise Refused(f"{x.shape[1]} tokens, an open number", where="titans mac", fits="a known length")
-        weights, speed, found = memory.start(p, x.shape[0]), None, []
+        past, found = memory.start(p, x.shape[0]), []
         front = p.persistent.expand(x.shape[0], -1, -1)
-        for s in x.split(self.segment, 1):
-            recalled = self._recalled(memory, p, s, weights)
+        segments = x.split(self.segment, 1)
+        masks = [None] * len(segments) if mask is None else mask.split(self.segment, 1)
+        for s, stored in zip(segments, masks, strict=True):
+            recalled = memory.read(p, s, past.weights.expand(-1, -1, s.shape[1] // memory.reads + 1, -1))
             whole = torch.cat((front, recalled, s), 1)
             few, many = self.num_persist, s.shape[1]  # a token sees what was recalled for it and those before it
             y = self._attended(site, p, whole, lambda i, j, few=few, many=many: (j + many <= i) | (j >= few + many))
             y = y[:, few + many :]
-            rows, speed = memory.written(p, y, weights, speed)
-            found.append(y * memory.read(p, y, torch.cat((weights, rows), 2)))
-            weights = rows[:, :, -1:]
+            before, (rows, past) = past.weights, memory.written(p, y, past, stored)
+            found.append(y * memory.read(p, y, torch.cat((before, rows), 2)))
+            past = past.renewed
         return torch.cat(found, 1)
-
-    def _recalled(self, memory: Memory, p: Any, s: Tensor, weights: Tensor) -> Tensor:
-        """Read by the weights that stand, all of s."""
-        chunks = s.shape[1] // memory.chunk_size + 1
-        return memory.read(p, s, weights.expand(-1, -1, chunks, -1))
 
     def limits(self) -> Iterable[Limit]:
         x = hidden(5, width=8)

@@ -107,21 +107,21 @@ class Sigmoid(Mechanism):
         return own
 
     def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
-        if self.softmax_scale is not None:
-            q = q * (self.softmax_scale / site.scale)
+        factor = 1.0 if self.softmax_scale is None else self.softmax_scale / site.scale
         after = _divisor(self.normalize)
         if self.kernel is not None:
-            return self._kernel(site, p, q, k, v, after)
-        o = attend(
-            q, k, v,
-            weight=self._weight(k),
-            normaliser="softmax" if self.sim == "softmax" else "sum" if self.normalize is True else "none",
-            eps=self.eps if self.normalize is True and self.sim != "softmax" else 0.0,
-            sink=self._sink_logit(p),
-            segments=self._sink_key(p, v),
-            after=after,
-            site=site,
-        )  # fmt: skip
+            o = self._kernel(site, p, q, k, v, factor, after)
+        else:
+            o = attend(
+                q if factor == 1.0 else q * factor, k, v,
+                weight=self._weight(k),
+                normaliser="softmax" if self.sim == "softmax" else "sum" if self.normalize is True else "none",
+                eps=self.eps if self.normalize is True and self.sim != "softmax" else 0.0,
+                sink=self._sink_logit(p),
+                segments=self._sink_key(p, v),
+                after=after,
+                site=site,
+            )  # fmt: skip
         return o + p.v_sink[:, None] if self.sink == "v_bias" else o
 
     def _weight(self, k: Tensor) -> Callable[[Any], Any] | None:
@@ -145,9 +145,9 @@ class Sigmoid(Mechanism):
         value = p.v_sink if self.sink == "kv_bias" else v.new_zeros((p.k_sink.shape[0], v.shape[3]))
         return (Segment(p.k_sink[None, :, None], value[None, :, None]),)
 
-    def _kernel(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor, after: Any) -> Tensor:
+    def _kernel(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor, factor: float, after: Any) -> Tensor:
         wide = torch.promote_types(v.dtype, torch.float32)  # signed weights cancel: rounding waits until the end
-        q, k, v, narrow = self._phi(p, q, wide), self._phi(p, k, wide), v.to(wide), v.dtype
+        q, k, v, narrow = self._phi(p, q, wide) * factor, self._phi(p, k, wide), v.to(wide), v.dtype
         if self.normalize is not True or self.kernel == "elu":
             rule = "sum" if self.normalize is True else "none"
             o: Tensor = attend(q, k, v, weight=lambda s: s, normaliser=rule, eps=self.eps, after=after, site=site)

@@ -22,11 +22,12 @@ from ...compiler.primitives.rows import repeat_heads
 from ...compiler.problem import hidden, problem
 from ...compiler.refusal import Refused
 from ...compiler.site import Site
-from ...compiler.starts import constant, normal
+from ...compiler.starts import constant, eye, normal
 from ...compiler.symbols import table
 
 VARIANTS = ("fixed", "logsparse", "axial_mixture", "axial_mixture_bidir", "axial_rowmajor")
-POOLS = ("max", "mean", "sum", "relu-max", "relu-mean", "relu-sum")
+ACTS = ("identity", "relu", "deepset")
+POOLS = ("max", "mean", "sum", *(f"{act}-{pool}" for act in ACTS for pool in ("max", "mean", "sum")))
 Summary = tuple[Tensor, Tensor]  # a key and a value for each span
 
 
@@ -47,7 +48,11 @@ class Combiner(Mechanism):
     axial_rowmajor       own row so far; one key per row above, learned: with y the attention within that row,
                          k = LN(x + y row_out_weight) row_key_weight at the own column, and y as its value (causal).
 
-    summary_pool: mean and sum pool k and q otherwise (the axial variants know max and sum), relu-... after a relu.
+    summary_pool: mean and sum pool k and q otherwise (the axial variants know max and sum), relu-... after a relu,
+    deepset-... after relu(x W) with learned W (D, D), one for q and one for k.
+    count_empty: in the bidirectional mixture a part that is empty counts too, with the key 0 and the mean of its line's
+    values, as in the paper's code.
+    short_levels: with 2^k + 1 tokens the paper's logsparse leaves out level k, and its last token sees only itself.
 
     >>> q, k, v = problem(9)
     >>> alone = attention(q, k, v, "combiner", causal=True, seg_len=1)  # spans of one token
@@ -58,6 +63,8 @@ class Combiner(Mechanism):
     variant: str = "fixed"
     seg_len: int = 64
     summary_pool: str = "max"
+    count_empty: bool = False
+    short_levels: bool = False
 
     part = "core"
     kind = "needs recovery"
@@ -65,6 +72,7 @@ class Combiner(Mechanism):
     paper = "arXiv 2107.05768"
     tries = (
         {"seg_len": 3},
+        {"seg_len": 3, "summary_pool": "deepset-mean"},
         {"variant": "logsparse"},
         {"variant": "axial_mixture", "seg_len": 3},
         {"variant": "axial_mixture_bidir", "seg_len": 3, "summary_pool": "sum"},
@@ -82,7 +90,10 @@ class Combiner(Mechanism):
         if self.variant not in VARIANTS or self.summary_pool not in POOLS or self.seg_len < 1:
             found = f"variant={self.variant!r}, summary_pool={self.summary_pool!r}, seg_len={self.seg_len}"
             raise Refused(found, where="combiner", fits=f"variants {VARIANTS}, pools {POOLS}, seg_len at least 1")
-        if self.variant.startswith("axial_mixture") and self.summary_pool not in ("max", "sum"):
+        if self.variant.startswith("axial_mixture") and self.summary_pool.removeprefix("identity-") not in (
+            "max",
+            "sum",
+        ):
             raise Refused(
                 f"summary_pool={self.summary_pool!r} with {self.variant}", where="combiner", fits="max or sum"
             )
@@ -99,7 +110,13 @@ class Combiner(Mechanism):
     def wanted_ports(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         return (("q", "k", "v", "x") if self.variant == "axial_rowmajor" else ("q", "k", "v")), ()
 
+    @property
+    def _deepset(self) -> bool:
+        return self.summary_pool.startswith("deepset") and self.variant in ("fixed", "logsparse")
+
     def params(self, site: Site) -> Mapping[str, Param]:
+        if self._deepset:
+            return {name: Param((site.dim, site.dim), eye) for name in ("deepset_query_weight", "deepset_key_weight")}
         if self.variant != "axial_rowmajor":
             return {}
         heads, width = site.heads, site.width
@@ -115,13 +132,13 @@ class Combiner(Mechanism):
     ) -> Tensor:
         k, v, size = repeat_heads(k, q), repeat_heads(v, q), self.seg_len
         if self.variant == "logsparse":
-            return self._logsparse(site.scale, q, k, v)
+            return self._logsparse(site.scale, p, q, k, v)
         keep, segments = _same_row(size), []
         if self.variant == "fixed":
             count = (k.shape[2] + size - 1) // size
             numbers = torch.arange(count, device=k.device)[:, None] * size + torch.arange(size, device=k.device)
             before = (lambda i, j: j < i // size) if site.causal else None
-            segments = [Segment(*self._summaries(site.scale, q, k, v, numbers), keep=before)]
+            segments = [Segment(*self._summaries(site.scale, p, q, k, v, numbers), keep=before)]
         elif self.variant == "axial_rowmajor":
             assert x is not None
             above = lambda i, j: (j // size < i // size) & (j % size == i % size)
@@ -131,12 +148,15 @@ class Combiner(Mechanism):
             keep = keep if not site.causal else lambda i, j: (j // size == i // size) | (j % size == i % size)
         return attend(q, k, v, keep=keep, segments=segments, site=site)
 
-    def _summaries(self, scale: float, q: Tensor, k: Tensor, v: Tensor, numbers: Tensor) -> Summary:
+    def _summaries(self, scale: float, p: Any, q: Tensor, k: Tensor, v: Tensor, numbers: Tensor) -> Summary:
         """K_Z and V_Z of the spans that row numbers (G, S) list; -1 and beyond: no row."""
         act, _, pool = self.summary_pool.rpartition("-")
         dim = k.shape[-1]
         rows, held = group(torch.cat((q, k, v), -1), numbers)  # (B, H, G, S, D + D + Dv)
-        pooled = _pooled(rows[..., : 2 * dim].relu() if act else rows[..., : 2 * dim], held, pool)
+        both = rows[..., : 2 * dim]
+        if self._deepset:
+            both = both @ torch.block_diag(p.deepset_query_weight, p.deepset_key_weight).to(both.dtype)
+        pooled = _pooled(both if act in ("", "identity") else both.relu(), held, pool)
         real = table(held.flatten(1, 2))
         o = attend(
             pooled[..., :dim].flatten(1, 2).unsqueeze(2),
@@ -147,20 +167,26 @@ class Combiner(Mechanism):
         )
         return pooled[..., dim:], o.squeeze(2).unflatten(1, rows.shape[1:3])
 
-    def _logsparse(self, scale: float, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _logsparse(self, scale: float, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Each query names its rows: itself, and for every bit of i the span that the bit stands for."""
         n = k.shape[2]
         if not isinstance(n, int):
             raise Refused(f"{n} tokens, an open number", where="combiner logsparse", fits="a known length")
         i, keys, values, first = torch.arange(n, device=k.device), [k], [v], 0
         rows = [i]
-        for level in range((n - 1).bit_length()):
+        if self.summary_pool.startswith(("relu", "deepset")):  # then a span of one token has another key than the token
+            key, value = self._summaries(scale, p, q, k, v, i[:, None])
+            keys.append(key)
+            values.append(value)
+            first = n
+        levels = (n - 1).bit_length() - int(self.short_levels and n > 2 and (n - 1).bit_count() == 1)
+        for level in range(levels):
             rows.append(torch.where((i >> level) & 1 == 1, first + (i >> level) - 1, -1))
             first += n >> level
             size = 2 ** (level + 1)
             if n >= size:
                 spans = torch.arange(n // size * size, device=k.device).view(-1, size)
-                key, value = self._summaries(scale, q, k, v, spans)
+                key, value = self._summaries(scale, p, q, k, v, spans)
                 keys.append(key)
                 values.append(value)
         return attend(q, torch.cat(keys, 2), torch.cat(values, 2), scale=scale, rows=torch.stack(rows, -1)[None, None])
@@ -197,13 +223,29 @@ class Combiner(Mechanism):
             Segment(*left, keep=lambda i, j: j % size + 1 == i % size),
             Segment(*right, keep=lambda i, j: j % size == i % size + 1),
         ]
-        return above_and_below + (beside if size > 1 else [])
+        return above_and_below + (beside if size > 1 else []) + (self._empty(k, v) if self.count_empty else [])
+
+    def _empty(self, k: Tensor, v: Tensor) -> list[Segment]:
+        """The parts of lines that hold nothing, above, below, left and right of a token's own row and column."""
+        size, found = self.seg_len, []
+        nothing: dict[str, tuple[Any, Any]] = {
+            "column": (lambda i, j: i < size, lambda i, j, N: (i // size + 1) * size + j >= N),
+            "row": (
+                lambda i, j: i % size == 0,
+                lambda i, j, N: (i % size == size - 1) | (j * size + i % size + 1 >= N),
+            ),
+        }
+        for along, (before, after) in nothing.items():
+            means, _ = group(v, _lines(k, size, along, back=False)[0], combine="mean")
+            zeros = torch.zeros_like(means[..., :1]).expand(*means.shape[:3], k.shape[-1])
+            found += [Segment(zeros, means, keep=before), Segment(zeros, means, keep=after)]
+        return found
 
     def _running(self, scale: float, q: Tensor, k: Tensor, v: Tensor, numbers: Tensor, place: Tensor) -> Summary:
         """The summary of every line up to each of its tokens, at the token."""
         rows = group(torch.cat((q, k, v), -1), numbers)[0].flatten(1, 2)  # (B, H * lines, T, D + D + Dv)
         dim, lines = k.shape[-1], numbers.shape[0]
-        pooled = prefix(self.summary_pool, rows[..., : 2 * dim])
+        pooled = prefix(self.summary_pool.removeprefix("identity-"), rows[..., : 2 * dim])
         o = attend(pooled[..., :dim], rows[..., dim : 2 * dim], rows[..., 2 * dim :], scale=scale, causal=True)
         found = torch.cat((pooled[..., dim:], o), -1).unflatten(1, (k.shape[1], lines)).flatten(2, 3)
         key, value = gather(found, place).split([dim, v.shape[-1]], -1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,6 +19,7 @@ from ...compiler.problem import problem
 from ...compiler.refusal import Refused
 from ...compiler.site import Site
 from ...compiler.symbols import table
+from .landmark_recall import Recall
 
 
 @register("landmark")
@@ -31,10 +32,15 @@ class Landmark(Mechanism):
     (B, N) names others, with blocks of any length. A landmark does not see itself; its value is never read. The model
     must be trained with a landmark token after every block_size - 1 tokens: that is the data's part, not done here.
 
-    top_k: a query sees, per head, the top_k earlier blocks whose landmarks score highest. Positions stay as they are
-    (the reference renumbers the blocks that it retrieves, so that rotations stay in the trained range).
+    top_k: a query sees, per head, the top_k earlier blocks whose landmarks score highest. Positions stay as they are.
+    renumber: the reference's retrieval, whose rotations stay in the trained range: the blocks retrieved move up to the
+    top_k + 1 places before the query's own block, and landmarks of blocks older than the last top_k are compared as if
+    they stood in the first of these. Keys come unrotated as k_nope and are rotated here, base rope_theta; the length
+    must be known.
     retrieve_per: head_max_over_tokens gives all queries of a block the same top_k blocks, by their largest share
     in a softmax over the landmarks before: what a row sees then depends on later queries of its block, as in the paper.
+
+    A Decoder keeps all keys and values, the keys unrotated (given as k_nope) where they are renumbered.
 
     >>> q, k, v = problem(6)
     >>> o = attention(q, k, v, "landmark", causal=True, block_size=3)
@@ -45,6 +51,8 @@ class Landmark(Mechanism):
     block_size: int = 64
     top_k: int | None = None
     retrieve_per: Literal["token_head", "head_max_over_tokens"] = "token_head"
+    renumber: bool = False
+    rope_theta: float = 10000.0
 
     part = "core"
     kind = "needs recovery"
@@ -59,6 +67,11 @@ class Landmark(Mechanism):
         if self.retrieve_per not in ("token_head", "head_max_over_tokens"):
             found = f"retrieve_per={self.retrieve_per!r}"
             raise Refused(found, where="landmark", fits="token_head or head_max_over_tokens")
+        if self.renumber and self.top_k is None:
+            raise Refused("renumber without top_k", where="landmark", fits="top_k, how many blocks are retrieved")
+
+    def wanted_ports(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        return (("q", "k", "v", "k_nope"), ()) if self.renumber else (("q", "k", "v"), ("is_landmark",))
 
     def fits(self, site: Site) -> str | None:
         if site.pattern != "causal-self":
@@ -67,11 +80,46 @@ class Landmark(Mechanism):
             return "landmark: top_k counts the blocks of one sequence, here are past keys beside it"
         if self.top_k is not None and "is_landmark" in site.ports:
             return "landmark: top_k takes equal blocks, not the port is_landmark"
+        if self.renumber and "padding" in site.features:
+            return "landmark: renumber counts all tokens, here is padding"
         return None
 
+    def _recall(self, site: Any) -> Recall:
+        shared = self.retrieve_per != "token_head"
+        return Recall(self.block_size, self.top_k, shared, site.scale, self.rope_theta if self.renumber else None)
+
+    def state(self, site: Any, q: Tensor) -> Mapping[str, Tensor]:
+        return {"k": q[:, : site.kv_heads, :0], "v": q.new_zeros(q.shape[0], site.kv_heads, 0, site.v_dim)}
+
+    def prefill(
+        self,
+        site: Any,
+        p: Any,
+        state: Mapping[str, Tensor],
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        k_nope: Tensor | None = None,
+    ) -> tuple[Tensor, Mapping[str, Tensor]]:
+        if self.renumber and k_nope is None:
+            raise Refused("no k_nope", where="landmark: decode", fits="the unrotated keys beside q, k and v")
+        kept = {"k": torch.cat((state["k"], k if k_nope is None else k_nope), 2), "v": torch.cat((state["v"], v), 2)}
+        return self._recall(site).rows(q, kept["k"], kept["v"]), kept
+
+    step = prefill
+
     def forward(  # type: ignore[override]
-        self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor, is_landmark: Tensor | None = None
+        self,
+        site: Any,
+        p: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        is_landmark: Tensor | None = None,
+        k_nope: Tensor | None = None,
     ) -> Tensor:
+        if self.renumber and k_nope is not None:
+            return self._recall(site).rows(q, k_nope, v)
         blocks = self._equal() if is_landmark is None else _given(is_landmark)
         shared = self.retrieve_per != "token_head"
         retrieved = self._retrieved_by_block if shared else self._retrieved

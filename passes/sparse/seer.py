@@ -15,14 +15,13 @@ from torch.nn.functional import pad
 from ...compiler.functional import attention
 from ...compiler.mechanism import Aux, Limit, Mechanism, Param, register
 from ...compiler.primitives.attend import Tiles, attend
-from ...compiler.primitives.group import group
 from ...compiler.primitives.rows import repeat_heads
 from ...compiler.problem import problem
 from ...compiler.refusal import Refused
+from ...compiler.rotary import turned
 from ...compiler.site import Site
 from ...compiler.starts import normal
-
-HIDDEN = -1e9  # the gate's score of a block that lies ahead
+from .seer_gate import HIDDEN, divergence, pooled, pools
 
 
 @register("seer")
@@ -79,7 +78,7 @@ class Seer(Mechanism):
 
     def __post_init__(self) -> None:
         for knob in ("q_pool", "k_pool"):
-            if not _pools(getattr(self, knob)):
+            if not pools(getattr(self, knob)):
                 raise Refused(f"{knob}={getattr(self, knob)!r}", where="seer", fits="max, min, avg in this order")
         if self.method not in ("threshold", "nz_ratio") or not 0 < self.nz_ratio <= 1:
             found = f"method={self.method!r}, nz_ratio={self.nz_ratio}"
@@ -94,10 +93,10 @@ class Seer(Mechanism):
         return None
 
     def _single(self, site: Any) -> bool:
-        return len(_pools(self.q_pool)) == 1 and self.gate_dim == site.dim and not self.force_double
+        return len(pools(self.q_pool)) == 1 and self.gate_dim == site.dim and not self.force_double
 
     def params(self, site: Site) -> Mapping[str, Param]:
-        q_wide, k_wide = (site.dim * len(_pools(names)) for names in (self.q_pool, self.k_pool))
+        q_wide, k_wide = (site.dim * len(pools(names)) for names in (self.q_pool, self.k_pool))
         start = normal(0.02)
         if self._single(site):
             return {"gate_k_weight": Param((site.heads, k_wide, self.gate_dim), start)}
@@ -120,7 +119,9 @@ class Seer(Mechanism):
         scores = self._scores(site, p, q_nope, k_nope, key_padding)
         if self.distill:
             o, weights = attend(q, k, v, outputs=("o", "weights"), site=site)
-            return o, Aux(losses={"gate": self.gate_loss_scale * _divergence(scores, self._target(weights))})
+            return o, Aux(
+                losses={"gate": self.gate_loss_scale * divergence(scores, self._target(weights), scores.shape[-2] // 4)}
+            )
         kept = self._kept(scores)
         listed = torch.where(kept, torch.arange(kept.shape[-1], device=q.device), -1)
         return attend(q, k, v, tiles=Tiles(listed, self.block_size, self.block_size), site=site)
@@ -130,14 +131,14 @@ class Seer(Mechanism):
         size, wide = self.block_size, torch.promote_types(q.dtype, torch.float32)
         count = (q.shape[2] + size - 1) // size
         numbers = torch.arange(count, device=q.device)[:, None] * size + torch.arange(size, device=q.device)
-        pooled_q, _ = _pooled(q.to(wide), numbers, real, self.q_pool)
-        pooled_k, held = _pooled(k.to(wide), numbers, real, self.k_pool)
+        gate_q, _ = pooled(q.to(wide), numbers, real, self.q_pool)
+        gate_k, held = pooled(k.to(wide), numbers, real, self.k_pool)
         if self._single(site):
-            pooled_k = repeat_heads(pooled_k, q)
+            gate_k = repeat_heads(gate_k, q)
         else:
-            pooled_q = pooled_q @ p.gate_q_weight.to(wide)
-        gate_q = _rotated(pooled_q, numbers[:, 0], self.rope_theta)
-        gate_k = repeat_heads(_rotated(pooled_k @ p.gate_k_weight.to(wide), numbers[:, 0], self.rope_theta), q)
+            gate_q = gate_q @ p.gate_q_weight.to(wide)
+        gate_q = turned(gate_q, numbers[:, 0], self.rope_theta)
+        gate_k = repeat_heads(turned(gate_k @ p.gate_k_weight.to(wide), numbers[:, 0], self.rope_theta), q)
         scores = gate_q @ gate_k.mT * self.gate_dim**-0.5
         a, c = numbers[:, :1] // size, numbers[:, 0] // size
         if self.past_gate:  # row a of the scores is that of the block before; its own block is no choice
@@ -183,39 +184,3 @@ class Seer(Mechanism):
             yield Limit(f"{says}: full attention", run, causal)
         own = partial(attention, q, k, v, Seer(1, 4, threshold=2.0, last_block_dense=False), causal=True, ports=ports)
         yield Limit("blocks of one token that see themselves", own, lambda: v)
-
-
-def _pools(names: str) -> tuple[str, ...]:
-    """max, min and avg written together, in this order; nothing else."""
-    found = tuple(name for name in ("max", "min", "avg") if name in names)
-    return found if "".join(found) == names else ()
-
-
-def _pooled(x: Tensor, numbers: Tensor, real: Tensor | None, names: str) -> tuple[Tensor, Tensor]:
-    """Each block as one row (B, H, G, D * pools), over the tokens that are there; and which blocks hold any."""
-    rows, slots = group(x, numbers, valid=real)
-    held = slots.any(-1)
-    parts = {
-        "max": lambda: rows.masked_fill(~slots[..., None], -math.inf).amax(-2),
-        "min": lambda: rows.masked_fill(~slots[..., None], math.inf).amin(-2),
-        "avg": lambda: rows.sum(-2) / slots.sum(-1, keepdim=True).clamp(min=1),
-    }
-    pooled = torch.cat([parts[name]() for name in _pools(names)], -1)
-    return torch.where(held[..., None], pooled, 0.0), held
-
-
-def _rotated(x: Tensor, places: Tensor, theta: float) -> Tensor:
-    """x (B, H, G, E) turned by its place, halves against each other."""
-    half = x.shape[-1] // 2
-    speed = theta ** (-torch.arange(half, device=x.device, dtype=torch.float64) / half)
-    angle = places[:, None].to(torch.float64) * speed
-    cos, sin = angle.cos().to(x.dtype), angle.sin().to(x.dtype)
-    first, second = x[..., :half], x[..., half:]
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), -1)
-
-
-def _divergence(scores: Tensor, target: Tensor) -> Tensor:
-    """KL(target, softmax of the scores), the mean over all entries of the rows from a quarter on."""
-    first = scores.shape[-2] // 4
-    scores, target = scores[..., first:, :], target[..., first:, :].to(scores.dtype)
-    return (torch.xlogy(target, target) - target * torch.log_softmax(scores, -1)).mean()
