@@ -27,12 +27,15 @@ def report(
     as_json: Annotated[Path | None, typer.Option("--json", help="write everything that the page shows here")] = None,
     heads: Annotated[str, typer.Option(help="measures of heads to draw as well: entropy,sink,distance ...")] = "",
     quality: Annotated[Path | None, typer.Option(help="the rows that `reattend quality --out` wrote, to draw")] = None,
+    target: Annotated[
+        list[str] | None, typer.Option(help="compile kernels for this GPU, there or not, and tell their registers")
+    ] = None,
 ) -> None:
     """What a recipe changes in a model, to look at; without a recipe where the model attends."""
     with answers():
         from .compiler.showing import markdown, page, picture
 
-        view = working(f"looking at {model}", lambda: _view(model, recipe, heads, quality), quiet=False)
+        view = working(f"looking at {model}", lambda: _view(model, recipe, heads, quality, target or []), quiet=False)
         writers: tuple[tuple[Path | None, Callable[[], str]], ...] = (
             (html, lambda: page.document(view)),
             (svg, lambda: picture.table(view)),
@@ -47,18 +50,19 @@ def report(
             print(f"wrote {path}")
 
 
-def _view(model: str, recipe: str, heads: str, quality: Path | None) -> Any:
+def _view(model: str, recipe: str, heads: str, quality: Path | None, targets: list[str]) -> Any:
     from . import api
     from .compiler.showing.looking import view_of_sites
     from .models.load import load_model
 
     loaded = load_model(model)
     if not recipe:
-        if heads or quality:
-            raise Refused("--heads or --quality without a recipe", where="report", fits="reattend report MODEL exact")
+        if heads or quality or targets:
+            asked = "--heads, --quality or --target without a recipe"
+            raise Refused(asked, where="report", fits="reattend report MODEL exact")
         return view_of_sites(api.explain(loaded.model, loaded.example_inputs), loaded.name)
     fast = api.optimize(loaded.model, recipe, loaded.example_inputs, name=loaded.name)
     measures = heads.split(",") if heads else []
     table = api.heads(loaded.model, loaded.example_inputs, measures=measures, name=loaded.name) if measures else None
     plot = api.quality_plot(loaded.model, quality, name=loaded.name) if quality else ""
-    return fast.report.view(heads=table, plot=plot)
+    return fast.report.view(heads=table, plot=plot, targets=targets)

@@ -78,7 +78,7 @@ def language(checkpoint: Path | None) -> Any:
 def half_window(bench: Bench) -> dict[str, Any]:
     """Every second site sees the 64 latest bytes."""
     return bench_language(bench, "half-window", everywhere(WINDOW, "odd"), train="all", lr=4e-4, transfer=0.2,
-                          steps=900)  # fmt: skip
+                          bfloat16=True, steps=1200)  # fmt: skip
 
 
 def all_linear(bench: Bench) -> dict[str, Any]:
@@ -86,7 +86,7 @@ def all_linear(bench: Bench) -> dict[str, Any]:
     trials = {name: trial(bench, name) for name in FEATURES if name != "identity"}
     best = min(trials, key=lambda name: trials[name])
     row = bench_language(bench, f"all-linear-{best}", everywhere({"linear": {"feature_map": best}}),
-                         train="all", lr=1e-3, transfer=0.4, steps=600)  # fmt: skip
+                         train="all", lr=1e-3, transfer=0.4, bfloat16=True, steps=600)  # fmt: skip
     model = bench.language()
     cut = reattend.optimize(model, everywhere(WINDOW), calls(0), measure=False)
     return row | {"feature_map": best, "trials_kl": trials, "all_window_64_untrained": measured(cut, bench.context)}

@@ -154,9 +154,13 @@ class Report:
         del plain["details"]
         return {"verdict": self.verdict()} | plain | {"warnings": [*self.warnings, *self._slower()]}
 
-    def view(self, *, heads: HeadTable | None = None, plot: str = "") -> View:
-        """All that the page shows, as plain values; `plot`: quality against cost, as the quality table draws it."""
-        return view_of(self, self.details, heads=heads, plot=plot)
+    def view(self, *, heads: HeadTable | None = None, plot: str = "", targets: Sequence[str] = ()) -> View:
+        """All that the page shows, as plain values.
+
+        plot     quality against cost, as the quality table draws it
+        targets  GPUs, there or not, that kernels are compiled for, to tell their registers: "cuda:90"
+        """
+        return view_of(self, self.details, heads=heads, plot=plot, targets=targets)
 
     def html(self) -> str:
         """One page, self-contained."""

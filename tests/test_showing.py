@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from processes import at_once
 from small_models import stack
 from typer.testing import CliRunner
 
@@ -115,6 +116,36 @@ def test_a_computation_has_formulas_its_cascade_and_a_kernel() -> None:
     assert dict(found.formulas)["score"] == r"S_{i, j} = 0.25 q_{i} \cdot k_{j}"
     assert "barriers" in found.cascade and "latex" not in found.cascade
     assert any(k.device == "cpu" and "BM = 48" in k.source for k in found.kernels)
+
+
+GPU = """
+from small_models import stack
+import reattend, torch
+from reattend.compiler.refusal import Refused
+from reattend.compiler.showing.page import BUILT
+fast = reattend.optimize(stack(1), "window", torch.randn(2, 9, 32), measure=False)
+def taken(*targets):
+    kernels = [k for c in fast.report.view(targets=targets).computations for k in c.kernels if k.device == "cuda"]
+    return [f for k in kernels for f in k.footprints]
+"""
+ASKED = """
+assert not taken() and BUILT in fast.report.html()
+asked = taken("cuda:90")
+for f in asked:
+    assert f.target == "cuda:90" and 0 < f.registers <= 255 and 0 < f.shared <= f.limit, f
+assert taken() == asked and "227 KB" in fast.report.html() and BUILT not in fast.report.html()
+try:
+    taken("cuda:91")
+except Refused as refused:
+    print(len(asked), refused)
+"""
+
+
+def test_a_kernel_tells_what_it_takes_of_a_gpu_once_it_was_compiled(tmp_path: Path) -> None:
+    """Compiled on request, remembered after it; a page alone never waits for a compiler."""
+    pytest.importorskip("triton")
+    (said,) = at_once(1, GPU, ASKED, cache=tmp_path)  # here kernels are interpreted
+    assert re.fullmatch("2 .*cuda:91.*cuda:90.*", said)
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,21 @@ from ...compiler.primitives.merge import merge_op
 from ...compiler.primitives.operator import Kernel
 from ...compiler.primitives.qlinear import qlinear_op
 from ...compiler.primitives.scan import scan_op
-from . import attend, launch, launch_gradient, launch_scan, launch_scan_gradient, merge, qlinear
+from . import attend, footprints, launch, launch_gradient, launch_scan, launch_scan_gradient, merge, qlinear
 
 NAME = "generated Triton"
 
 # behind torch's own dense attention, before what reads keys in slices
 attend_op.kernels.setdefault("cuda", []).insert(
-    1, Kernel(NAME, launch.refuses, launch.run, gradients=launch_gradient.gradients, source=attend.shown)
+    1,
+    Kernel(
+        NAME,
+        launch.refuses,
+        launch.run,
+        gradients=launch_gradient.gradients,
+        source=attend.shown,
+        footprints=footprints.footprints,
+    ),
 )
 _scan = Kernel(NAME, launch_scan.refuses, launch_scan.run, gradients=launch_scan_gradient.gradients)
 scan_op.kernels.setdefault("cuda", []).insert(0, _scan)

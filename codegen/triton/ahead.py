@@ -12,7 +12,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import torch
 from ...compiler.refusal import Refused, nearest
 from .launching import recorded
 from .module import loaded
+from .remembered import remember
 
 
 @dataclass(frozen=True)
@@ -84,11 +85,16 @@ def compiled(target: str, call: Callable[[], object]) -> list[Compiled]:
     with recorded(target) as launches:
         call()
     with _standing_in(device(target)):
-        return [_compile(device(target), *each) for each in launches]
+        made = [_compile(device(target), *each) for each in launches]
+    for launch, facts in zip(launches, made, strict=True):
+        remember(target, launch, asdict(facts))
+    return made
 
 
 def _compile(target: Device, source: str, name: str, grid: tuple[int, ...], given: dict[str, Any]) -> Compiled:
     made = getattr(loaded(source), name).warmup(grid=grid, **given)
+    if made is None:
+        raise Refused("Triton interprets kernels in this process", where="build", fits="TRITON_INTERPRET unset")
     read = _of_amd if target.backend == "hip" else _of_nvidia
     registers, spilled, matrix, narrow = read(made, target)
     about = made.metadata

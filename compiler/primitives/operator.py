@@ -26,6 +26,20 @@ InTorch = Callable[[fx.Node, dict[Any, fx.Node]], fx.Node | None]  # a call, and
 
 
 @dataclass(frozen=True)
+class Footprint:
+    """What a compiled kernel takes of a device: registers and spilled bytes a thread, shared memory a block."""
+
+    kernel: str
+    target: str
+    registers: int
+    spilled: int
+    shared: int
+    limit: int  # of shared memory
+    matrix: int  # matrix instructions
+    warps: int
+
+
+@dataclass(frozen=True)
 class Kernel:
     """One implementation of a primitive: `refuses` says why it does not fit these arguments, or None where it does."""
 
@@ -36,6 +50,8 @@ class Kernel:
     differentiable: bool = False  # made of differentiable torch operations, so that its own gradient can be taken
     gradients: Gradients | None = None  # its own, where it has some for what is wanted
     source: Callable[[str], str] | None = None  # the text it is built from, of a spec; "" where it cannot say that
+    # what it takes of the devices named, which it is then compiled for, and of those that it was compiled for before
+    footprints: Callable[[Groups, str, Sequence[str]], tuple[Footprint, ...]] | None = None
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
+import torch
+from torch import fx
+from tqdm import tqdm
+
 from ..cascades.of_mechanism import spec_math
+from ..cost import sizes
 from ..primitives.attend import attend_op
 from ..primitives.attend_spec import AttendSpec
 from ..refusal import Refused
@@ -107,3 +112,36 @@ def numbered(found: Sequence[tuple[str, int]]) -> dict[tuple[str, int], Computat
     """The computations of (spec, keys) pairs, each once, named in order."""
     distinct = dict.fromkeys(found)
     return {pair: replace(computation(*pair), key=f"c{n}") for n, pair in enumerate(distinct, 1)}
+
+
+# --- on GPUs ----------------------------------------------------------------------------------------------------------
+
+Example = tuple[tuple[tuple[tuple[int, ...], torch.dtype], ...], ...]  # sizes and types of a call's tensors, in groups
+
+
+def example(attend: fx.Node) -> Example:
+    """Of what a node is called with."""
+    groups = [a if isinstance(a, list | tuple) else [a] for a in attend.args[:-1]]
+    values = [[node.meta["val"] for node in group] for group in groups]  # type: ignore[union-attr]
+    return tuple(tuple((sizes(t), t.dtype) for t in group) for group in values)
+
+
+def with_footprints(
+    found: Iterable[Computation], examples: Mapping[str, Example], targets: Sequence[str]
+) -> tuple[Computation, ...]:
+    """What each kernel takes of the GPUs named and of those that it was compiled for before."""
+    return tuple(
+        replace(c, kernels=_footprints(c, examples[c.spec], targets)) if c.spec in examples else c
+        for c in (tqdm(tuple(found), desc=f"compiling for {', '.join(targets)}") if targets else found)
+    )
+
+
+def _footprints(c: Computation, of: Example, targets: Sequence[str]) -> tuple[Kernel, ...]:
+    groups = [[torch.empty(shape, dtype=dtype) for shape, dtype in group] for group in of]
+    known = {
+        (kernel.name, device): kernel.footprints(groups, c.spec, targets)
+        for device, kernels in attend_op.kernels.items()
+        for kernel in kernels
+        if kernel.footprints is not None
+    }
+    return tuple(replace(k, footprints=known.get((k.name, k.device), ())) for k in c.kernels)

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import fx
 
 from ..cost import Cost, sizes
 from ..decisions import decide
@@ -19,7 +20,7 @@ from ..ports import op_name
 from ..program import Change, Program
 from ..recipe import Recipe
 from ..site import Site
-from .computing import numbered
+from .computing import Example, example, numbered, with_footprints
 from .layered import Seen, layered, seen
 from .view import REFUSED, Computation, Layer, Measure, Module, Pair, Rule, View
 
@@ -43,6 +44,7 @@ class Details:
     after: tuple[Seen, ...]
     recipe: Recipe
     dtype: torch.dtype = torch.float32
+    examples: Mapping[str, Example] = field(default_factory=dict)  # by spec, of the example call
     own: Mapping[str, Sequence[Change]] = field(default_factory=dict)  # the changes by path
     held: dict[Any, Pair] = field(default_factory=dict)  # caches of sites that are alike are counted once
 
@@ -64,6 +66,10 @@ class Details:
             recipe=recipe,
             dtype=next(iter(queries.values())).dtype if queries else torch.float32,
             own=own,
+            examples={
+                **{str(node.args[-1]): example(node) for node in attends.values()},
+                **{str(n.args[-1]): example(n) for change in program.changes for n in attends_in(change)},
+            },
         )
 
     @cached_property
@@ -102,14 +108,25 @@ class Details:
         )
 
 
+def attends_in(change: Change) -> list[fx.Node]:
+    """Those inside a mechanism's fragment."""
+    return [n for n in change.fragment.graph.graph.nodes if op_name(n) == "attend"]
+
+
 def specs_of(change: Change) -> tuple[str, ...]:
-    """Of the attends inside a mechanism's fragment."""
-    nodes = change.fragment.graph.graph.nodes
-    return tuple(dict.fromkeys(str(n.args[-1]) for n in nodes if op_name(n) == "attend"))
+    return tuple(dict.fromkeys(str(n.args[-1]) for n in attends_in(change)))
 
 
-def view_of(report: Report, details: Details | None = None, *, heads: HeadTable | None = None, plot: str = "") -> View:
-    """Everything there is to see of a rewrite."""
+def view_of(
+    report: Report,
+    details: Details | None = None,
+    *,
+    heads: HeadTable | None = None,
+    plot: str = "",
+    targets: Sequence[str] = (),
+) -> View:
+    """Everything there is to see of a rewrite; kernels compiled for `targets`."""
+    examples = details.examples if details else {}
     return View(
         title=report.model,
         verdict=report.verdict(),
@@ -118,7 +135,7 @@ def view_of(report: Report, details: Details | None = None, *, heads: HeadTable 
         layers=tuple(_layer(row, details) for row in report.rows),
         next=next_steps(report),
         lists=(*report.lists(), *((("left out", (NO_DETAILS,)),) if details is None else ())),
-        computations=tuple(details.computations.values()) if details else (),
+        computations=with_footprints(details.computations.values(), examples, targets) if details else (),
         graph=details.graph if details else (),
         rules=details.rules() if details else (),
         heads=measures_of(heads) if heads is not None else (),

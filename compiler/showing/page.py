@@ -11,11 +11,11 @@ from ..cost import human
 from . import picture
 from .markup import Markup, el, join, raw
 from .mathml import mathml
-from .view import Computation, Layer, Module, Pair, Rule, View
+from .view import Computation, Kernel, Layer, Module, Pair, Rule, View
 
 OPEN_COLOURS = 8  # mechanisms beyond begin again with the first
 BUILT = (
-    "registers, spills and shared memory: reattend build MODEL RECIPE --target cuda:80, cuda:90, cuda:100 or hip:gfx942"
+    "registers, spills and shared memory: reattend report MODEL RECIPE --target cuda:90 (cuda:80, cuda:100, hip:gfx942)"
 )
 
 
@@ -250,13 +250,46 @@ def _computation(c: Computation) -> Markup:
     formulas = [join((el("dt", name), el("dd", mathml(tex)))) for name, tex in c.formulas]
     masks = [el("figure", mathml(m.latex), picture.mask(m)) for m in c.masks]
     kernels = [
-        el("details", el("summary", f"{k.name} ", el("small", k.device)), el("pre", el("code", k.source)))
+        el(
+            "details",
+            el("summary", f"{k.name} ", el("small", k.device)),
+            _footprints(k),
+            el("pre", el("code", k.source)),
+        )
         for k in c.kernels
     ]
-    built = el("p", BUILT, class_="note") if any(k.device == "cuda" for k in c.kernels) else None
+    unbuilt = any(k.device == "cuda" and not k.footprints for k in c.kernels)
+    built = el("p", BUILT, class_="note") if unbuilt else None
     cascade = el("details", el("summary", "cascade, barriers, passes, loops"), el("pre", c.cascade), open=True)
     body = el("div", el("dl", *formulas, class_="formulas"), *masks, cascade, *kernels, built, class_="card")
     return el("details", head, body, class_="site", id=c.key)
+
+
+_TAKEN = ("kernel", "target", "registers", "spilled", "shared memory", "matrix instructions", "warps")
+
+
+def _footprints(kernel: Kernel) -> Markup | None:
+    if not kernel.footprints:
+        return None
+    rows = [
+        (
+            f.kernel,
+            f.target,
+            f.registers,
+            f"{f.spilled} B",
+            f"{_kb(f.shared)} of {_kb(f.limit)} KB",
+            f.matrix,
+            f.warps,
+        )
+        for f in kernel.footprints
+    ]
+    head = el("tr", *(el("th", name, scope="col") for name in _TAKEN))
+    body = [el("tr", *(el("td", str(cell)) for cell in row)) for row in rows]
+    return el("div", el("table", el("thead", head), el("tbody", *body)), class_="taken")
+
+
+def _kb(size: int) -> int:
+    return -(-size // 1024)
 
 
 def _changes(graph: tuple[Module, ...]) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ..primitives.operator import Footprint
+
 CHANGED, KEPT, REFUSED = "rewritten", "kept", "refused"
 
 
@@ -34,6 +36,7 @@ class Kernel:
     name: str
     device: str
     source: str
+    footprints: tuple[Footprint, ...] = ()
 
 
 @dataclass(frozen=True)
