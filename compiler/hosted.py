@@ -281,7 +281,10 @@ def _key(model: Any, state: Hosting, call: Call) -> SignatureKey:
     return call.key((*setting(model), *changed_config(model, state)))
 
 
-@torch.compiler.disable(reason="this call has no graph yet: make it by fast.prepare(...) or one call before compiling")
+_NO_GRAPH = "this call has no graph yet: make it by fast.prepare(...) or one call before compiling"
+
+
+@torch.compiler.disable(reason=_NO_GRAPH)
 def _captured(model: Any, state: Hosting, call: Call, key: SignatureKey) -> Captured:
     with TURNS.alone():
         if key in state.graphs:  # another thread was first
@@ -337,13 +340,18 @@ def _at_other_sizes(model: Any, state: Hosting, call: Call, key: SignatureKey, o
 
 def _same_when_small(model: Any, state: Hosting, call: Call, key: SignatureKey, tensors: tuple[Tensor, ...]) -> bool:
     """Whether the model computes the same at sizes of 0 and 1, which no trace at larger ones can know; asked once."""
-    captured = state.graphs[key]
-    asked = (key, captured.dims.small(tensors))
+    asked = (key, state.graphs[key].dims.small(tensors))
     if asked not in state.small:
-        plain, sizes, opened = as_captured(captured, call, tensors)
-        with TURNS.alone(), in_their_places(model, state.leaves):
-            state.small[asked] = operations_at(original(model), plain, Attempt(sizes, opened)) == captured.operations
+        state.small[asked] = _computes_the_same(model, state, call, key, tensors)
     return state.small[asked]
+
+
+@torch.compiler.disable(reason=_NO_GRAPH)
+def _computes_the_same(model: Any, state: Hosting, call: Call, key: SignatureKey, tensors: tuple[Tensor, ...]) -> bool:
+    captured = state.graphs[key]
+    plain, sizes, opened = as_captured(captured, call, tensors)
+    with TURNS.alone(), in_their_places(model, state.leaves):
+        return operations_at(original(model), plain, Attempt(sizes, opened)) == captured.operations
 
 
 def _captured_as_given(
