@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .containers import copied
 from .refusal import Refused
 from .signature import forward_signature
 from .untouched import unchanged
@@ -16,7 +16,7 @@ from .untouched import unchanged
 
 def must_run(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     """Raise Refused with the model's own error where it does not run on the example inputs."""
-    given, named = copy.deepcopy((tuple(args), dict(kwargs)))  # a model may write to them
+    given, named = copied((tuple(args), dict(kwargs)))  # a model may write to them
     try:
         with torch.no_grad(), unchanged(model), torch.random.fork_rng(devices=[]):
             model(*given, **named)

@@ -384,6 +384,43 @@ def test_a_table_that_a_forward_makes_longer(first: int) -> None:
         torch.testing.assert_close(fast(x), copy.deepcopy(model)(x))
 
 
+class Switches(nn.Module):
+    """Attention that a first short call makes another one, for good."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sparse = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] <= 6:
+            self.sparse = False
+        s = x @ x.mT
+        if self.sparse:
+            s = s.masked_fill(torch.ones(x.shape[1], x.shape[1]).tril() == 0, -math.inf)
+        return s.softmax(-1) @ x
+
+
+@pytest.mark.parametrize("measure", [False, True])
+def test_what_a_call_changes_on_its_model_is_put_back(measure: bool) -> None:
+    model, long = nn.Sequential(Switches()).eval(), torch.randn(2, 9, 4)
+    fast = reattend.optimize(model, "exact", torch.randn(2, 5, 4), measure=measure)
+    assert model[0].sparse and fast[0].sparse
+    torch.testing.assert_close(fast(long), copy.deepcopy(model)(long))
+
+
+def test_a_call_with_gradients_at_other_sizes() -> None:
+    class Fixed(nn.Module):
+        """Each length has a graph of its own."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x @ x.mT * math.log(x.shape[1] + 1)).softmax(-1) @ x
+
+    fast = reattend.optimize(Fixed(), "exact", torch.randn(2, 5, 4), measure=False)
+    weight = torch.randn(4, 4, requires_grad=True)
+    fast(torch.randn(2, 7, 4) @ weight).sum().backward()
+    assert weight.grad is not None
+
+
 def test_a_graph_that_fails_where_the_model_runs_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = Turned(), torch.randn(2, 5, 4)
     places = torch.arange(5).expand(2, 5)
