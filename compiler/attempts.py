@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 from contextvars import ContextVar
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from .containers import Leaf
+from .containers import Leaf, copied
 from .refusal import Refused
 from .signature import Call
 from .untouched import unchanged
@@ -55,7 +54,7 @@ def _as_given(model: nn.Module, call: Call) -> tuple[Tensor, ...]:
 
 
 def _after_one_run(model: nn.Module, call: Call) -> tuple[Leaf, ...]:
-    args, kwargs = copy.deepcopy((call.args, dict(call.kwargs)))
+    args, kwargs = copied((call.args, dict(call.kwargs)))
     with torch.no_grad(), unchanged(model):
         model(*args, **kwargs)
     after = Call.of(call.signature, args, kwargs)

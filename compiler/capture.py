@@ -22,7 +22,7 @@ from .graph_state import graph_from, state_of
 from .inside import inside
 from .leaves import plain_calls, stamp_leaves
 from .padding import KEPT, keeps_padding, packing, zeros_at_padding
-from .plain_graph import operations, plain, written
+from .plain_graph import operations, plain, without_growth, written
 from .ranges import Sizes, Symbol
 from .refusal import Refused, Uncapturable
 from .regions import open_regions
@@ -197,6 +197,7 @@ def export(model: nn.Module, call: Call, attempt: Attempt) -> Captured:
     finally:
         torch.set_grad_enabled(grad)
     graph = plain(program, model, [leaf.path for leaf in call.leaves])
+    grown = without_growth(graph)
     open_regions(graph)
     stamp_leaves(graph, leaves)
     return Captured(
@@ -208,7 +209,10 @@ def export(model: nn.Module, call: Call, attempt: Attempt) -> Captured:
         dims=_sizes(graph, program, call),
         writes=written(graph),
         operations=operations(graph),
-        notes=tuple(f"{name} is not set by the captured forward" for name in sorted(seen.forgotten)),
+        notes=(
+            *(f"{name} is not set by the captured forward" for name in sorted(seen.forgotten)),
+            *(f"{name} is not kept as large as a call makes it: every such call makes it anew" for name in grown),
+        ),
     )
 
 

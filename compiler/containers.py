@@ -6,6 +6,7 @@ a constant. A cache that is still empty has the layout of a filled one, its tens
 
 from __future__ import annotations
 
+import copy
 import enum
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
@@ -69,6 +70,12 @@ def take_apart(value: Any, path: str, known: Mapping[int, str] | None = None) ->
     """The tensors of a value in order, and its layout; `known` objects (by id) are named instead of taken apart."""
     leaves: list[Leaf] = []
     return leaves, _apart(value, path, leaves, known or {})
+
+
+def copied(value: Any) -> Any:
+    """A deep copy; tensors that torch would not copy, since gradients reach them, without their history."""
+    held = (leaf.tensor for leaf in take_apart(value, "")[0] if isinstance(leaf.tensor, Tensor))
+    return copy.deepcopy(value, {id(t): t.detach().clone() for t in held if not t.is_leaf})
 
 
 def _apart(value: Any, path: str, leaves: list[Leaf], known: Mapping[int, str]) -> Layout:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .containers import take_apart
 from .refusal import Refused
 from .signature import forward_signature
 from .untouched import unchanged
@@ -59,17 +60,30 @@ def example_inputs(model: nn.Module) -> tuple[tuple[Any, ...], dict[str, Any]]:
         given = ", ".join(f"{n} {tuple(v.shape)}" for n, v in kwargs.items() if isinstance(v, Tensor))
         try:
             with torch.no_grad(), unchanged(model), torch.random.fork_rng(devices=[]):
-                model(**kwargs)
+                answer = model(**kwargs)
         except Exception as error:
             tried.append(f"{given} ({type(error).__name__})")
             continue
-        return (), kwargs
+        return (), kwargs if _known(answer) or not _takes_cache(model) else kwargs | {"use_cache": False}
     found = f"tried {'; '.join(tried[:3])}" if tried else "nothing in its signature or config says what it takes"
     fits = (
         f"pass example_inputs=(positional,), {{keyword: ...}} or both for forward{forward_signature(model)}; a factory"
     )
     fits += " of py:module:factory gives them as a pair (model, inputs)"
     raise Refused(found, where=type(model).__name__, fits=fits)
+
+
+def _known(answer: Any) -> bool:
+    """Whether it is made of what graphs give: a cache of states that are no keys and values is not."""
+    try:
+        take_apart(answer, "")
+    except Refused:
+        return False
+    return True
+
+
+def _takes_cache(model: nn.Module) -> bool:
+    return "use_cache" in forward_signature(model).parameters
 
 
 def _guesses(model: nn.Module) -> Iterator[dict[str, Any]]:
@@ -111,7 +125,8 @@ def _text(g: Guess) -> dict[str, Any]:
     vocabulary = g.value("vocab_size")
     if "input_ids" not in g.arguments or not isinstance(vocabulary, int):
         return {}
-    length = min(LENGTH, g.value("max_position_embeddings", "n_positions") or LENGTH)
+    known = g.value("max_position_embeddings", "n_positions")
+    length = min(LENGTH, known) if isinstance(known, int) and known > 0 else LENGTH  # xlnet says -1: any
     given: dict[str, Any] = {"input_ids": g.tokens(length, vocabulary)}
     if g.value("is_encoder_decoder"):
         given["decoder_input_ids"] = g.tokens(max(length - 4, 2), vocabulary)

@@ -11,6 +11,7 @@ from .capture import Captured
 from .containers import take_apart
 from .padding import KEPT
 from .signature import Call
+from .untouched import unchanged
 from .verification import EXACT_OWN, Deviation, compare
 
 
@@ -44,7 +45,7 @@ def too_far(deviation: Deviation, model: nn.Module) -> str:
 
 
 def _answer(model: nn.Module, call: Call, grad: bool) -> list[Any]:
-    with torch.set_grad_enabled(grad):
+    with torch.set_grad_enabled(grad), unchanged(model):
         answer = model(*call.args, **dict(call.kwargs))
     return [leaf.tensor for leaf in take_apart(answer, "")[0]]
 

@@ -1,7 +1,7 @@
 """generate() of a hosted model, with the caches that graphs take.
 
 A cache of fixed size, which only spares a compiler work, becomes one that grows; where layers keep a state of another
-kind than keys and values, no cache is used.
+kind than keys and values, or a model takes no cache, none is used.
 """
 
 from __future__ import annotations
@@ -11,7 +11,10 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from .signature import forward_signature
+
 log = logging.getLogger("reattend")
+CACHES = ("past_key_values", "cache_params", "state")  # what forwards call it
 GROWING = ("dynamic", "dynamic_full", "offloaded", "quantized", "paged")
 
 
@@ -24,6 +27,10 @@ def generating(made_from: Any) -> Callable[..., Any]:
         if asked is not None and asked not in GROWING:
             log.warning("cache_implementation=%r: a DynamicCache instead, with the same tokens; graphs grow it", asked)
             kwargs = kwargs | {"cache_implementation": "dynamic"}
+        if not any(name in forward_signature(self).parameters for name in CACHES):
+            kwargs = kwargs | {
+                "use_cache": False
+            }  # the model reads none: generate would hand one over that stays empty
         state = _other_state(self) if kwargs.get("past_key_values") is None and kwargs.get("use_cache", True) else ""
         if state:
             log.warning("use_cache=False: graphs take no %s; the same tokens, each from all before it", state)

@@ -25,7 +25,7 @@ from .plain_graph import CONSTANTS
 from .refusal import Refused, Uncapturable
 from .ringed import as_captured
 from .signature import Call, SignatureKey, forward_signature
-from .trial import must_run
+from .trial import graph_alone_fails, must_run
 from .turns import TURNS
 
 log = logging.getLogger("reattend")
@@ -247,8 +247,17 @@ def _empty_hosted(made_from: type) -> Any:
 def _run(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if torch.compiler.is_dynamo_compiling():  # is_compiling() also holds while another thread exports
         return _call(model, args, kwargs)
-    with TURNS.beside():
-        return _call(model, args, kwargs)
+    try:
+        with TURNS.beside():
+            return _call(model, args, kwargs)
+    except (Refused, torch.OutOfMemoryError):
+        raise
+    except (RuntimeError, IndexError, TypeError, ValueError) as error:
+        with TURNS.alone():
+            said = graph_alone_fails(original(model), args, kwargs, error)
+        if said is None:
+            raise
+        raise said from error
 
 
 def _call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

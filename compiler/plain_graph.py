@@ -134,6 +134,22 @@ def written(module: fx.GraphModule) -> tuple[str, ...]:
     return tuple(found)
 
 
+def without_growth(module: fx.GraphModule) -> tuple[str, ...]:
+    """Takes away writes of buffers that a call makes larger (tables of positions): each such call makes its own."""
+    found = []
+    for node in module.graph.find_nodes(op="call_function", target=torch.ops.aten.copy_.default):
+        kept, made = node.args[:2]
+        if kept.op == "get_attr" and not node.users and not _fits_into(made.meta["val"], kept.meta["val"]):
+            found.append(str(kept.target))
+            module.graph.erase_node(node)
+    return tuple(found)
+
+
+def _fits_into(value: Any, buffer: Any) -> bool:
+    sizes = [(str(a), str(b)) for a, b in zip(value.shape[::-1], buffer.shape[::-1])]
+    return value.ndim <= buffer.ndim and all(a in ("1", b) for a, b in sizes)
+
+
 def operations(module: fx.GraphModule) -> tuple[str, ...]:
     """What is computed where, reshaping aside: equal for two traces where the model took the same branches."""
     found = []

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from .containers import is_cache
+from .untouched import unchanged
 
 TIE = 0.97  # of the original's speed: a rewrite counts as slower where the whole interval lies below
 RUNS, SECONDS = 15, 4.0  # interleaved pairs at most, as long as they stay within the time
@@ -123,6 +124,6 @@ def timed(
     values = (*args, *kwargs.values())
     if any(is_cache(v) for v in values):
         return None
-    with torch.no_grad():
+    with torch.no_grad(), unchanged(original):
         took = interleave(lambda: original(*args, **kwargs), lambda: fast(*args, **kwargs), runs=runs, seconds=seconds)
     return timing_of(took, " ".join(str(tuple(v.shape)) for v in values if isinstance(v, Tensor)))

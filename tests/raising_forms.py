@@ -90,6 +90,11 @@ def stable(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (e / e.sum(-1, keepdim=True)) @ v
 
 
+def stable_in_a_smaller_range(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = q @ k.mT * SCALE / 32
+    return ((s - s.amax(-1)[..., None]) * 32).softmax(-1) @ v
+
+
 def unnormalised_first(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     e = torch.exp((q @ k.mT) * SCALE)
     return torch.einsum("bhij,bhje->bhie", e * e.sum(-1, keepdim=True).reciprocal(), v)
@@ -306,6 +311,7 @@ SPELLINGS = [
         inputs=tokens_first,
     ),
     Spelling("stable by hand", stable),
+    Spelling("stable in a smaller range", stable_in_a_smaller_range),
     Spelling("times the reciprocal", unnormalised_first),
     Spelling("sum clamped below one", clamped_sum),
     Spelling("exp of log_softmax", lambda q, k, v: F.log_softmax(q @ k.mT * SCALE, -1).exp() @ v),

@@ -9,6 +9,7 @@ import torch
 import transformers as hf
 from torch import nn
 
+import reattend
 from reattend.compiler.capture import Captured, capture
 from reattend.compiler.hosted import host
 from reattend.compiler.refusal import Refused
@@ -181,3 +182,25 @@ def test_an_empty_cache_of_sliding_windows_keeps_everything() -> None:
     forgetful = model(x, use_cache=True).past_key_values
     with pytest.raises(Refused, match=r"sliding window: past_key_values=DynamicCache\(\)"):
         fast(x[:, :1], past_key_values=forgetful)
+
+
+def test_such_a_model_is_optimized_without_inputs() -> None:
+    model, x = hybrid(), torch.randint(1, 60, (2, 5))
+    fast = reattend.optimize(model, "exact", measure=False)
+    assert len(fast.sites) == 1 and len(fast.signatures) == 1
+    with torch.no_grad():
+        torch.testing.assert_close(fast(x, use_cache=False).logits, model(x, use_cache=False).logits)
+
+
+def test_a_model_that_takes_no_cache_generates_without_one() -> None:
+    torch.manual_seed(0)
+    model = hf.OpenAIGPTLMHeadModel(hf.OpenAIGPTConfig(n_embd=32, n_layer=1, n_head=2, vocab_size=60)).eval()
+    fast, x = reattend.optimize(model, "exact", measure=False), torch.randint(1, 60, (2, 5))
+    options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": 0}
+    assert torch.equal(fast.generate(x, **options), model.generate(x, **options))
+
+
+def test_a_config_without_a_longest_length_says_minus_one() -> None:
+    config = hf.XLNetConfig(d_model=32, n_layer=1, n_head=2, d_inner=32, vocab_size=60)
+    fast = reattend.optimize(hf.XLNetLMHeadModel(config).eval(), "exact", measure=False)
+    assert len(fast.sites) == 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import threading
 from typing import Any
@@ -354,3 +355,82 @@ def test_keys_and_values_kept_by_hand_may_grow(axis: int) -> None:
         (wanted, past), (found, ours) = model(x, past), fast(x, ours)
         torch.testing.assert_close(found, wanted)
     assert len(fast.signatures) == 2
+
+
+class Turned(nn.Module):
+    """Attention over rows that are turned by a table of angles, made longer where it is too short."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.register_buffer("table", torch.arange(8.0)[:, None] / 7, persistent=False)
+
+    def forward(self, x: Tensor, places: Tensor | None = None) -> Tensor:
+        if x.shape[1] > self.table.shape[0]:
+            self.register_buffer("table", torch.arange(2.0 * x.shape[1])[:, None] / 7, persistent=False)
+        x = self.linear(x)
+        angles = self.table[: x.shape[1]] if places is None else self.table[places]
+        x = torch.cat([x[..., :2] * angles.cos() - x[..., 2:] * angles.sin(), x[..., 2:]], -1)
+        return (x @ x.mT).softmax(-1) @ x
+
+
+@pytest.mark.parametrize("first", [5, 13])
+def test_a_table_that_a_forward_makes_longer(first: int) -> None:
+    model, x = Turned(), torch.randn(2, first, 4)
+    fast = reattend.optimize(model, "exact", x, measure=False)
+    assert model.table.shape[0] == 8  # type: ignore[union-attr]
+    for length in (5, 8, 9, 30, 13, 3):
+        x = torch.randn(2, length, 4)
+        torch.testing.assert_close(fast(x), copy.deepcopy(model)(x))
+
+
+class Switches(nn.Module):
+    """Attention that a first short call makes another one, for good."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sparse = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1] <= 6:
+            self.sparse = False
+        s = x @ x.mT
+        if self.sparse:
+            s = s.masked_fill(torch.ones(x.shape[1], x.shape[1]).tril() == 0, -math.inf)
+        return s.softmax(-1) @ x
+
+
+@pytest.mark.parametrize("measure", [False, True])
+def test_what_a_call_changes_on_its_model_is_put_back(measure: bool) -> None:
+    model, long = nn.Sequential(Switches()).eval(), torch.randn(2, 9, 4)
+    fast = reattend.optimize(model, "exact", torch.randn(2, 5, 4), measure=measure)
+    assert model[0].sparse and fast[0].sparse
+    torch.testing.assert_close(fast(long), copy.deepcopy(model)(long))
+
+
+def test_a_call_with_gradients_at_other_sizes() -> None:
+    class Fixed(nn.Module):
+        """Each length has a graph of its own."""
+
+        def forward(self, x: Tensor) -> Tensor:
+            return (x @ x.mT * math.log(x.shape[1] + 1)).softmax(-1) @ x
+
+    fast = reattend.optimize(Fixed(), "exact", torch.randn(2, 5, 4), measure=False)
+    weight = torch.randn(4, 4, requires_grad=True)
+    fast(torch.randn(2, 7, 4) @ weight).sum().backward()
+    assert weight.grad is not None
+
+
+def test_a_graph_that_fails_where_the_model_runs_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = Turned(), torch.randn(2, 5, 4)
+    places = torch.arange(5).expand(2, 5)
+    fast = reattend.optimize(model, "exact", (x, places), measure=False)
+    with pytest.raises(IndexError, match="out of bounds"):  # the model's own
+        fast(x, places + 6)
+
+    def broken(*_: Any) -> Any:
+        raise IndexError("no such row")
+
+    monkeypatch.setattr("reattend.compiler.hosted.run_graph", broken)
+    said = refusal(lambda: fast(x, places))
+    assert "its graph fails on float32[2, 5, 4], int64[2, 5]: IndexError: no such row; the model itself runs" in said

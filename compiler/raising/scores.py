@@ -70,11 +70,16 @@ def read_scores(softmax: Softmax) -> Scores:
     columns = groups[softmax.dim] or (Axis(1),)
     groups = shape = tuple(columns if d == softmax.dim else g for d, g in enumerate(groups))
     inside, sink, sink_at = set(softmax.inside), _in_the_sum(softmax, reader), None
+    factors: list[tuple[str, float]] = []
     while True:
-        shift = (
-            shift_of(node, softmax.dim) if sink_at is None else None
-        )  # behind a sink's column it would move the sink
-        if shift is not None:
+        # behind a sink's column a shift would move the sink
+        shift = shift_of(node, softmax.dim) if sink_at is None else None
+        factor = _over_a_shift(node, softmax.dim) if sink_at is None else None
+        if factor is not None:
+            factors.append(factor)
+            inside.add(node)
+            node = node.args[0]  # type: ignore[assignment]
+        elif shift is not None:
             node, inside = shift.scores, inside | shift.inside
         elif op_name(node) in CASTS | KEEPING:
             inside.add(node)
@@ -97,12 +102,24 @@ def read_scores(softmax: Softmax) -> Scores:
     value = reader.read(node, groups)
     if value is None:
         raise Unraised(node, _what_instead(node))
+    for kind, number in reversed(factors):
+        value = value.moved(lambda e, kind=kind, number=number: build(kind, e, number))  # type: ignore[misc]
     if softmax.factor != 1:
         value = value.moved(lambda e: build("mul", e, softmax.factor))
     for mask, sense in softmax.kept:
         found = reader.leaf(mask, aligned(tensor_of(mask), groups))
         value = reader.masked(value, found if sense else ~found, const(-math.inf))
     return reader.scores(value, columns, shape, frozenset(inside), sink, sink_at)
+
+
+def _over_a_shift(node: fx.Node, dim: int) -> tuple[str, float] | None:
+    """A positive factor on shifted scores, (x - max) * 32: it shifts by another constant along the softmax."""
+    if op_name(node) not in ("mul", "div") or not isinstance(node.args[0], fx.Node) or node.kwargs:
+        return None
+    number = constant(node.args[1])
+    if number is None or number <= 0 or shift_of(node.args[0], dim) is None:
+        return None
+    return BINARY[op_name(node)], number
 
 
 def _in_the_sum(softmax: Softmax, reader: _Reader) -> Expr | None:
