@@ -31,16 +31,20 @@ class Standing:
     tables: tuple[Tensor, ...] = ()
     own: Mapping[str, Tensor] = field(default_factory=dict)
 
-    def values(self, q: Tensor, k: Tensor, v: Tensor, tables: Sequence[Tensor]) -> dict[str, Tensor]:
+    def values(
+        self, q: Tensor, k: Tensor, v: Tensor, tables: Sequence[Tensor], ports: Mapping[str, Tensor] = {}
+    ) -> dict[str, Tensor]:
         named = {f"table_{n}": t for n, t in enumerate(tables)} | {f"param_{n}": t for n, t in self.own.items()}
-        return {"q": q, "k": k, "v": v, **named}
+        return {"q": q, "k": k, "v": v, **ports, **named}
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, spec: AttendSpec, tables: Sequence[Tensor]) -> Tensor:
-        return forward(self.mechanism, Setting(self.site, spec), self.values(q, k, v, tables))[0]
+    def forward(
+        self, q: Tensor, k: Tensor, v: Tensor, spec: AttendSpec, tables: Sequence[Tensor], ports: Mapping[str, Tensor]
+    ) -> Tensor:
+        return forward(self.mechanism, Setting(self.site, spec), self.values(q, k, v, tables, ports))[0]
 
-    def whole(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def whole(self, q: Tensor, k: Tensor, v: Tensor, ports: Mapping[str, Tensor] = {}) -> Tensor:
         """The forward over a whole sequence, positions counted from its start."""
-        return self.forward(q, k, v, self.spec, self.tables)
+        return self.forward(q, k, v, self.spec, self.tables, ports)
 
     def moved(self, queries: Tensor, keys: Tensor) -> tuple[AttendSpec, tuple[Tensor, ...]]:
         """The same attention where queries and keys stand at given positions."""
@@ -87,13 +91,14 @@ class KeptKeys:
 
     bound: Reach
     free: bool  # only i - j counts: rows that end where the queries end need no positions
+    ports: tuple[str, ...] = ()  # what else the forward is given of the new tokens
 
     def run(self, at: Standing, state: State, seen: int, *rows: Tensor, **ports: Tensor) -> tuple[Tensor, State]:
-        q, k, v = _only(rows, ports, at)
+        q, k, v = _asked(rows, ports, self.ports, at)
         new = k.shape[2]
         if state:
             k, v = torch.cat((state["k"], k), 2), torch.cat((state["v"], v), 2)
-        o = at.forward(q, k, v, *self._placed(at, seen, new, k))
+        o = at.forward(q, k, v, *self._placed(at, seen, new, k), ports)
         kept = kept_keys(k.shape[2], self.bound, k.device)
         if kept is not None and len(kept) < k.shape[2]:
             k, v = k.index_select(2, kept), v.index_select(2, kept)
@@ -115,12 +120,13 @@ class ScanState:
     graph: fx.GraphModule
     inputs: tuple[str, ...]
     size: tuple[int, ...]  # (H, D, Dv) as the scan sees them: features may be wider than the keys they are made of
+    ports: tuple[str, ...] = ()
 
     def run(self, at: Standing, state: State, seen: int, *rows: Tensor, **ports: Tensor) -> tuple[Tensor, State]:
-        q, k, v = _only(rows, ports, at)
+        q, k, v = _asked(rows, ports, self.ports, at)
         start = state["state"] if state else self._empty(q)
         places = torch.arange(seen, seen + k.shape[2], device=k.device)
-        values = at.values(q, k, v, at.moved(places, places)[1])
+        values = at.values(q, k, v, at.moved(places, places)[1], ports)
         o, after = self.graph(*(values[n] for n in self.inputs), start)
         return o, {"state": after}
 
@@ -137,17 +143,23 @@ class OwnWay:
 
     def run(self, at: Standing, state: State, seen: int, *rows: Tensor, **ports: Tensor) -> tuple[Tensor, State]:
         how: Any = at.mechanism
-        before = state if seen else how.state(at.site, rows[0])
+        before = state if seen else self.empty(at, rows[0])
         step = how.step if seen else how.prefill
         o, after = step(at.site, Tensors(at.own), before, *rows, **ports)
         return o, after
+
+    def empty(self, at: Standing, q: Tensor) -> State:
+        how: Any = at.mechanism
+        made: State = how.state(at.site, q)
+        return made
 
 
 def decodes_by_itself(mechanism: Mechanism) -> bool:
     return all(hasattr(mechanism, name) for name in OWN)
 
 
-def _only(rows: Sequence[Tensor], ports: Mapping[str, Tensor], at: Standing) -> Sequence[Tensor]:
-    if ports:
-        raise Refused(f"port {', '.join(ports)}", where=f"{at.site.path}: decode", fits="q, k and v alone")
+def _asked(rows: Sequence[Tensor], ports: Mapping[str, Tensor], asked: Sequence[str], at: Standing) -> Sequence[Tensor]:
+    if set(ports) != set(asked):
+        found = f"ports {', '.join(ports) or 'none'} beside q, k and v"
+        raise Refused(found, where=f"{at.site.path}: decode", fits=", ".join(asked) or "q, k and v alone")
     return rows

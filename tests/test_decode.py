@@ -18,10 +18,10 @@ from reattend.compiler.decode import Decoder
 from reattend.compiler.decode_ways import KeptKeys
 from reattend.compiler.live import KEPT
 from reattend.compiler.mechanism import Mechanism, Param, mechanism
-from reattend.compiler.place import started
+from reattend.compiler.place import stand, started
 from reattend.compiler.primitives.attend_spec import AttendSpec
 from reattend.compiler.primitives.scan import scan
-from reattend.compiler.problem import problem
+from reattend.compiler.problem import hidden, problem
 from reattend.compiler.reach import Reach, kept_keys, key_positions, moves_freely, reach
 from reattend.compiler.site import Site
 
@@ -279,3 +279,104 @@ def test_queries_without_their_keys_are_refused() -> None:
     q, k, v = problem(3, 4, kv_heads=2)
     with pytest.raises(Refused, match="3 queries, 4 keys"):
         Decoder(mechanism("softmax"), SITE).step(q, k, v)
+
+
+@pytest.mark.parametrize(
+    ("slug", "knobs", "port"),
+    [
+        ("lightning", {"act": "silu_qkv", "norm": "layernorm", "gate": "sigmoid", "gate_rank": 2}, "x"),
+        ("lightning", {"act": "silu_qk", "norm": "simple_rmsnorm", "gate": "linear", "lrpe": True}, "gate"),
+        ("based", {"feature_dim": 3}, "x"),
+    ],
+    ids=str,
+)
+def test_what_a_forward_reads_of_a_token_is_given_with_it(slug: str, knobs: dict[str, Any], port: str) -> None:
+    """A gate made of the hidden state needs that of the new tokens, and no more."""
+    q, k, v = problem(11)
+    rows = {"x": hidden(11), "gate": problem(11, seed=5)[0]}[port]
+    chosen = mechanism(slug, **knobs)
+    site = stand(q, k, v, ports={port: rows}, causal=True).site
+    draw = torch.Generator().manual_seed(1)
+    own = {name: 0.5 * torch.randn(d.shape, generator=draw) for name, d in chosen.params(site).items()}
+    whole = attention(q, k, v, chosen, causal=True, params=own, ports={port: rows})
+    decoder, got = Decoder(chosen, site, params=own), []
+    for first, last in ((0, 4), (4, 5), (5, 6), (6, 9), (9, 11)):
+        here = {port: rows.narrow(rows.ndim - 2, first, last - first)}
+        call = decoder.step if first else decoder.prefill
+        got.append(call(*(t[:, :, first:last] for t in (q, k, v)), **here))
+    assert (torch.cat(got, 2) - whole).abs().max() <= 1e-5
+    assert set(decoder.state) == {"state"}
+    with pytest.raises(Refused, match=port):
+        decoder.step(*(t[:, :, :1] for t in (q, k, v)))
+
+
+def _rat_state(n: int) -> dict[str, tuple[int, ...]]:
+    return {"k": (2, 4, n // 3, 8), "v": (2, 4, n // 3, 8), "pair": (2, 4, 1, 16)}
+
+
+def _cca_state(n: int) -> dict[str, tuple[int, ...]]:
+    groups = max(0, (n - 3) // 2)
+    return {"core_k": (2, 4, groups, 8), "core_v": (2, 4, groups, 8), "k": (2, 2, n - 2 * groups, 8)}
+
+
+def _combiner_state(n: int) -> dict[str, tuple[int, ...]]:
+    return {"span_k": (2, 4, n // 3, 8), "span_v": (2, 4, n // 3, 8), "k": (2, 4, n % 3, 8), "v": (2, 4, n % 3, 8)}
+
+
+def _duo_state(n: int) -> dict[str, tuple[int, ...]]:
+    return {"full_k": (2, 1, n, 8), "full_v": (2, 1, n, 8), "near_k": (2, 1, 4, 8), "near_v": (2, 1, 4, 8)}
+
+
+@pytest.mark.parametrize("cuts", [(1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12), (5, 6, 10), (2, 11), (8, 9)])
+@pytest.mark.parametrize(
+    ("slug", "knobs", "state"),
+    [
+        ("rat", {"chunk_size": 3}, _rat_state),
+        ("rat", {"chunk_size": 3, "rope_base": 0.0}, _rat_state),
+        ("cca", {"group_size": 2, "window_size": 3}, _cca_state),
+        ("cca", {"group_size": 2, "window_size": 3, "pool_func": "max"}, _cca_state),
+        ("combiner", {"seg_len": 3}, _combiner_state),
+        ("combiner", {"seg_len": 3, "summary_pool": "deepset-mean"}, _combiner_state),
+        ("duo", {"sink_size": 1, "recent_size": 3, "threshold": 0.5}, _duo_state),
+        ("duo", {"sink_size": 1, "recent_size": 3}, None),
+    ],
+    ids=str,
+)
+def test_what_keeps_more_than_keys_or_a_scan_decodes_too(
+    slug: str, knobs: dict[str, Any], state: Any, cuts: Any
+) -> None:
+    """Summaries of closed chunks, groups and rows beside the open one; full heads beside streaming ones."""
+    q, k, v = problem(13, kv_heads=2)
+    ports = {"g": problem(13, seed=5)[0], "z": problem(13, seed=6)[0]} if slug == "rat" else {}
+    chosen = mechanism(slug, **knobs)
+    site = stand(q, k, v, ports=ports, causal=True).site
+    draw = torch.Generator().manual_seed(1)
+    own = {name: torch.randn(d.shape, generator=draw) for name, d in chosen.params(site).items()}
+    if slug == "duo":
+        own = {"gate": torch.tensor([0.9, 0.1])}
+    whole = attention(q, k, v, chosen, causal=True, params=own, ports=ports)
+    decoder, got = Decoder(chosen, site, params=own), []
+    for first, last in pairwise([0, *cuts, 13]):
+        here = {port: t[:, :, first:last] for port, t in ports.items()}
+        call = decoder.step if first else decoder.prefill
+        got.append(call(*(t[:, :, first:last] for t in (q, k, v)), **here))
+    assert (torch.cat(got, 2) - whole).abs().max() <= 1e-5
+    for name, shape in (state(13) if state else {}).items():
+        assert tuple(decoder.state[name].shape) == shape, name
+
+
+def test_a_prompt_may_be_seen_whole_by_streaming_heads() -> None:
+    q, k, v = problem(13, kv_heads=2)
+    own, knobs = {"gate": torch.tensor([0.0, 1.0])}, {"sink_size": 1, "recent_size": 3, "threshold": 0.5}
+    decoder = Decoder(mechanism("duo", prefill="full", **knobs), SITE, params=own)
+    prompt = decoder.prefill(*(t[:, :, :9] for t in (q, k, v)))
+    assert torch.allclose(prompt, attention(*(t[:, :, :9] for t in (q, k, v)), "softmax", causal=True), atol=1e-5)
+    rest = decoder.step(*(t[:, :, 9:] for t in (q, k, v)))
+    assert torch.allclose(rest, attention(q, k, v, "duo", causal=True, params=own, **knobs)[:, :, 9:], atol=1e-5)
+    assert decoder.state["near_at"].tolist() == [0, 10, 11, 12]
+
+
+def test_a_mixture_of_rows_and_columns_does_not_decode() -> None:
+    q, k, v = problem(3, kv_heads=2)
+    with pytest.raises(Refused, match="variant='fixed'"):
+        Decoder(mechanism("combiner", variant="logsparse"), SITE).prefill(q, k, v)

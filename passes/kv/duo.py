@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,7 @@ from ...compiler.site import Site
 from ...compiler.starts import constant
 from ...compiler.symbols import table
 
+State = Mapping[str, Tensor]
 TIE = 1e-6  # noise under which equal gates are told apart
 
 
@@ -40,6 +41,10 @@ class Duo(Mechanism):
     >>> bool((o - torch.cat((full[:, :2], stream[:, 2:]), 1)).abs().max() < 1e-6)
     True
 
+    prompt (the paper's word: prefill): with "full", what one call is given is a prompt, which every head sees whole, as
+    in the paper's deployment, and only what comes behind it is streamed. A Decoder keeps all keys of the heads that are
+    whole, if in part, and of the others the sink_size first and the recent_size latest.
+
     gate (Hkv,) starts at 1: the model itself. While gates train both streams here are the student's own; the reference
     takes the full one from the teacher's pass over the same tokens.
     """
@@ -48,11 +53,13 @@ class Duo(Mechanism):
     recent_size: int = 256
     reg_weight: float = 0.05
     threshold: float | None = None
+    prompt: Literal["streaming", "full"] = "streaming"
 
     part = "core"
     kind = "approximate"
     honours = KEPT
     paper = "arXiv 2410.10819"
+    also = {"prefill": "prompt"}
     tries = ({"sink_size": 1, "recent_size": 3}, {"sink_size": 0, "recent_size": 2})
 
     def __post_init__(self) -> None:
@@ -70,6 +77,8 @@ class Duo(Mechanism):
         return (i - j < self.recent_size) | (j < self.sink_size)
 
     def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Any:  # type: ignore[override]
+        if self.prompt == "full":
+            return attend(q, k, v, site=site), Aux(losses={"gates": self.reg_weight * p.gate.abs().mean()})
         gate = p.gate.clamp(0, 1).repeat_interleave(q.shape[1] // k.shape[1])
         if self.threshold is not None:
             whole = table(gate >= self.threshold)
@@ -77,6 +86,52 @@ class Duo(Mechanism):
         full, stream = attend(q, k, v, site=site), attend(q, k, v, keep=self.near, site=site)
         a = gate[:, None, None].to(full.dtype)
         return a * full + (1 - a) * stream, Aux(losses={"gates": self.reg_weight * p.gate.abs().mean()})
+
+    def state(self, site: Any, q: Tensor) -> State:
+        return {"seen": torch.zeros((), dtype=torch.long)}
+
+    def prefill(self, site: Any, p: Any, state: State, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, State]:
+        return self._carried(site, p, state, q, k, v, whole=self.prompt == "full")
+
+    def step(self, site: Any, p: Any, state: State, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, State]:
+        return self._carried(site, p, state, q, k, v, whole=False)
+
+    def _carried(
+        self, site: Any, p: Any, state: State, q: Tensor, k: Tensor, v: Tensor, *, whole: bool
+    ) -> tuple[Tensor, State]:
+        """Key heads that are whole, if in part, keep all keys; the others their sinks and the latest ones."""
+        seen, total, group = int(state["seen"]), int(state["seen"]) + q.shape[2], q.shape[1] // k.shape[1]
+        gate = p.gate.clamp(0, 1) if self.threshold is None else (p.gate.clamp(0, 1) >= self.threshold).to(q.dtype)
+        parts, order, after = [], [], {"seen": torch.tensor(total)}
+        for name, heads in (("full", (gate > 0).nonzero()[:, 0]), ("near", (gate == 0).nonzero()[:, 0])):
+            own = (heads[:, None] * group + torch.arange(group, device=q.device)).flatten()
+            new = {"k": k[:, heads], "v": v[:, heads], "at": torch.arange(seen, total, device=q.device)}
+            held = {
+                n: torch.cat((state[f"{name}_{n}"], t), -2 if n != "at" else 0) if seen else t for n, t in new.items()
+            }
+            if len(heads):
+                a = gate[heads].repeat_interleave(group)[:, None, None].to(q.dtype)
+                parts.append(self._mixed(site.scale, q[:, own], held, a, seen, whole=whole))
+                order.append(own)
+            left = held["at"] >= (0 if name == "full" else total - self.recent_size)
+            left = (left | (held["at"] < self.sink_size)).nonzero()[:, 0]
+            after |= {f"{name}_{n}": t.index_select(2 if n != "at" else 0, left) for n, t in held.items()}
+        return torch.cat(parts, 1).index_select(1, torch.cat(order).argsort()), after
+
+    def _mixed(
+        self, scale: float, q: Tensor, held: Mapping[str, Tensor], a: Tensor, seen: int, *, whole: bool
+    ) -> Tensor:
+        """Rows from `seen` on over keys that stand at held["at"]."""
+        at = table(held["at"])
+
+        def causal(i: Any, j: Any) -> Any:
+            return at[j] <= i + seen
+
+        full: Tensor = attend(q, held["k"], held["v"], scale=scale, keep=causal)
+        if whole or bool((a == 1).all()):
+            return full
+        near = lambda i, j: causal(i, j) & self.near(i + seen, at[j])
+        return a * full + (1 - a) * attend(q, held["k"], held["v"], scale=scale, keep=near)
 
     def limits(self) -> Iterable[Limit]:
         q, k, v = problem(9)

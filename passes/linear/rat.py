@@ -22,6 +22,8 @@ from ...compiler.refusal import Refused
 from ...compiler.site import Site
 from ...compiler.starts import constant
 
+State = Mapping[str, Tensor]
+
 
 @register("rat")
 @dataclass(frozen=True)
@@ -41,8 +43,8 @@ class RAT(Mechanism):
     Ports g and z (B, H, N, D) are the paper's projections; without them g_proj, z_proj (H * D, C) and z_bias make them
     from x. gate_bias starts at -6 and z_bias at 4, which carries little on and lets all through: softmax over every
     chunk_size-th key, the closest there is (from scratch gate_bias is log u, u uniform in 1 .. chunk_size - 1).
-    q and k may have fewer heads than v, the paper's ngroups: head h has those of group h % ngroups. Where k and v alone
-    have fewer, as in a llama, each serves the run of heads that it served.
+    q and k may have fewer heads than v, the paper's ngroups, which q itself says here: head h has those of group h %
+    ngroups. Where k and v alone have fewer, as in a llama, each serves the run of heads that it served.
     rope_base: q and k~ are rotated by the number of their chunk; the site's own rotation is taken off where it is
     known. 0: no rotation here.
     """
@@ -99,28 +101,88 @@ class RAT(Mechanism):
         q_nope: Tensor | None = None,
         k_nope: Tensor | None = None,
     ) -> Tensor:
-        narrow, heads = v.dtype, site.heads
-        if self.rope_base and q_nope is not None and k_nope is not None:
-            q, k = q_nope, k_nope
-        shared = q.shape[1] < heads  # the paper's groups; a model's own grouped keys serve runs of heads
-        q, k, v = _tiled(widened(q), heads), widened(k), widened(v)
-        k, v = _tiled(k, heads) if shared else repeat_heads(k, q), repeat_heads(v, q)
-        opened, forget = _gate(z, x, p, "z", heads), _gate(g, x, p, "g", heads)
-        forget = torch.sigmoid(forget + widened(p.gate_bias).view(heads, 1, -1))
+        narrow = v.dtype
+        forget, opened = self._gates(site, p, x, g, z)
+        q, k, v = self._rows(site, q, k, v, q_nope, k_nope)
         count = torch.arange(k.shape[2], device=k.device)
         chunk = torch.div(count, self.chunk_size, rounding_mode="floor")
-        mixed = torch.cat((k, v), -1) * torch.cat((1 - forget, 1 - forget), -1)
-        own_k, own_v = prefix("affine", torch.cat((forget, forget), -1), mixed, reset=chunk).chunk(2, -1)
-        if self.rope_base:
-            q, own_k = self._turned(q, chunk), self._turned(own_k, chunk)
+        q, own_k, own_v, _ = self._running(q, k, v, forget, chunk, None)
         size = self.chunk_size
         # one end more than there are chunks: a size that is never 1, so that a captured graph is for any length
         ends = torch.arange((k.shape[2] + size - 1) // size + 1, device=k.device) * size + size - 1
         ends = ends.clamp(max=k.shape[2] - 1)
-        others = attend(q, own_k.index_select(2, ends), own_v.index_select(2, ends), scale=site.scale,
-                        keep=lambda i, j: j < i // size, outputs=("o", "lse"))  # fmt: skip
+        before = own_k.index_select(2, ends), own_v.index_select(2, ends)
+        return as_type(self._merged(site, q, own_k, own_v, before, 0) * opened, narrow)
+
+    def _gates(self, site: Any, p: Any, x: Tensor | None, g: Tensor | None, z: Tensor | None) -> tuple[Tensor, Tensor]:
+        """f and the share of the output that is let through."""
+        opened, forget = _gate(z, x, p, "z", site.heads), _gate(g, x, p, "g", site.heads)
+        return torch.sigmoid(forget + widened(p.gate_bias).view(site.heads, 1, -1)), torch.sigmoid(opened)
+
+    def _rows(
+        self, site: Any, q: Tensor, k: Tensor, v: Tensor, q_nope: Tensor | None, k_nope: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v of every head, before their rotation where that is known."""
+        if self.rope_base and q_nope is not None and k_nope is not None:
+            q, k = q_nope, k_nope
+        shared = q.shape[1] < site.heads  # the paper's groups; a model's own grouped keys serve runs of heads
+        q, k, v = _tiled(widened(q), site.heads), widened(k), widened(v)
+        return q, _tiled(k, site.heads) if shared else repeat_heads(k, q), repeat_heads(v, q)
+
+    def _running(
+        self, q: Tensor, k: Tensor, v: Tensor, forget: Tensor, chunk: Tensor, before: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """q and k~ rotated, v~, and the last running pair; `before`: that of the row before, 0 in another chunk."""
+        mixed = torch.cat((k, v), -1) * torch.cat((1 - forget, 1 - forget), -1)
+        state = None if before is None else (before,)
+        both = prefix("affine", torch.cat((forget, forget), -1), mixed, reset=chunk, state=state)
+        own_k, own_v = both.chunk(2, -1)
+        if self.rope_base:
+            q, own_k = self._turned(q, chunk), self._turned(own_k, chunk)
+        return q, own_k, own_v, both[:, :, -1:]
+
+    def _merged(
+        self, site: Any, q: Tensor, own_k: Tensor, own_v: Tensor, ends: tuple[Tensor, Tensor], first: int
+    ) -> Tensor:
+        """Rows from `first` on over the ends of the chunks before their own, and over their own pairs."""
         own = own_v, site.scale * (q * own_k).sum(-1)
-        return as_type(merge([others, own])[0] * torch.sigmoid(opened), narrow)
+        size = self.chunk_size
+        others = attend(q, *ends, scale=site.scale, keep=lambda i, j: j < (i + first) // size, outputs=("o", "lse"))
+        return merge([others, own])[0]
+
+    def state(self, site: Any, q: Tensor) -> State:
+        none = widened(q).new_zeros((q.shape[0], site.heads, 0, site.dim))
+        pair = none.new_zeros((q.shape[0], site.heads, 1, 2 * site.dim))
+        return {"k": none, "v": none, "pair": pair, "seen": torch.zeros((), dtype=torch.long)}
+
+    def prefill(
+        self,
+        site: Any,
+        p: Any,
+        state: State,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        x: Tensor | None = None,
+        g: Tensor | None = None,
+        z: Tensor | None = None,
+        q_nope: Tensor | None = None,
+        k_nope: Tensor | None = None,
+    ) -> tuple[Tensor, State]:
+        """The state is a pair for each chunk that is closed, and the running one."""
+        seen, size, narrow = int(state["seen"]), self.chunk_size, v.dtype
+        forget, opened = self._gates(site, p, x, g, z)
+        q, k, v = self._rows(site, q, k, v, q_nope, k_nope)
+        place = torch.arange(seen, seen + k.shape[2], device=k.device)
+        before = state["pair"] if seen % size else torch.zeros_like(state["pair"])
+        q, own_k, own_v, pair = self._running(q, k, v, forget, place // size, before)
+        closed = (place % size == size - 1).nonzero()[:, 0]
+        keys, values = (torch.cat((state[n], t.index_select(2, closed)), 2) for n, t in (("k", own_k), ("v", own_v)))
+        o = self._merged(site, q, own_k, own_v, (keys, values), seen) if keys.shape[2] else own_v
+        after = {"k": keys, "v": values, "pair": pair, "seen": torch.tensor(seen + k.shape[2])}
+        return as_type(o * opened, narrow), after
+
+    step = prefill
 
     def _turned(self, t: Tensor, place: Tensor) -> Tensor:
         """Rotated in halves by the number of the chunk."""

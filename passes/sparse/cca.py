@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -23,6 +23,7 @@ from ...compiler.site import Site
 from ...compiler.symbols import table
 
 POOLS = ("cca", "mean", "max")
+State = Mapping[str, Tensor]
 
 
 @register("cca")
@@ -83,6 +84,33 @@ class CCA(Mechanism):
 
         core = Segment(core_k, core_v, keep=far)
         return attend(q, k, v, keep=lambda i, j: j >= (i + 1 - window) // size * size, segments=[core], site=site)
+
+    def state(self, site: Any, q: Tensor) -> State:
+        none, few = q[:, :, :0], q[:, : site.kv_heads, :0]
+        values = q.new_zeros((*q.shape[:2], 0, site.v_dim))
+        raw = {"q": none, "k": few, "v": values[:, : site.kv_heads]}
+        return {"core_k": none, "core_v": values, **raw, "seen": torch.zeros((), dtype=torch.long)}
+
+    def prefill(self, site: Any, p: Any, state: State, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, State]:
+        """The state is the pooled keys that the latest query saw, and what came behind them as it came."""
+        size, window, seen = self.group_size, self.window_size, int(state["seen"])
+        old, total = state["core_k"].shape[2], int(state["seen"]) + q.shape[2]
+        raw = {name: torch.cat((state[name], t), 2) for name, t in (("q", q), ("k", k), ("v", v))}
+        pooled = max(0, (total - window) // size)
+        core = {name: state[name] for name in ("core_k", "core_v")}
+        if pooled > old:
+            new = {name: t[:, :, : (pooled - old) * size] for name, t in raw.items()}
+            made = self._pooled(site.scale, new["q"], repeat_heads(new["k"], q), repeat_heads(new["v"], q), None)
+            core = {name: torch.cat((t, more), 2) for (name, t), more in zip(core.items(), made, strict=False)}
+        far = lambda i, j: j < (i + seen + 1 - window) // size
+        first = old * size
+        near = lambda i, j: (j + first <= i + seen) & (j + first >= (i + seen + 1 - window) // size * size)
+        segments = [Segment(core["core_k"], core["core_v"], keep=far)] if pooled else []
+        o = attend(q, raw["k"], raw["v"], scale=site.scale, keep=near, segments=segments)
+        left = {name: t[:, :, (pooled - old) * size :] for name, t in raw.items()}
+        return o, {**core, **left, "seen": torch.tensor(total)}
+
+    step = prefill
 
     def _pooled(
         self, scale: float, q: Tensor, k: Tensor, v: Tensor, real: Tensor | None

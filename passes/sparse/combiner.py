@@ -29,6 +29,7 @@ VARIANTS = ("fixed", "logsparse", "axial_mixture", "axial_mixture_bidir", "axial
 ACTS = ("identity", "relu", "deepset")
 POOLS = ("max", "mean", "sum", *(f"{act}-{pool}" for act in ACTS for pool in ("max", "mean", "sum")))
 Summary = tuple[Tensor, Tensor]  # a key and a value for each span
+State = Mapping[str, Tensor]
 
 
 @register("combiner")
@@ -147,6 +148,34 @@ class Combiner(Mechanism):
             segments = self._mixed(site, q, k, v)
             keep = keep if not site.causal else lambda i, j: (j // size == i // size) | (j % size == i % size)
         return attend(q, k, v, keep=keep, segments=segments, site=site)
+
+    def state(self, site: Any, q: Tensor) -> State:
+        if self.variant != "fixed":
+            fits = "variant='fixed': the others need every key again"
+            raise Refused(f"variant={self.variant!r}", where="combiner: decode", fits=fits)
+        none, values = q[:, :, :0], q.new_zeros((*q.shape[:2], 0, site.v_dim))
+        raw = {"q": none, "k": none, "v": values}
+        return {"span_k": none, "span_v": values, **raw, "seen": torch.zeros((), dtype=torch.long)}
+
+    def prefill(self, site: Any, p: Any, state: State, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, State]:
+        """The state is a key and a value for each row that is full, and the open row as it came."""
+        size, seen = self.seg_len, int(state["seen"])
+        old, total = state["span_k"].shape[2], seen + q.shape[2]
+        rows = (("q", q), ("k", repeat_heads(k, q)), ("v", repeat_heads(v, q)))
+        raw = {name: torch.cat((state[name], t), 2) for name, t in rows}
+        spans, full = (state["span_k"], state["span_v"]), total // size - old
+        if full:
+            numbers = torch.arange(full * size, device=q.device).view(full, size)
+            made = self._summaries(site.scale, p, raw["q"], raw["k"], raw["v"], numbers)
+            spans = torch.cat((spans[0], made[0]), 2), torch.cat((spans[1], made[1]), 2)
+        first = old * size
+        own = lambda i, j: (j + first <= i + seen) & ((j + first) // size == (i + seen) // size)
+        segments = [Segment(*spans, keep=lambda i, j: j < (i + seen) // size)] if old + full else []
+        o = attend(q, raw["k"], raw["v"], scale=site.scale, keep=own, segments=segments)
+        left = {name: t[:, :, full * size :] for name, t in raw.items()}
+        return o, {"span_k": spans[0], "span_v": spans[1], **left, "seen": torch.tensor(total)}
+
+    step = prefill
 
     def _summaries(self, scale: float, p: Any, q: Tensor, k: Tensor, v: Tensor, numbers: Tensor) -> Summary:
         """K_Z and V_Z of the spans that row numbers (G, S) list; -1 and beyond: no row."""

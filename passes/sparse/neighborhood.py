@@ -53,6 +53,7 @@ class Neighborhood(Mechanism):
     kind = "approximate"
     honours = KEPT
     paper = "arXiv 2204.07143"
+    also = {"kernel_size": "window"}
     tries = (
         {"window": 2},
         {"window": 3, "stride": 2, "rel_bias": True},

@@ -70,7 +70,7 @@ class TransNeXt(Mechanism):
             raise Refused(found, where="transnext", fits="an odd window, sr_ratio of 1 or more, pool kv or x")
 
     def fits(self, site: Site) -> str | None:
-        if self.pool == "x" and not site.width:
+        if self.pool == "x" and not self._all and not site.width:
             return "transnext with pool='x' needs the width of x, which is not known here"
         return no_grid(site, "transnext")
 
