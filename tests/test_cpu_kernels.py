@@ -33,6 +33,7 @@ from reattend.codegen.cpu import attend as attending
 from reattend.codegen.cpu import attend_backward as backwards
 from reattend.codegen.cpu import scan as scanning
 from reattend.codegen.cpu import toolchain as tools
+from reattend.compiler.doctor import cpu_flags
 from reattend.compiler.primitives import attend as attend_front
 from reattend.compiler.primitives import scan as scan_front
 from reattend.compiler.primitives.attend import attend
@@ -80,16 +81,18 @@ def test_what_a_weight_becomes_otherwise_is_left_to_torch(name: str, monkeypatch
     assert attending.why_not(text)
 
 
+HALVES = ["emulated", *(["dots"] if "avx512_bf16" in cpu_flags() else [])]  # how this processor can multiply bfloat16
 UNITS = ("causal", "window", "softcap", "relu squared", "rows without a key", "gathered rows", "two segments")
 
 
+@pytest.mark.parametrize("halves", HALVES)
 @pytest.mark.parametrize("name", UNITS)
-def test_the_layout_of_matrix_units(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Their instructions are loops here; products of bfloat16 numbers are exact in float32, weights are rounded."""
+def test_the_layout_of_matrix_units(name: str, halves: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Units are loops here; products of bfloat16 numbers are exact in float32, weights are rounded."""
     q, k, v = (t.bfloat16() for t in (drawn(B, H, N, D), drawn(B, M, 2, D).transpose(1, 2), drawn(B, 2, M, Dv)))
     groups, text = said(monkeypatch, attend_front, "attend_op", lambda: attend(q, k, v, **ATTENDS[name]))
     kv = [t.bfloat16() for t in groups[1]]
-    found = attending.run([[q], kv, groups[2]], text, halves="emulated")
+    found = attending.run([[q], kv, groups[2]], text, halves=halves)
     same(found, attend_meaning(wide([[q], kv, groups[2]]), text), 8e-3)
 
 
@@ -105,7 +108,7 @@ def test_attend_sizes(sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -
 
 
 @pytest.mark.parametrize("lie", ["rows", "heads inside", "an odd step", "columns"])
-@pytest.mark.parametrize("halves", ["", "emulated"])
+@pytest.mark.parametrize("halves", ["", *HALVES])
 def test_however_keys_lie_in_memory(lie: str, halves: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole vectors of keys are turned in registers, what is left one by one: 72 and 41 are no multiples of any."""
     k = {"rows": drawn(1, 2, 41, 72), "heads inside": drawn(1, 41, 2, 72).transpose(1, 2),

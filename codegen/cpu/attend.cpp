@@ -9,7 +9,7 @@
 // value times a factor that the sum of weights knows nothing of), BACK, AHEAD, SINKS; for every segment S
 //   Spec<S> of a row (b, h, i, t): score(s, j), weight(s), factor(j), keep(j); and ::seen(b, h, i0, i1, j0, j1): 0 none, 1 some, 2 all are kept;
 // and sink(b, h, i, t); t: the tables that the expressions look up. HALVES: q, k, v, o are bfloat16 and the products are those of
-// units.hpp; else everything is float32.
+// units.hpp or dots.hpp; else everything is float32.
 
 #ifdef HALVES
 typedef half cell;

@@ -161,7 +161,7 @@ def few(groups: Groups, text: str) -> str | None:
 def ahead(q: Tensor, keys: int, text: str) -> bool:
     """Whether a call that torch has an operator for is better left to the skeleton: long rows of a causal mask."""
     B, H, N, D = sizes(q)
-    kind = q.device.type == "cpu" and (q.dtype == torch.float32 or bool(matrix_units(q)))
+    kind = q.device.type == "cpu" and (q.dtype == torch.float32 or bool(bfloat_products(q)))
     long = B * H * N * keys >= _LONG and reach(text).ahead == 0 and D <= _MOST_D
     return kind and long and toolchain() is not None and why_not(text) is None
 
@@ -174,8 +174,8 @@ def refuses(groups: Groups, text: str) -> str | None:
         return reason
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"{q.dtype}"
-    if (spec_tiles := AttendSpec.of(text).tiles) and matrix_units(q) and spec_tiles[2] % 32:
-        return f"tiles of {spec_tiles[2]} keys: the matrix units take multiples of 32"
+    if (spec_tiles := AttendSpec.of(text).tiles) and bfloat_products(q) and spec_tiles[2] % 32:
+        return f"tiles of {spec_tiles[2]} keys: bfloat16 is multiplied in multiples of 32"
     largest = max(q.shape[-1], kv[1].shape[-1])
     if largest > _MOST_D:
         return f"a head of {largest}, at most {_MOST_D}"
@@ -196,7 +196,7 @@ def run(groups: Groups, text: str, halves: str | None = None) -> list[Tensor]:
     """The outputs that a spec asks for: o, lse."""
     groups, text = relative.as_tables(groups, text)
     (q,), kv, given = groups
-    halves = matrix_units(q) if halves is None else halves
+    halves = bfloat_products(q) if halves is None else halves
     dtype = torch.bfloat16 if halves else torch.float32
     spec = AttendSpec.of(text)
     named = {f"t{n}": t for n, t in enumerate(given)}
@@ -223,9 +223,11 @@ def run(groups: Groups, text: str, halves: str | None = None) -> list[Tensor]:
     return [found[which] for which in spec.outputs]  # type: ignore[misc]
 
 
-def matrix_units(q: Tensor) -> str:
-    """ "units" where products of these numbers run on the processor's matrix units, else "": by vectors of float32."""
-    return "units" if q.dtype == torch.bfloat16 and "amx_bf16" in cpu_flags() else ""
+def bfloat_products(q: Tensor) -> str:
+    """ "units" or "dots" where the processor multiplies these numbers as they are, else "": by vectors of float32."""
+    if q.dtype != torch.bfloat16:
+        return ""
+    return "units" if "amx_bf16" in cpu_flags() else "dots" if "avx512_bf16" in cpu_flags() else ""
 
 
 def _source(

@@ -5,11 +5,9 @@ constexpr int CHUNK = 8;  // tiles of a panel that are made at a time: with what
 constexpr bool LIE = false;  // panels are made for all numbers of rows
 
 INLINE vi dot(vi sum, vi w, vi x) {
-    if constexpr (WHOLE) asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
-    else asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x));
+    if constexpr (WHOLE) asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x)); else sum = (vi)dot((vf)sum, w, x);
     return sum;
 }
-INLINE vi line_of(const void* at) { return *(const vi*)at; }
 
 // N outputs of R blocks of rows: their sums stay in registers.
 template <int N, int R>
@@ -94,6 +92,3 @@ INLINE void line_by_line(const Call& c, const Turned& t, int64_t n, int32_t* sum
     memset(sums, 0, OUTPUTS * SUMS);
     if constexpr (FEW > 0) meet_all<FEW>(c, t, n, sums);
 }
-INLINE void units_begin() {}
-INLINE void units_end() {}
-INLINE bool units_allowed() { return true; }

@@ -17,7 +17,8 @@ def skeleton(*names: str, said: Sequence[str], halves: str = "") -> str:
     """
     chosen = ["#define HALVES"] if halves else []
     chosen += [f"#define {halves.upper()}"] if halves in ("emulated", "dots") else []
-    parts = [*chosen, _text("lanes.hpp"), *([_text("units.hpp")] if halves in ("units", "emulated") else [])]
+    products = {"units": ["units.hpp"], "emulated": ["units.hpp"], "dots": ["dots.hpp"]}.get(halves, [])
+    parts = [*chosen, *map(_text, ("lanes.hpp", *products))]
     return "\n".join([*parts, *said, *map(_text, names)])
 
 
