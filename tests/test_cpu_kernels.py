@@ -41,7 +41,7 @@ from reattend.compiler.primitives.attend_meaning import attend_meaning
 from reattend.compiler.primitives.scan import scan
 from reattend.compiler.primitives.scan_meaning import scan_meaning
 from reattend.compiler.refusal import Refused
-from reattend.compiler.symbols import table
+from reattend.compiler.symbols import build, table
 
 pytestmark = pytest.mark.skipif(tools.toolchain() is None, reason="no C++ compiler on this machine")
 
@@ -52,6 +52,24 @@ def test_attend(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     groups, text = said(monkeypatch, attend_front, "attend_op", lambda: attend(q, k, v, **ATTENDS[name]))
     assert attending.refuses(groups, text) is None
     same(attending.run(groups, text), attend_meaning(wide(groups), text), 2e-6)
+
+
+@pytest.mark.parametrize("name", ["softplus", "log"])
+def test_logarithms_of_every_size(name: str) -> None:
+    """One key of 1: the weight is the function of the query, over all of float32's range and what lies beside it."""
+    beside = torch.tensor([0.0, 1.0, -1.0, math.inf, -math.inf, math.nan])
+    near = 1 + torch.arange(-500, 500) * 2.0**-23
+    far = torch.logspace(-37.9, 38, 20000, dtype=torch.float64).float()
+    x = torch.cat((torch.linspace(-60, 60, 20000), near, far, beside))
+    one = torch.ones(1, 1, 1, 1)
+    seen: list[tuple[Any, str]] = []
+    with pytest.MonkeyPatch.context() as patched:
+        seen.append(said(patched, attend_front, "attend_op", lambda: attend(
+            x.view(1, 1, -1, 1), one, one, weight=lambda s: build(name, s), normaliser="none", scale=1.0)))  # fmt: skip
+    (got,) = attending.run(*seen[0])
+    expected = {"softplus": torch.nn.functional.softplus, "log": torch.log}[name](x.double())
+    # of exp(-60) the argument is rounded, where it is made one of exp2: 60 * 2 ** -24
+    torch.testing.assert_close(got.flatten().double(), expected, rtol=5e-6, atol=0.0, equal_nan=True)
 
 
 MORE = AFTERWARDS | RELATIVES | {

@@ -47,10 +47,11 @@ def test_attend_without_a_kernel_goes_by_blocks_of_rows(monkeypatch: pytest.Monk
         object.__setattr__(attend_op, "frugal", attend_blocks.attend_in_blocks)
         attend_op.kernels.update(kernels)
     monkeypatch.setattr(attend_blocks, "AT_ONCE", 5000)
-    apart = 0
+    apart = cut = 0
     for groups, text in calls:
         whole, blocks = attend_meaning(groups, text), attend_blocks.attend_in_blocks(groups, text)
         for a, b in zip(whole, blocks, strict=True):
             assert torch.allclose(a, b, atol=1e-5, rtol=1e-5), text
         apart += attend_blocks._apart(AttendSpec.of(text))
-    assert apart > 0.8 * len(calls) > 20
+        cut += attend_blocks._ahead(AttendSpec.of(text)) is not None
+    assert apart > 0.8 * len(calls) > 20 and cut > 10

@@ -182,13 +182,40 @@ INLINE vf tanh_(vf x) {
     return over(y * p, q);
 }
 #define LANEWISE(name, call) INLINE vf name(vf x) { vf y; for (int l = 0; l < VL; l++) y[l] = call(x[l]); return y; }
-LANEWISE(log_, logf)
-LANEWISE(log1p_, log1pf)
 LANEWISE(sin_, sinf)
 LANEWISE(cos_, cosf)
 LANEWISE(sqrt_, sqrtf)
 LANEWISE(floor_, floorf)
-INLINE vf softplus_(vf x) { return relu_(x) + log1p_(exp_(-absolute(x))); }
+// log(1 + m) for m in [1/sqrt(2) - 1, sqrt(2) - 1], 1e-7 apart at most relative to the value.
+INLINE vf log_near_1(vf m) {
+    const vf z = m * m;
+    vf p = all(7.0376836292e-2f);
+    p = p * m - 1.1514610310e-1f;
+    p = p * m + 1.1676998740e-1f;
+    p = p * m - 1.2420140846e-1f;
+    p = p * m + 1.4249322787e-1f;
+    p = p * m - 1.6668057665e-1f;
+    p = p * m + 2.0000714765e-1f;
+    p = p * m - 2.4999993993e-1f;
+    p = p * m + 3.3333331174e-1f;
+    return m + (p * m * z - 0.5f * z);
+}
+constexpr float LN2_HIGH = 0.693359375f, LN2_LOW = -2.12194440e-4f;
+INLINE vf log_(vf x) {  // of 0 and of what is too small for a whole float: -inf
+    const vi bits = (vi)x;
+    const vf half = (vf)((bits & 0x007fffff) | 0x3f000000);  // in [1/2, 1)
+    const vi low = half < 0.70710678f;
+    const vf e = floats((bits >> 23) - 126 - (low & 1)), m = select(low, half + half, half) - 1.f;
+    const vf y = (log_near_1(m) + e * LN2_LOW) + e * LN2_HIGH;
+    const vf outside = select(x < 0.f, all(__builtin_nanf("")), all(-INF));
+    return lasting(x, select(x >= 1.17549435e-38f, select(x == INF, x, y), outside));
+}
+INLINE vf softplus_(vf x) {
+    const vf t = exp_(-absolute(x));  // in [0, 1]: half of 1 + t where that is beyond sqrt(2)
+    const vi high = t > 0.41421356f;
+    const vf y = log_near_1(select(high, 0.5f * t - 0.5f, t));
+    return relu_(x) + lasting(x, y + select(high, all(0.69314718f), all(0.f)));
+}
 INLINE vf elu_(vf x) { return select(x > 0.f, x, exp_(x) - 1.f); }
 INLINE vf pow_(vf x, vf y) { vf z; for (int l = 0; l < VL; l++) z[l] = powf(x[l], y[l]); return z; }
 // Python's // and %, which round down.

@@ -8,12 +8,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from ..reach import reach
 from ..symbol_text import parse
 from .attend_meaning import attend_meaning
 from .attend_spec import AttendSpec, count_of
 from .operator import Groups
 
-AT_ONCE = 2**21  # scores, and numbers of rows gathered for them; 200 bytes each where a predicate is worked out
+AT_ONCE = 2**19  # scores, and numbers of rows gathered for them: 200 bytes each where a predicate is worked out; what
+# is worked on fits the caches (of 4096 causal tokens, four times as many take half as long again)
 BY_ROWS = {"o", "lse", "entropy", "topk"}  # outputs that a query has for itself, and that are not as long as the keys
 
 
@@ -25,22 +27,37 @@ def attend_in_blocks(groups: Groups, text: str) -> list[Tensor]:
     if step >= total or not _apart(spec):
         return attend_meaning(groups, text)
     own = replace(spec, align="start", q_positions=spec.q_positions or f"t{len(tables)}").text
+    offset = kv[0].shape[2] - total if spec.align == "end" else 0
     if not spec.q_positions:
-        offset = kv[0].shape[2] - total if spec.align == "end" else 0
         tables = [*tables, torch.arange(total, device=q.device) + offset]
-    parts = []
+    parts, ahead = [], _ahead(spec)
     for first in range(0, total, step):
         block = [_of_rows(f"t{n}", t, first, first + step, AttendSpec.of(own)) for n, t in enumerate(tables)]
-        parts.append(attend_meaning([[q[:, :, first : first + step]], kv, block], own))
+        near = kv if ahead is None else [t[:, :, : first + step + ahead + offset] for t in kv]
+        parts.append(attend_meaning([[q[:, :, first : first + step]], near, block], own))
     return [torch.cat(outputs, 2) for outputs in zip(*parts, strict=True)]
 
 
 def _apart(spec: AttendSpec) -> bool:
     """Whether a query's outputs need no other query, and nothing is said by how many queries there are."""
+    return not _says(spec, "N") and all(count_of(which)[0] in BY_ROWS for which in spec.outputs)
+
+
+def _ahead(spec: AttendSpec) -> int | None:
+    """How far behind its last query a block's keys can lie, those further on being cut off; None: they stay.
+
+    Keys keep their numbers, so that only what is said by how many there are forbids it.
+    """
+    plain = not (spec.q_positions or spec.k_positions or spec.more or any(spec.rows) or spec.tiles or spec.empty)
+    if not plain or _says(spec, "M") or not set(spec.outputs) <= {"o", "lse", "entropy"}:
+        return None
+    return reach(spec.text).ahead
+
+
+def _says(spec: AttendSpec, size: str) -> bool:
     texts = [spec.score, spec.keep, spec.weight, spec.after, spec.leader, spec.empty, spec.sink]
     texts += [t for keep, score, _ in spec.more for t in (keep, score)] + [index for _, index, _ in spec.relative]
-    counted = any("N" in parse(t).names for t in texts if t)
-    return not counted and all(count_of(which)[0] in BY_ROWS for which in spec.outputs)
+    return any(size in parse(t).names for t in texts if t)
 
 
 def _rows_at_once(q: Tensor, kv: Sequence[Tensor], tables: Sequence[Tensor], spec: AttendSpec) -> int:

@@ -67,8 +67,9 @@ def _log(total: Tensor) -> Tensor:
 def _stick(logits: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
     """From the last key backwards: log A_j = s_j - sum_{t >= j} softplus(s_t); lse is the log of what is left over."""
     broken = torch.nn.functional.softplus(logits).masked_fill(~kept, 0.0)
-    taken = broken.flip(-1).cumsum(-1).flip(-1)
-    return torch.exp((logits - taken).masked_fill(~kept, -math.inf)), -broken.sum(-1)
+    left = logits - broken.flip(-1).cumsum(-1).flip(-1)
+    least = math.log(torch.finfo(left.dtype).tiny)  # below it processors compute slowly, for what is as good as 0
+    return torch.exp(left.masked_fill(~kept | (left < least), -math.inf)), -broken.sum(-1)
 
 
 def _grouped(masked: Tensor, leaders: Tensor, virtual: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -77,9 +78,13 @@ def _grouped(masked: Tensor, leaders: Tensor, virtual: Tensor | None) -> tuple[T
     `leaders` (B, H, N, M) names the column that leads each; a column that leads itself and has no followers keeps its
     weight.
     """
-    m = masked.shape[-1]
-    leads = leaders == torch.arange(m, device=leaders.device)
+    m, own = masked.shape[-1], torch.arange(masked.shape[-1], device=leaders.device)
+    leads = leaders == own
     outer, lse = _softmax(masked.masked_fill(~leads, -math.inf), virtual)
+    size = _even(leaders, leads, own)
+    if size is not None:
+        ends = own // size * size + size - 1
+        return _by_blocks(outer, masked.masked_fill(leads | (ends >= m), -math.inf), size), lse
     follows = ~leads & (masked > -math.inf) & (leaders >= 0) & (leaders < m)
     at = leaders.clamp(0, max(m - 1, 0))
     inner = masked.masked_fill(~follows, -math.inf)
@@ -90,3 +95,23 @@ def _grouped(masked: Tensor, leaders: Tensor, virtual: Tensor | None) -> tuple[T
     shared = raw / _or_one(total).gather(-1, at)
     led = torch.zeros_like(raw).scatter_add(-1, at, follows.to(raw.dtype)) > 0
     return outer.masked_fill(led, 0.0) + shared * outer.gather(-1, at), lse
+
+
+def _even(leaders: Tensor, leads: Tensor, own: Tensor) -> int | None:
+    """The size of blocks of columns, if all that do not lead themselves are led by the last of their block, or None."""
+    if not leaders.numel():
+        return None
+    size = int(leaders[..., 0].max()) + 1
+    return size if size > 0 and bool((leads | (leaders == own // size * size + size - 1)).all()) else None
+
+
+def _by_blocks(outer: Tensor, inner: Tensor, size: int) -> Tensor:
+    """`_grouped` where followers (inner, -inf elsewhere) stand in blocks of a size, each led by its last column."""
+    m = outer.shape[-1]
+    outer, inner = (torch.nn.functional.pad(t, (0, -m % size), value=fill).unflatten(-1, (-1, size))
+                    for t, fill in ((outer, 0.0), (inner, -math.inf)))  # fmt: skip
+    top = inner.detach().amax(-1, keepdim=True)
+    raw = torch.exp(inner - torch.where(top > -math.inf, top, 0.0))
+    total, head = raw.sum(-1, keepdim=True), outer[..., -1:]
+    kept = torch.cat((outer[..., :-1], torch.where(total > 0, 0.0, head)), -1)
+    return (kept + raw * (head / _or_one(total))).flatten(-2)[..., :m]
