@@ -70,9 +70,11 @@ def gradient_blocks(dim: int, values: int, bits: int, target: str = "cuda:90") -
     if target.startswith("hip"):
         return Blocks(64, 64, 4, 1), Blocks(32 if widest > 64 else 64, 64, 4, 1)
     if target.startswith(("cuda:9", "cuda:1")):
-        warps = 4 if widest <= 64 and target.startswith("cuda:9") else 8
-        keys = Blocks(32, 64, 8, 3) if widest > 64 and target == "cuda:90" else Blocks(64, 64, 8, 2)
-        return Blocks(64, 64, warps, 2), keys
+        older = target.startswith("cuda:9")
+        keys = Blocks(32, 64, 8, 3) if widest > 64 and older else Blocks(64, 64, 8, 2)
+        if widest > 64:
+            return Blocks(64, 64, 8, 2), keys
+        return Blocks(64, 64, 4, 2) if older else Blocks(64, 32, 8, 2), keys
     rows = 64 if widest <= 64 else 32
     return Blocks(64, rows, 8, 2), Blocks(32, 64, 4 if widest <= 64 else 8, 2)
 
