@@ -108,9 +108,7 @@ def test_tall_blocks_read_less(target: str) -> None:
 
 
 @given(st.integers(1, 4096), st.sampled_from((4, 8, 64, 512)), TARGETS)
-def test_shares_are_no_more_than_tiles_and_fewer_where_programs_are_many(
-    tiles: int, heads: int, target: str
-) -> None:
+def test_shares_are_no_more_than_tiles_and_fewer_where_programs_are_many(tiles: int, heads: int, target: str) -> None:
     blocks = forward_blocks(128, 128, 4, 16, target)
     work = forward_work(1, 4 * heads, heads, 1, tiles * blocks.keys, 128, 128, 1.0)
     count = best_shares(work, heads, tiles, 4 * heads * 130, blocks, target)
