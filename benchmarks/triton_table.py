@@ -25,6 +25,7 @@ from reattend.codegen.used import Call, calls_of
 from reattend.compiler.primitives.attend import attend
 from reattend.compiler.primitives.merge import merge
 from reattend.compiler.primitives.operator import PRIMITIVES
+from reattend.compiler.primitives.packed_rows import RowSpec
 from reattend.compiler.primitives.qlinear import qlinear
 from reattend.compiler.primitives.qlinear_spec import QLinearSpec
 from reattend.compiler.primitives.scan import scan
@@ -58,6 +59,12 @@ def one_token(dim: int) -> object:
     return attend(drawn(1, 4 * HEADS, 1, dim), keys, keys)
 
 
+def stored(dim: int, bits: int, queries: int, heads: int, keys: int) -> object:
+    spec = RowSpec(bits, dim, dtype="bfloat16")
+    rows = torch.empty(1, HEADS, keys, spec.bytes, dtype=torch.uint8)
+    return attend(drawn(1, heads, queries, dim), rows, rows, stored=(spec, spec), causal=True, align="end")
+
+
 def scanned(dim: int, decay: tuple[int, ...], **how: Any) -> object:
     q, k, v = (drawn(1, HEADS, TOKENS, dim) for _ in range(3))
     return scan(q, k, v, log_decay=drawn(*decay, dtype=torch.float32), **how)
@@ -83,6 +90,10 @@ def linear(group: int, rows: int, format: str, activations: str) -> object:
 # of a size D: channels of a head, in a linear layer the inputs of a group
 OTHERS: dict[str, Callable[[int], object]] = {
     "one token of 32,768": one_token,
+    "one token of 32,768 in 8 bits": lambda dim: stored(dim, 8, 1, 4 * HEADS, KEYS),
+    "one token of 32,768 in 4 bits": lambda dim: stored(dim, 4, 1, 4 * HEADS, KEYS),
+    "keys and values in 8 bits": lambda dim: stored(dim, 8, TOKENS, HEADS, TOKENS),
+    "keys and values in 4 bits": lambda dim: stored(dim, 4, TOKENS, HEADS, TOKENS),
     "int8 and int8, 16 rows": lambda group: linear(group, 16, "int8", "int8"),
     "int8 and int8, 2,048 rows": lambda group: linear(group, 2048, "int8", "int8"),
     "two levels and int8, 16 rows": lambda group: linear(group, 16, "qoq", "int8"),
@@ -151,7 +162,7 @@ def both_ways(call: Call) -> Callable[[], object]:
 
     def run() -> None:
         results = kernel.run(call.groups, call.text)
-        if kernel.gradients is not None and call.groups[0][0].shape[2] > 1:
+        if kernel.gradients is not None and call.groups[0][0].shape[2] > 1 and "stored" not in call.text:
             kernel.gradients(call.groups, call.text, results, {0: results[0]}, (0, 1, 2))
 
     return run

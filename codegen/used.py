@@ -61,10 +61,11 @@ def _watching() -> Iterator[list[Call]]:
 
     def watcher(primitive: str) -> Kernel:
         def refuses(groups: Groups, text: str) -> str:
-            found.append(Call(primitive, groups, text))
+            if not _in_numbers(found, primitive, groups):
+                found.append(Call(primitive, groups, text))
             return "watching"
 
-        return Kernel("watching", refuses, lambda groups, text: [])
+        return Kernel("watching", refuses, lambda groups, text: [], reads_stored=True)
 
     placed = {name: watcher(name) for name in PRIMITIVES}
     for name, primitive in PRIMITIVES.items():
@@ -74,6 +75,13 @@ def _watching() -> Iterator[list[Call]]:
     finally:
         for name, primitive in PRIMITIVES.items():
             primitive.kernels[CPU].remove(placed[name])
+
+
+def _in_numbers(found: list[Call], primitive: str, groups: Groups) -> bool:
+    """Whether the last call is asked about once more, on the numbers that its rows of bytes stand for."""
+    last = found[-1] if found else None
+    stored = last is not None and last.primitive == primitive and PRIMITIVES[primitive].stored(last.text)
+    return last is not None and stored and last.groups[0][0] is groups[0][0]
 
 
 def used(call: Call, target: str) -> Used:

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 
 from .ports import op_name
 from .primitives.attend_spec import AttendSpec
+from .primitives.attend_stored import widths
 from .symbol_eval import evaluate
 
 SAMPLES = 257  # query and key positions at which a predicate is sampled to estimate how much of it is kept
@@ -107,9 +108,10 @@ def _products(node: fx.Node, inputs: list[Tensor], outputs: list[Tensor]) -> flo
         q, kv = node.args[0].meta["val"], [n.meta["val"] for n in node.args[1]]  # type: ignore[union-attr]
         (b, h, n, d), text = sizes(q), str(node.args[3])
         total = 0.0
-        for k, v in zip(kv[::2], kv[1::2], strict=True):
+        wide = widths(kv, AttendSpec.of(text))
+        for k, of_v in zip(kv[::2], wide[1::2], strict=True):
             m = sizes(k)[2]
-            total += 2.0 * b * h * n * m * (d + sizes(v)[3]) * density(text, n, m)
+            total += 2.0 * b * h * n * m * (d + of_v) * density(text, n, m)
         return total
     if name == "scan":
         q, v = inputs[0], inputs[2]

@@ -14,6 +14,7 @@ from torch import fx
 
 from .ports import ATTEND, RESHAPING, aten, op_name
 from .primitives.attend import attend_op
+from .primitives.attend_stored import read_as_stored
 from .primitives.operator import called
 
 
@@ -22,7 +23,8 @@ def lower_calls(graph_module: fx.GraphModule, target: str = "auto") -> int:
     otherwise: `eager` has every primitive as it is meant, `cpu` and `triton` leave all to their kernels.
     """
     count, made = 0, dict[Any, fx.Node]()
-    for node in list(graph_module.graph.find_nodes(op="call_function", target=ATTEND)) if target == "auto" else ():
+    attends = [n for n in graph_module.graph.find_nodes(op="call_function", target=ATTEND) if not _of_bytes(n, target)]
+    for node in attends if target == "auto" else ():
         count += any(_replaced(node, way(node, made)) for way in attend_op.in_torch)
     for node in list(graph_module.graph.nodes) if target == "eager" else ():
         if node.op == "call_function" and (primitive := called(node.target)) is not None:
@@ -36,6 +38,13 @@ def lower_calls(graph_module: fx.GraphModule, target: str = "auto") -> int:
     graph_module.graph.lint()
     graph_module.recompile()
     return count
+
+
+def _of_bytes(attend: fx.Node, target: str) -> bool:
+    """Whether a GPU's kernel reads what this call attends as it is stored; torch's own attention cannot."""
+    if target == "triton" or attend.args[0].meta["val"].device.type == "cuda":  # type: ignore[union-attr]
+        return read_as_stored(attend)
+    return False
 
 
 def _replaced(attend: fx.Node, found: fx.Node | None) -> bool:

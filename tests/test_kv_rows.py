@@ -11,6 +11,7 @@ from torch import Tensor
 
 import reattend
 from reattend import Refused
+from reattend.compiler.primitives.attend_spec import AttendSpec
 from reattend.compiler.primitives.packed_rows import RowSpec, packed_rows, stored, unpacked_rows
 
 transformers = pytest.importorskip("transformers")
@@ -35,8 +36,8 @@ def test_rows_come_back_within_half_a_level(spec: RowSpec) -> None:
     assert torch.equal(stored(x, spec), back)
 
 
-def optimized(sites: Any, model: Any = None) -> Any:
-    recipe = {"version": 1, "sites": [{"match": "*", **sites}]}
+def optimized(sites: Any, model: Any = None, **more: Any) -> Any:
+    recipe = {"version": 1, "sites": [{"match": "*", **sites}], **more}
     return reattend.optimize(model or decided_llama(64), recipe, {"input_ids": IDS}, measure=False)
 
 
@@ -95,6 +96,18 @@ def test_a_ring_holds_bytes_too() -> None:
     torch.testing.assert_close(in_parts(fast, IDS, [4, 1, 3, 1], cache), whole, atol=2e-4, rtol=1e-4)
     assert held(cache) == 2 * 2 * 2 * 2 * 7 * (8 + 8)
     assert fast.report.rows[0].mechanism.startswith("int4") and "window" in fast.report.rows[0].mechanism
+
+
+def test_a_kernel_that_reads_bytes_is_handed_bytes() -> None:
+    """For a GPU decoding attends what the cache holds; elsewhere its numbers are made first."""
+    fast = optimized({"kv": "int4"}, target="triton")
+    cache = transformers.DynamicCache()
+    whole = fast(IDS, use_cache=False).logits.detach()
+    torch.testing.assert_close(in_parts(fast, IDS, [4, 1, 3, 1], cache), whole, atol=2e-4, rtol=1e-4)
+    nodes = [n for graph in fast._reattend.graphs.values() for n in graph.graph.graph.nodes]
+    texts = [str(n.args[3]) for n in nodes if n.target is torch.ops.reattend.attend.default]
+    assert any(AttendSpec.of(text).stored == ((4, 16, 0, "float32"),) * 2 for text in texts)
+    assert not any("unpack" in str(n.target) for n in nodes)
 
 
 def test_layers_that_are_kept_hold_numbers_and_a_returned_cache_goes_on() -> None:

@@ -23,8 +23,6 @@ from reattend.compiler.primitives.attend_spec import AttendSpec
 from reattend.compiler.refusal import Refused
 
 HERE = Path(__file__).resolve().parent
-# keys of 129 channels, padded to 256: a chunk of 16 rows is the smallest that products take
-TOO_WIDE = {("scan over its sum", 128, "hip:gfx942", "scan 3")}
 OTHER_TARGETS = ("cuda:80", "cuda:100", "hip:gfx942")
 WINDOW = AttendSpec(score="s * 0.125", keep="(j <= i) & ((i <= j + 255) | (j <= 3))", outputs=("o", "lse")).text
 SLOPES = AttendSpec(score="tanh(s * 0.125) * 30.0 + t0[h] * (j - i)", keep="j <= i").text
@@ -100,13 +98,11 @@ def test_kernels_compile_for_gpus_that_are_not_there(target: str) -> None:
 
 
 def test_what_is_stored_of_compiled_kernels_is_within_bounds() -> None:
-    """No forward kernel spills, no gradient more than 64 bytes; all fit and multiply with matrix units."""
+    """No kernel spills; all fit and multiply with matrix units."""
     stored = json.loads((HERE.parent / "docs" / "triton_kernels.json").read_text())
     assert stored
     for row in (row for rows in stored.values() for row in rows):
-        gradient = row["kernel"].startswith("back") or row["kernel"][-1].isdigit()
-        if (row["case"], row["dim"], row["target"], row["kernel"]) not in TOO_WIDE:
-            assert row["spilled"] <= (64 if gradient else 0), row
+        assert row["spilled"] == 0, row
         assert row["shared"] <= TARGETS[row["target"]].shared, row
         assert row["matrix"] or row["narrow"] or row["kernel"] in ("join", "merge", "rounded"), row
 

@@ -9,18 +9,16 @@ from . import attend, footprints, launch, launch_gradient, launch_scan, launch_s
 
 NAME = "generated Triton"
 
-# behind torch's own dense attention, before what reads keys in slices
-attend_op.kernels.setdefault("cuda", []).insert(
-    1,
-    Kernel(
-        NAME,
-        launch.refuses,
-        launch.run,
-        gradients=launch_gradient.gradients,
-        source=attend.shown,
-        footprints=footprints.footprints,
-    ),
+_attend = Kernel(
+    NAME,
+    launch.refuses,
+    launch.run,
+    gradients=launch_gradient.gradients,
+    reads_stored=True,
+    source=attend.shown,
+    footprints=footprints.footprints,
 )
+attend_op.kernels.setdefault("cuda", []).insert(1, _attend)  # behind torch's own dense one, before slices of keys
 _scan = Kernel(NAME, launch_scan.refuses, launch_scan.run, gradients=launch_scan_gradient.gradients)
 scan_op.kernels.setdefault("cuda", []).insert(0, _scan)
 merge_op.kernels.setdefault("cuda", []).insert(0, Kernel(NAME, merge.refuses, merge.run))

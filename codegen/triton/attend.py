@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 from ...compiler.primitives.attend_spec import AttendSpec
+from ...compiler.primitives.attend_stored import row_spec
+from ...compiler.primitives.packed_rows import RowSpec
 from ...compiler.refusal import Refused
 from ...compiler.spans import Reached, Span, spans
 from ...compiler.symbol_text import parse
@@ -29,6 +31,7 @@ class Attend:
     tables: str = ""
     packed: bool = False  # the query heads of a key head are rows of one block
     keeps: bool = False  # each row's number for its gradient comes out as well
+    singly: bool = False  # what is stored is read byte by byte: of four, Triton 3.6 makes no code for AMD
     shared: bool = False  # a program passes a share of a block's tiles; what it gathered comes out, to be joined
 
     @cached_property
@@ -47,7 +50,9 @@ class Attend:
     def source(self) -> str:
         """The whole module."""
         tiles = (self._tile(n) for n in range(len(self.spec.segments)))
-        return "".join([text_of("functions"), *tiles, self._forward()])
+        return "".join(
+            [text_of("functions"), *([text_of("stored")] if self.spec.stored else []), *tiles, self._forward()]
+        )
 
     # --- arguments ----------------------------------------------------------------------------------------------------
 
@@ -116,7 +121,7 @@ class Attend:
             "NARROW": bool(self.spec.tiles) and segment == 0,
             "GATHERED": bool(self.spec.rows_of(segment)),
             "MOVED": bool(self.spec.segments[segment][2]),
-            "POWERS": self.folding.powers,
+            "HIDDEN": self.folding.hidden,
             "VALUES": self.values,
         }
         said = {
@@ -125,6 +130,8 @@ class Attend:
             "given": listed(self.folding.leaves),
             "own": listed(self.own(segment)),
             "tables": listed(self.looked_up),
+            "keys": self._read("k", 2 * segment, "D"),
+            "values": self._read("v", 2 * segment + 1, "E"),
             "score": self.folding.score(parse(self.spec.segments[segment][1]), names),
             "kept": self.kept(segment, names),
             "weigh": self.folding.tile(),
@@ -133,6 +140,14 @@ class Attend:
             "moved": self.folding.moved,
         }
         return filled("attend_tile", flags, said)
+
+    def _read(self, port: str, place: int, size: str) -> str:
+        """The rows of a tile: numbers, or what their bytes stand for."""
+        rows = row_spec(self.spec.stored[place]) if self.spec.stored else None
+        if rows is None:
+            return f"rows({port}, {port}_rows, here, {port}_d, {size}, {size}P, MASKED)"
+        lies = f"{rows.bits}, {rows.codes}, {rows.groups}, {1 if self.singly else aligned(rows)}"
+        return f"stored({port}, {port}_rows, here, {size}, {size}P, {lies}, MASKED).to(q.dtype)"
 
     def _forward(self) -> str:
         said = {
@@ -256,6 +271,11 @@ def joining(of: Attend) -> str:
     return text_of("functions") + filled("attend_join", flags, said)
 
 
+def aligned(rows: RowSpec) -> int:
+    """Of what every row of bytes begins at a multiple, where the first one and the steps between them are."""
+    return 4 if rows.bytes % 4 == 0 else 2
+
+
 def listed(words: list[str]) -> str:
     return "".join(f"{word}, " for word in words)
 
@@ -276,7 +296,25 @@ def why_not(text: str) -> str | None:
         return relative.why_not(spec) or "a score for empty rows"
     if any(output not in ("o", "lse") for output in spec.outputs):
         return f"outputs {', '.join(spec.outputs)}"
+    if spec.after and not _nothing(parse(spec.after).replace({"w": as_expr(0.0)})):
+        return "keys without a weight that get one afterwards"
     return refusal(lambda: of_any_tables(text).source)
+
+
+def _nothing(e: Expr) -> bool:
+    """Whether an expression is 0 whatever it names."""
+    match e.op:
+        case "const":
+            return bool(e.args[0] == 0)
+        case "mul":
+            return any(map(_nothing, e.args))
+        case "truediv" | "relu" | "tanh" | "sin" | "abs" | "sqrt":
+            return _nothing(e.args[0])
+        case "add" | "minimum" | "maximum":
+            return all(map(_nothing, e.args))
+        case "where":
+            return all(map(_nothing, e.args[1:]))
+    return False
 
 
 def shown(text: str) -> str:

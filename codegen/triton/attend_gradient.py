@@ -96,10 +96,10 @@ class Gradient:
     def _weight(self, names: dict[str, str], kept: str, when: str = "") -> list[str]:
         """From the products q . k to the weights, -inf or 0 where nothing is kept; `when`: a tile may be whole."""
         folding = self.of.folding
-        hidden = 's = tl.where(kept, s, float("-inf"))' if folding.powers else "w = tl.where(kept, w, 0.0)"
+        hidden = 's = tl.where(kept, s, float("-inf"))' if folding.hidden else "w = tl.where(kept, w, 0.0)"
         lines = [f"s = {folding.score(self.score, names | {'s': 'raw'})}", *_under(when, f"kept = {kept}")]
         weight = f"w = {self._printed(self.row.weight, names)}"
-        if not folding.powers:
+        if not folding.hidden:
             return [*lines, weight, *_under(when, hidden)]
         return [*lines, *_under(when, hidden), *self._summed(names), weight]
 
@@ -122,7 +122,7 @@ class Gradient:
         """From weights and g to the gradients of the scores."""
         up = self.row.slope
         text = "w" if up.text == self.row.weight.text else self._printed(up, names)
-        hidden = [] if self.of.folding.powers else _under(when, "up = tl.where(kept, up, 0.0)")
+        hidden = [] if self.of.folding.hidden else _under(when, "up = tl.where(kept, up, 0.0)")
         lines = [f"up = {text} * {self._against(names)}", *hidden]
         if self.row.scan is None:
             return lines

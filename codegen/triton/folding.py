@@ -12,12 +12,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+import torch
+
 from ...compiler.cascades.change import POWER
 from ...compiler.cascades.einsum import Node
 from ...compiler.cascades.nest import LoopNest
 from ...compiler.cascades.of_mechanism import cascade_of_spec
 from ...compiler.primitives.attend_spec import AttendSpec
 from ...compiler.refusal import Refused
+from ...compiler.symbol_eval import evaluate
 from ...compiler.symbol_slope import slope
 from ...compiler.symbol_text import parse
 from ...compiler.symbols import Expr, as_expr, build, name
@@ -62,11 +65,25 @@ class Folding:
         nest = LoopNest(found.cascade, found.keys[0])
         if nest.passes > 1:
             raise Refused(f"{nest.passes} passes over the keys", fits="a normaliser that needs one")
+        for sum_ in nest.sums.values():
+            if sum_.change.kind not in "IS":  # what it has gathered is put right by no factor
+                raise Refused(f"a sum {sum_.node}", fits="one that changes by factors")
         return nest
 
     @property
     def powers(self) -> bool:
         return not self.spec.weight
+
+    @cached_property
+    def hidden(self) -> bool:
+        """Whether a key is sure to weigh nothing, and to have no gradient, once its score is -inf."""
+        if self.powers:
+            return True
+        weight = parse(self.spec.weight)
+        if self.spec.after or weight.names != {"s"} or any(e.op == "lookup" for e in weight.walk()):
+            return False
+        lowest = torch.tensor(-math.inf)
+        return all(float(evaluate(e, {"s": lowest}, {})) == 0.0 for e in (weight, slope(weight, "s")))
 
     @property
     def backwards(self) -> bool:
@@ -140,7 +157,7 @@ class Folding:
             elif self._along(node):
                 if self._element(node.name) == node.name:
                     lines.append(f"{node.name} = {self._text(self._undivided(node.expr), now)}")
-                    if not self.powers:  # a score of -inf is not sure to weigh nothing
+                    if not self.hidden:
                         lines += ["if MASKED:", f"    {node.name} = tl.where(kept, {node.name}, 0.0)"]
             elif node.kind == "reduce":
                 lines += self._summed(node, now)

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from ...compiler.primitives.attend_meaning import attend_meaning
 from ...compiler.primitives.attend_spec import AttendSpec
+from ...compiler.primitives.attend_stored import rows_of, widths
 from ...compiler.primitives.operator import Groups
 from ...compiler.primitives.rows import repeat_heads
 from .. import relative
 from .arguments import Arguments, index, kinds, looked_up, named, port
-from .attend import Attend, tables_in, why_not
-from .blocks import Blocks, forward_blocks, padded, smaller
+from .attend import Attend, aligned, tables_in, why_not
+from .blocks import Blocks, forward_blocks, padded, smaller, stored_blocks
 from .launch_shares import in_shares, shares_of
 from .launching import UnfitError, launched, precision, target, unfit
 
@@ -34,10 +35,14 @@ def refuses(groups: Groups, text: str) -> str | None:
     if reason:
         return reason
     spec = AttendSpec.of(text)
-    if any(t.dtype != q.dtype for t in kv):
+    stored = rows_of(kv, spec)
+    if any(q.dtype != (getattr(torch, rows.dtype) if rows else t.dtype) for t, rows in zip(kv, stored, strict=True)):
         return "keys or values of another dtype than the queries"
-    if max(q.shape[-1], kv[1].shape[-1]) > _MOST_D:
-        return f"a head of {max(q.shape[-1], kv[1].shape[-1])}, at most {_MOST_D}"
+    if any(rows and not _lies_together(t, aligned(rows)) for t, rows in zip(kv, stored)):
+        return "rows whose bytes do not lie together"
+    widest = max(q.shape[-1], *widths(kv, spec))
+    if widest > _MOST_D:
+        return f"a head of {widest}, at most {_MOST_D}"
     if any(t.numel() == 0 or t.numel() >= _MOST_TABLE for t in tables):
         return "a table without elements, or of more than 2 ** 31"
     if relative.elements(groups, spec) >= _MOST_TABLE:
@@ -49,6 +54,11 @@ def refuses(groups: Groups, text: str) -> str | None:
     if any(t.shape[2] > 1 and t.stride(2) >= _MOST_STEP for t in (q, *kv)):
         return "rows that lie 2 ** 24 numbers apart"
     return _tiles_refused(spec, groups)
+
+
+def _lies_together(rows: Tensor, by: int) -> bool:
+    steps = [step for size, step in zip(rows.shape[:-1], rows.stride()[:-1]) if size > 1]
+    return rows.stride(-1) == 1 and not any(step % by for step in (*steps, rows.storage_offset()))
 
 
 def _tiles_refused(spec: AttendSpec, groups: Groups) -> str | None:
@@ -95,7 +105,10 @@ def run(
 
 def _blocks(groups: Groups, text: str) -> Blocks:
     (q,), kv, _ = groups
-    return forward_blocks(q.shape[-1], kv[1].shape[-1], _rows(groups, text), q.element_size() * 8, target(q))
+    spec = AttendSpec.of(text)
+    sizes = q.shape[-1], widths(kv, spec)[1], _rows(groups, text), q.element_size() * 8
+    found = forward_blocks(*sizes, target(q))
+    return stored_blocks(found, target(q)) if spec.stored else found
 
 
 def _rows(groups: Groups, text: str) -> int:
@@ -107,17 +120,19 @@ def _rows(groups: Groups, text: str) -> int:
 def _run(groups: Groups, text: str, keeps: bool, blocks: Blocks, shares: int) -> list[Tensor]:
     (q,), kv, tables = groups
     spec = AttendSpec.of(text)
-    kernel = Attend(text, kinds(tables), _packs(spec, groups), keeps)
+    singly = bool(spec.stored) and target(q).startswith("hip")
+    kernel = Attend(text, kinds(tables), _packs(spec, groups), keeps, singly)
     heads, group = q.shape[1], q.shape[1] // kv[0].shape[1] if not spec.kv_heads else 1
     step, parts, wide, blocks = steps(spec.tiles, blocks)
-    made = _results(kernel, q, kv[1])
+    E = widths(kv, spec)[1]
+    made = _results(kernel, q, E)
     given: Arguments = {**port("Q", q), "H": heads, "N": q.shape[2]} | ({"G": group} if kernel.packed else {})
     for number, (k, v) in enumerate(zip(kv[::2], kv[1::2], strict=True)):
         given |= _segment(kernel, number, k, v, q, named(groups))
     given |= _placed(spec, q, kv, named(groups), parts)
     for number in tables_in(spec):
         given |= looked_up(number, tables[number])
-    given |= {"D": q.shape[-1], "DP": padded(q.shape[-1]), "E": kv[1].shape[-1], "EP": padded(kv[1].shape[-1])}
+    given |= {"D": q.shape[-1], "DP": padded(q.shape[-1]), "E": E, "EP": padded(E)}
     given |= {"BM": blocks.rows, "BN": blocks.keys, "STEP": step, "WIDE": wide, "STAGES": blocks.stages}
     given |= {"PRECISION": precision(q), "num_warps": blocks.warps, "num_stages": blocks.stages}
     programs = -(-_rows(groups, text) // step) * q.shape[0] * (kv[0].shape[1] if kernel.packed else heads)
@@ -154,10 +169,10 @@ def steps(tiles: tuple[str, int, int] | tuple[()], blocks: Blocks) -> tuple[int,
     )
 
 
-def _results(kernel: Attend, q: Tensor, v: Tensor) -> Arguments:
+def _results(kernel: Attend, q: Tensor, E: int) -> Arguments:
     made: Arguments = {}
     if kernel.values:
-        made["O"] = q.new_empty(*q.shape[:3], v.shape[-1])
+        made["O"] = q.new_empty(*q.shape[:3], E)
     if "lse" in kernel.spec.outputs:
         made["LSE"] = q.new_empty(q.shape[:3], dtype=torch.float32)
     if kernel.keeps and kernel.folding.kept:

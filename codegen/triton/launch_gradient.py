@@ -31,7 +31,7 @@ def gradients(
     first_table = 1 + len(kv)
     learned = tuple(k - first_table for k in wanted if k >= first_table)
     kernel = Attend(text, kinds(tables))
-    if launch.refuses(groups, text) or why_no_gradient(kernel, learned):
+    if spec.stored or launch.refuses(groups, text) or why_no_gradient(kernel, learned):
         return None
     named_grads = {spec.outputs[n]: g for n, g in given.items()}
     if "lse" in named_grads and not (kernel.folding.powers and spec.normaliser == "softmax"):

@@ -143,9 +143,11 @@ def _sizes(kernel: Scan, D: int, E: int, bits: int, on: str) -> Arguments:
     if kernel.decay == "channels":
         rows = 32 if deep <= 64 else 16
     wide = 64 if deep <= 64 and not kernel.sum and not (kind == "cuda" and int(number) < 90) else 32
+    if deep > max(D, 64) and rows > 16 and kind == "cuda":  # whether a channel is there costs registers
+        wide = 16
     stages = 2 if bits == 16 and deep <= 64 else 1
-    return {"T": rows, "BE": min(padded(E), wide), "STAGES": stages, "num_stages": stages,
-            "num_warps": 8 if deep >= 64 else 4}  # fmt: skip
+    warps = 8 if deep >= 64 and kind != "hip" else 4  # there a thread of one of four has twice the registers
+    return {"T": rows, "BE": min(padded(E), wide), "STAGES": stages, "num_stages": stages, "num_warps": warps}
 
 
 def _precision(q: Tensor) -> str:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...compiler.cost import density
 from ...compiler.primitives.attend_spec import AttendSpec
+from ...compiler.primitives.attend_stored import widths
 from ...compiler.primitives.operator import Groups
 from .arguments import Arguments
 from .attend import Attend, joining, of_any_tables, refusal
@@ -24,7 +25,11 @@ def shares_of(groups: Groups, text: str, blocks: Blocks, rows: int) -> int:
     if rows > blocks.rows or why_not_shared(text):
         return 1
     keys = max(k.shape[2] for k in kv[::2])
-    sizes = (*q.shape, kv[1].shape[-1], 1 << (keys - 1).bit_length())  # decided anew when the keys have doubled
+    sizes = (
+        *q.shape,
+        widths(kv, AttendSpec.of(text))[1],
+        1 << (keys - 1).bit_length(),
+    )  # decided anew when the keys have doubled
     return _decided(text, sizes, q.shape[1] * q.shape[2] // rows, blocks, target(q))
 
 

@@ -23,9 +23,12 @@ from ..symbols import FALSE, TRUE, Expr, Table, as_expr, build, name
 from .attend_blocks import attend_in_blocks
 from .attend_meaning import attend_meaning, attend_shapes
 from .attend_spec import NORMALISERS, AttendSpec, count_of
+from .attend_stored import described, in_numbers, is_stored, rows_of, widths
 from .operator import Primitive
+from .packed_rows import RowSpec
 
-attend_op = Primitive("attend", ("q", "kv*", "tables*"), attend_meaning, attend_shapes, frugal=attend_in_blocks)
+attend_op = Primitive("attend", ("q", "kv*", "tables*"), attend_meaning, attend_shapes, frugal=attend_in_blocks,
+                      stored=is_stored, in_numbers=in_numbers)  # fmt: skip
 
 Predicate = Callable[..., Any]
 _KINDS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -84,6 +87,7 @@ def attend(
     q_positions: Tensor | None = None,  # (N,), (B, N) or (B, H, N)
     k_positions: Tensor | None = None,
     rows: Tensor | None = None,
+    stored: Sequence[RowSpec | None] = (),  # of k and of v
     align: str = "start",
     site: Any = None,
     outputs: Sequence[str] = ("o",),
@@ -101,6 +105,7 @@ def attend(
     leader(b, h, i, j)    two-level softmax: the key that speaks for key j's group. One softmax runs over the leaders;
                           each hands its weight to its followers by a softmax among them, or keeps it without any.
     rows, k_positions     as in `Segment`: which rows of k, v stand as keys, and where.
+    stored                k, v are rows of bytes as `packed_rows` makes them, read as the numbers that these stand for.
     align="end"           the last query stands at the last key (decoding): i counts from M - N.
     site                  a live site: what its own score and mask had (causal, padding, bias, softcap, sinks, query
                           offset, scale) is kept; `keep`, `score` refine it.
@@ -132,6 +137,7 @@ def attend(
         normaliser=normaliser,
         eps=float(eps),
         align=align,
+        stored=described([*stored, *[None] * (2 * len(segments))]) if stored else (),
         outputs=tuple(outputs),
         **row_texts(tables, weight, sink, after, len(relative)),
         **source_texts(tables, (main, *segments), relative, tiles, kv_heads, leader),
@@ -248,17 +254,17 @@ def _check(q: Tensor, kv: Sequence[Tensor], tables: Sequence[Tensor], spec: Atte
     if q.ndim != 4 or any(t.ndim != 4 for t in kv):
         found = f"q of {q.ndim} and k, v of {[t.ndim for t in kv]} dimensions"
         raise Refused(found, where="attend", fits="(B, H, N, D)")
-    _check_tensors(q, kv)
-    heads, dim = q.shape[1], q.shape[-1]
-    for k, v in zip(kv[::2], kv[1::2], strict=True):
-        if k.shape[-1] != dim:
-            raise Refused(f"q has D={dim}, k has D={k.shape[-1]}", where="attend", fits="equal dimensions of q and k")
+    _check_tensors(q, kv, spec)
+    heads, dim, wide = q.shape[1], q.shape[-1], widths(kv, spec)
+    for k, v, of_k, of_v in zip(kv[::2], kv[1::2], wide[::2], wide[1::2], strict=True):
+        if of_k != dim:
+            raise Refused(f"q has D={dim}, k has D={of_k}", where="attend", fits="equal dimensions of q and k")
         if k.shape[1] != v.shape[1] or (heads % k.shape[1] and not spec.kv_heads):
             found = f"{heads} heads, {k.shape[1]} key and {v.shape[1]} value heads"
             raise Refused(found, where="attend", fits="heads must be a multiple of kv_heads, or give a kv_heads table")
-        if k.shape[2] != v.shape[2] or v.shape[-1] != kv[1].shape[-1]:
-            found = f"{k.shape[2]} keys, {v.shape[2]} values of D={v.shape[-1]}"
-            raise Refused(found, where="attend", fits=f"as many of both, values of D={kv[1].shape[-1]}")
+        if k.shape[2] != v.shape[2] or of_v != wide[1]:
+            found = f"{k.shape[2]} keys, {v.shape[2]} values of D={of_v}"
+            raise Refused(found, where="attend", fits=f"as many of both, values of D={wide[1]}")
     for what, table, dims in _tables_of(spec):
         given = tables[int(table[1:])]
         if given.ndim not in dims:
@@ -272,9 +278,11 @@ def _check(q: Tensor, kv: Sequence[Tensor], tables: Sequence[Tensor], spec: Atte
     _check_texts(spec)
 
 
-def _check_tensors(q: Tensor, kv: Sequence[Tensor]) -> None:
-    for t in (q, *kv):
-        if t.dtype not in _KINDS:
+def _check_tensors(q: Tensor, kv: Sequence[Tensor], spec: AttendSpec) -> None:
+    for t, row in zip((q, *kv), (None, *rows_of(kv, spec)), strict=True):
+        if row is not None and (t.dtype != torch.uint8 or t.shape[-1] != row.bytes):
+            raise Refused(f"{t.shape[-1]} of {t.dtype}", where="attend", fits=f"rows of {row.bytes} bytes")
+        if row is None and t.dtype not in _KINDS:
             raise Refused(f"rows of {t.dtype}", where="attend", fits=", ".join(map(str, _KINDS)))
         if t.shape[1] == 0:
             raise Refused(f"rows of shape {tuple(t.shape)}", where="attend", fits="at least one head")

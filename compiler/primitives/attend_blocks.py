@@ -12,6 +12,7 @@ from ..reach import reach
 from ..symbol_text import parse
 from .attend_meaning import attend_meaning
 from .attend_spec import AttendSpec, count_of
+from .attend_stored import in_numbers
 from .operator import Groups
 
 AT_ONCE = 2**19  # scores, and numbers of rows gathered for them: 200 bytes each where a predicate is worked out; what
@@ -21,6 +22,7 @@ BY_ROWS = {"o", "lse", "entropy", "topk"}  # outputs that a query has for itself
 
 def attend_in_blocks(groups: Groups, text: str) -> list[Tensor]:
     """Every block of queries is a call of its own, with the positions of its queries."""
+    groups, text = in_numbers(groups, text)
     (q,), kv, tables = groups
     spec = AttendSpec.of(text)
     total, step = q.shape[2], _rows_at_once(q, kv, tables, spec)

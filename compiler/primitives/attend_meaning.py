@@ -11,11 +11,13 @@ from ..symbol_eval import evaluate
 from ..symbol_text import parse
 from .attend_logits import Columns, columns
 from .attend_spec import FAINT, AttendSpec, count_of
+from .attend_stored import in_numbers, widths
 from .attend_weights import weights_of
 from .operator import Groups
 
 
 def attend_meaning(groups: Groups, text: str) -> list[Tensor]:
+    groups, text = in_numbers(groups, text)
     (q,), kv, table_list = groups
     spec = AttendSpec.of(text)
     tables = {f"t{n}": t for n, t in enumerate(table_list)}
@@ -133,7 +135,7 @@ def attend_shapes(groups: Groups, text: str) -> list[Tensor]:
             found.append(q.new_empty(batch, heads, n, count, dtype=torch.long))
             continue
         size = {
-            "o": (batch, heads, n, kv[1].shape[-1]),
+            "o": (batch, heads, n, widths(kv, spec)[1]),
             "lse": (batch, heads, n),
             "entropy": (batch, heads, n),
             "weights": (batch, heads, n, m),

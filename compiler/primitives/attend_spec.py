@@ -37,6 +37,7 @@ class AttendSpec(Spec):
     kv_heads: str = ""  # name of a table (H,): the key head of every query head
     leader: str = ""  # of key j, for "grouped": the position of the key that speaks for its group
     empty: str = ""  # the score of all keys for a query that keeps none above FAINT; without it such a query gives 0
+    stored: tuple[tuple[int | str, ...], ...] = ()  # of every k and v: bits, dim, group, dtype of rows of bytes, or ()
     outputs: tuple[str, ...] = ("o",)
 
     @cached_property
