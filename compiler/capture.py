@@ -17,7 +17,7 @@ from . import chance
 from .attempts import Attempt, attempts, filled
 from .checkpointing import unflagged
 from .containers import Layout, Leaf, absorb, lay_out_caches, put_together, take_apart
-from .fused_layers import cast_as_fused, may_fuse
+from .fused_layers import cast_as_fused, masks_as_given, may_fuse
 from .graph_state import graph_from, state_of
 from .inside import inside
 from .leaves import plain_calls, stamp_leaves
@@ -186,6 +186,7 @@ def export(model: nn.Module, call: Call, attempt: Attempt) -> Captured:
             torch.no_grad(),
             unchanged(model),
             cast_as_fused(model, fused=fused),
+            masks_as_given(),
             quiet(),
             _fakes(attempt),
             chance.no_unseen_chance(),

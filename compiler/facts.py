@@ -60,6 +60,9 @@ def _site(node: fx.Node, path: str, index: int, ports: Ports, images: Sequence[f
     if "x" not in ports.nodes:
         cross = str(q.shape[2]) != str(k.shape[2]) and spec.align == "start"
     causal = any(c.text == CAUSAL for c in spec.conjuncts)
+    for port, rows in (("x", q), ("x_kv", k)):
+        if port in ports.nodes and not _rows_alike(ports.nodes[port].meta["val"], rows):
+            del ports.nodes[port]  # tokens before samples, or a feature map: not what mechanisms are promised
     return Site(
         path=path,
         index=index,
@@ -79,6 +82,19 @@ def _site(node: fx.Node, path: str, index: int, ports: Ports, images: Sequence[f
         window=_window(spec),
         width=int(ports.nodes["x"].meta["val"].shape[-1]) if "x" in ports.nodes else 0,
     )
+
+
+def _rows_alike(x: torch.Tensor, heads: torch.Tensor) -> bool:
+    """Whether x is (B, N, C) beside (B, H, N, D)."""
+    return x.ndim == 3 and _same_size(x.shape[0], heads.shape[0]) and _same_size(x.shape[1], heads.shape[2])
+
+
+def _same_size(a: Any, b: Any) -> bool:
+    """Equal as written, or in the example where one is a formula: (256 * s0) // 64 may be 4 * s0."""
+    if str(a) == str(b):
+        return True
+    one, other = (size if isinstance(size, int) else size.node.hint for size in (a, b))
+    return one == other and not (str(a).isidentifier() and str(b).isidentifier())
 
 
 def features(spec: AttendSpec, tables: Sequence[torch.Tensor] = ()) -> frozenset[str]:

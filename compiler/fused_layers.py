@@ -1,5 +1,6 @@
-"""nn.TransformerEncoderLayer's fused op under autocast: all of a layer in the low precision, norms and sums included.
+"""torch's own layers where their forward does what no trace can follow: a fused op, a look at a mask's numbers.
 
+Under autocast nn.TransformerEncoderLayer's fused op has all of a layer in the low precision, norms and sums included.
 torch.export takes the plain path, whose norms autocast leaves in float32: a graph of it casts as the fused op does.
 """
 
@@ -12,6 +13,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import layer_norm
+from torch.nn.modules import transformer
+
+
+@contextmanager
+def masks_as_given() -> Iterator[None]:
+    """While tracing, stacks of layers do not look at a mask's numbers: that it is causal only saves them work."""
+    kept = transformer._detect_is_causal_mask
+    transformer._detect_is_causal_mask = lambda mask, is_causal=None, size=None: is_causal is True
+    try:
+        yield
+    finally:
+        transformer._detect_is_causal_mask = kept
 
 
 def may_fuse(model: nn.Module) -> bool:

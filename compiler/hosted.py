@@ -50,6 +50,10 @@ class Hosting:
     small: dict[Any, bool] = field(default_factory=dict)  # sizes of 0 and 1 at which a graph was asked about
     about: Any = None  # who rewrites: its report and sites are the hosted model's
 
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy has had no call: the last one's losses are of the original's history of gradients."""
+        return self.__dict__ | {"losses": {}, "traces": {}}
+
 
 def host(model: nn.Module, program_for: ProgramFor, *, limit: int = 8, about: Any = None) -> nn.Module:
     """A twin of the model whose forward runs the graph that `program_for` makes for each call signature."""

@@ -43,6 +43,23 @@ def test_an_encoder_packs_its_padding_where_no_gradients_are_asked_for(first: bo
     torch.testing.assert_close(fast(x, src_key_padding_mask=padding), model(x, src_key_padding_mask=padding))
 
 
+MASK = nn.Transformer.generate_square_subsequent_mask
+
+
+@pytest.mark.parametrize("masked", ["encoder", "decoder"])
+def test_a_mask_that_torch_would_look_at_is_taken_as_it_is(masked: str) -> None:
+    torch.manual_seed(0)
+    if masked == "encoder":
+        model, given, name = encoder(), (torch.randn(2, 7, 32),), "mask"
+    else:
+        layer = nn.TransformerDecoderLayer(32, 4, 64, batch_first=True)
+        model, name = nn.TransformerDecoder(layer, 1).eval(), "tgt_mask"
+        given = torch.randn(2, 7, 32), torch.randn(2, 5, 32)
+    fast = reattend.optimize(model, "exact", given, measure=False)
+    for mask in (MASK(7), torch.randn(7, 7), MASK(7) == 0):  # causal, any other, one of booleans
+        torch.testing.assert_close(fast(*given, **{name: mask}), model(*given, **{name: mask}), atol=1e-5, rtol=0.0)
+
+
 class Apart(nn.Module):
     """One layer that is kept in float32, whatever stands around it."""
 

@@ -154,3 +154,11 @@ def test_recovery_trains_it() -> None:
     before = fast.state_dict()["layers.0.attn.reattend.lcm.conv2_weight"].clone()
     reattend.recover(fast, data, steps=6, lr=1e-2, progress=False)
     assert not torch.equal(fast.state_dict()["layers.0.attn.reattend.lcm.conv2_weight"], before)
+
+
+def test_a_model_with_losses_of_its_last_call_is_copied() -> None:
+    model, x = Blocks().eval(), inputs()
+    fast = reattend.optimize(model, recipe("lcm", heads="moh"), x, measure=False)
+    fast(x)
+    assert fast.losses() and not copy.deepcopy(fast).losses()
+    torch.testing.assert_close(copy.deepcopy(fast)(x), fast(x))

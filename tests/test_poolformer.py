@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-import reattend.passes  # noqa: F401 - fills the registry
+import reattend
 from reattend.compiler.functional import module
 from reattend.compiler.problem import hidden
 from reattend.compiler.refusal import Refused
@@ -57,3 +57,21 @@ def test_it_is_linear_and_moves_with_the_picture() -> None:
 def test_even_sizes_are_refused(size: int) -> None:
     with pytest.raises(Refused, match="an odd number"):
         module("poolformer", pool_size=size)
+
+
+def test_it_has_no_place_in_cross_attention() -> None:
+    class Cross(torch.nn.Module):
+        """Queries of one sequence, keys and values of another with padding."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.kv, self.out = torch.nn.Linear(8, 8), torch.nn.Linear(8, 16), torch.nn.Linear(8, 8)
+
+        def forward(self, x: torch.Tensor, y: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
+            q, (k, v) = self.q(x)[:, None], self.kv(y)[:, None].chunk(2, -1)
+            s = (q @ k.mT).masked_fill(~real[:, None, None], -1e9)
+            return self.out((s.softmax(-1) @ v).squeeze(1))
+
+    given = torch.randn(2, 5, 8), torch.randn(2, 7, 8), torch.arange(7) < torch.tensor([[7], [4]])
+    with pytest.raises(Refused, match="pools the tokens themselves, this is noncausal-cross"):
+        reattend.optimize(Cross().eval(), "poolformer", given, measure=False)

@@ -404,3 +404,22 @@ def test_scale_and_features_are_those_of_the_formula(run: Callable[..., Tensor],
     fast = reattend.optimize(Unfamiliar(Form(run)).eval(), "exact", call(2, 9), measure=False)
     (row,) = fast.sites
     assert row.site.scale == pytest.approx(0.4) and row.site.features == features
+
+
+def test_a_hidden_state_with_tokens_first_is_no_port() -> None:
+    class TokensFirst(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.qkv, self.out = nn.Linear(C, 3 * C), nn.Linear(C, C)
+
+        def forward(self, x: Tensor) -> Tensor:  # (N, B, C)
+            q, k, v = self.qkv(x).view(x.shape[0], -1, 3, C // H).permute(2, 1, 0, 3)
+            o = torch.bmm(torch.bmm(q, k.mT).softmax(-1), v)
+            return self.out(o.transpose(0, 1).reshape(x.shape))
+
+    model, x = TokensFirst().eval(), torch.randn(9, 2, C)
+    fast = reattend.optimize(model, "exact", x, measure=False)
+    (row,) = fast.sites
+    assert not {"x", "x_kv"} & set(row.site.ports) and row.site.self_attention
+    with pytest.raises(reattend.Refused, match="moh asks for port x, which this site does not have"):
+        reattend.optimize(model, "moh", x, measure=False)

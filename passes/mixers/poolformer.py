@@ -14,6 +14,7 @@ from ...compiler.layers import module
 from ...compiler.mechanism import Limit, Mechanism, register
 from ...compiler.problem import hidden
 from ...compiler.refusal import Refused
+from ...compiler.site import Site
 
 
 @register("poolformer")
@@ -39,6 +40,9 @@ class PoolFormer(Mechanism):
     def __post_init__(self) -> None:
         if self.pool_size < 1 or self.pool_size % 2 == 0:
             raise Refused(f"pool_size={self.pool_size}", where="poolformer", fits="an odd number: 1, 3, 5, ...")
+
+    def fits(self, site: Site) -> str | None:
+        return None if site.self_attention else f"poolformer pools the tokens themselves, this is {site.pattern}"
 
     def forward(self, site: Any, p: Any, x: Tensor, key_padding: Tensor | None = None) -> Tensor:  # type: ignore[override]
         wide = torch.promote_types(x.dtype, torch.float32)
