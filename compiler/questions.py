@@ -194,8 +194,8 @@ def deterministic(case: Case) -> int:
 def inputs_untouched(case: Case) -> int:
     """Nothing that it is given is written to."""
     seen = torch.ones(case.batch, case.m, dtype=torch.bool)
-    mask = seen if "padding" in case.mechanism.honours else None
     tensors, own = case.tensors(), case.own()
+    mask = seen if _honours(case, tensors, "padding", {"mask": seen}) else None
     given = {**tensors, **{f"p.{name}": t for name, t in own.items()}, "key_padding": seen}
     before = {name: tensor.clone() for name, tensor in given.items()}
     with torch.no_grad():

@@ -376,6 +376,25 @@ def test_a_prompt_may_be_seen_whole_by_streaming_heads() -> None:
     assert decoder.state["near_at"].tolist() == [0, 10, 11, 12]
 
 
+@pytest.mark.parametrize("cuts", [(9, 10, 11, 12), (5, 8), (2, 3, 9)])
+def test_streaming_heads_may_see_their_whole_cache(cuts: tuple[int, ...]) -> None:
+    """As deployed: what is kept and the new tokens so far, then the sinks and the latest are kept."""
+    q, k, v = problem(13, kv_heads=2)
+    own, knobs = {"gate": torch.tensor([0.0, 1.0])}, {"sink_size": 1, "recent_size": 3, "threshold": 0.5}
+    decoder, held = Decoder(mechanism("duo", whole_cache=True, **knobs), SITE, params=own), list[int]()
+    for first, last in pairwise([0, *cuts, 13]):
+        here = [t[:, :, first:last] for t in (q, k, v)]
+        got = (decoder.step if first else decoder.prefill)(*here)
+        for n in range(first, last):
+            near, every = [*held, *range(first, n + 1)], list(range(n + 1))
+            for h in range(4):
+                at = near if h < 2 else every
+                w = torch.softmax(k[:, h // 2, at] @ q[:, h, n, :, None] * 8**-0.5, 1)
+                assert torch.allclose(got[:, h, n - first], (w * v[:, h // 2, at]).sum(1), atol=1e-5)
+        held = [*held, *range(first, last)]
+        held = held if len(held) <= 4 else held[:1] + held[-3:]
+
+
 def test_a_mixture_of_rows_and_columns_does_not_decode() -> None:
     q, k, v = problem(3, kv_heads=2)
     with pytest.raises(Refused, match="variant='fixed'"):

@@ -43,7 +43,8 @@ class Duo(Mechanism):
 
     prompt (the paper's word: prefill): with "full", what one call is given is a prompt, which every head sees whole, as
     in the paper's deployment, and only what comes behind it is streamed. A Decoder keeps all keys of the heads that are
-    whole, if in part, and of the others the sink_size first and the recent_size latest.
+    whole, if in part, and of the others the sink_size first and the recent_size latest. whole_cache: a streaming head
+    sees all that is kept and the new tokens up to its own, as in the paper's deployment, one or more too many.
 
     gate (Hkv,) starts at 1: the model itself. While gates train both streams here are the student's own; the reference
     takes the full one from the teacher's pass over the same tokens.
@@ -54,6 +55,7 @@ class Duo(Mechanism):
     reg_weight: float = 0.05
     threshold: float | None = None
     prompt: Literal["streaming", "full"] = "streaming"
+    whole_cache: bool = False
 
     part = "core"
     kind = "approximate"
@@ -91,10 +93,10 @@ class Duo(Mechanism):
         return {"seen": torch.zeros((), dtype=torch.long)}
 
     def prefill(self, site: Any, p: Any, state: State, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, State]:
-        return self._carried(site, p, state, q, k, v, whole=self.prompt == "full")
+        return self._carried(site, p, state, q, k, v, whole=self.prompt == "full" or self.whole_cache)
 
     def step(self, site: Any, p: Any, state: State, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, State]:
-        return self._carried(site, p, state, q, k, v, whole=False)
+        return self._carried(site, p, state, q, k, v, whole=self.whole_cache)
 
     def _carried(
         self, site: Any, p: Any, state: State, q: Tensor, k: Tensor, v: Tensor, *, whole: bool
@@ -111,7 +113,8 @@ class Duo(Mechanism):
             }
             if len(heads):
                 a = gate[heads].repeat_interleave(group)[:, None, None].to(q.dtype)
-                parts.append(self._mixed(site.scale, q[:, own], held, a, seen, whole=whole))
+                every = whole and (name == "near" or not seen)
+                parts.append(self._mixed(site.scale, q[:, own], held, a, seen, whole=every))
                 order.append(own)
             left = held["at"] >= (0 if name == "full" else total - self.recent_size)
             left = (left | (held["at"] < self.sink_size)).nonzero()[:, 0]

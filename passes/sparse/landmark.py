@@ -58,7 +58,7 @@ class Landmark(Mechanism):
     kind = "needs recovery"
     honours = frozenset({"padding"})
     paper = "arXiv 2305.16300"
-    tries = ({"block_size": 3}, {"block_size": 2, "top_k": 2}, {})
+    tries = ({"block_size": 3}, {"block_size": 2, "top_k": 2}, {}, {"block_size": 3, "top_k": 1, "renumber": True})
 
     def __post_init__(self) -> None:
         if self.block_size < 2 or (self.top_k is not None and self.top_k < 1):
