@@ -245,6 +245,25 @@ def test_what_weighs_nothing_at_a_score_of_minus_infinity(weight: str) -> None:
     assert Folding(AttendSpec("s", weight=weight, normaliser="none"), "f").hidden is (weight in ONE_MASK)
 
 
+@pytest.mark.parametrize("step", [0.02, 0.1, 3.0])
+def test_maxima_that_rise_slowly_or_fast(step: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores grow along the keys: by less than what sums are put right for, by more in some tiles, by more in each."""
+    q, v = torch.ones(1, 1, 40, 16), drawn(1, 1, 300, 16)
+    k = (step / 16 * torch.arange(300.0))[None, None, :, None].expand(1, 1, 300, 16).contiguous()
+    groups, text = asked(monkeypatch, q, k, v, {"scale": 1.0, "outputs": ("o", "lse"), "causal": True, "align": "end"})
+    # a score of s is wrong by up to s * 2 ** -24, and its weight by as much of itself, rescaled lazily or not
+    same(launch.run(groups, text, shares=1), attend_meaning(wide(groups), text), 4e-6 + 300 * step * 2**-22)
+
+
+def test_only_a_factor_of_one_running_maximum_may_lag_behind() -> None:
+    lazy = {text: Folding(AttendSpec.of(text), "", lazily=True).lazy for text in (
+        '{"score":"s"}', '{"score":"s","sink":"h"}', '{"score":"s","normaliser":"stick"}',
+        '{"score":"s","weight":"sigmoid(s)","normaliser":"none"}', '{"score":"s","normaliser":"none"}')}  # fmt: skip
+    assert list(lazy.values()) == ["GM", "", "", "", ""]
+    assert "if tl.max" in Attend('{"score":"s"}', lazily=True).source
+    assert "if tl.max" not in Attend('{"score":"s","outputs":["lse"]}', lazily=True).source
+
+
 def test_rows_that_keep_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     q = drawn(1, 2, 40, 16)
     how: dict[str, Any] = {"keep": lambda i, j: j > i + 20, "outputs": ("o", "lse")}

@@ -31,7 +31,7 @@ STICK = AttendSpec(score="s * 0.125", keep="j <= i", normaliser="stick").text
 
 def golden() -> dict[str, str]:
     kernels = {
-        "window_packed": Attend(WINDOW, packed=True).source,
+        "window_packed": Attend(WINDOW, packed=True, lazily=True).source,
         "stick": Attend(STICK).source,
         "slopes_gradient": Gradient(Attend(SLOPES, "f1"), (0,)).source,
         "slopes_gradient_keys": Gradient(Attend(SLOPES, "f1"), (0,)).source_of_keys,

@@ -32,6 +32,7 @@ class Attend:
     packed: bool = False  # the query heads of a key head are rows of one block
     keeps: bool = False  # each row's number for its gradient comes out as well
     singly: bool = False  # what is stored is read byte by byte: of four, Triton 3.6 makes no code for AMD
+    lazily: bool = False  # what was gathered is put right only where a maximum rose far
     shared: bool = False  # a program passes a share of a block's tiles; what it gathered comes out, to be joined
 
     @cached_property
@@ -44,7 +45,7 @@ class Attend:
 
     @cached_property
     def folding(self) -> Folding:
-        return Folding(self.spec, self.kinds, self.packed)
+        return Folding(self.spec, self.kinds, self.packed, self.lazily and self.values)
 
     @cached_property
     def source(self) -> str:
@@ -122,6 +123,7 @@ class Attend:
             "GATHERED": bool(self.spec.rows_of(segment)),
             "MOVED": bool(self.spec.segments[segment][2]),
             "HIDDEN": self.folding.hidden,
+            "LAZY": bool(self.folding.lazy),
             "VALUES": self.values,
         }
         said = {
@@ -137,6 +139,7 @@ class Attend:
             "weigh": self.folding.tile(),
             "weights": self.folding.weights,
             "correction": self.folding.correction("[:, None]"),
+            "lazy": self.folding.lazy,
             "moved": self.folding.moved,
         }
         return filled("attend_tile", flags, said)

@@ -28,6 +28,7 @@ from .printer import triton_text
 
 LOG2E = 1 / math.log(2)
 START = {"max": 'float("-inf")', "sum": "0.0"}
+FAR = 8.0  # powers of two that a maximum may rise by before sums are put right: a weight is 256 at most until then
 SCORE = "s"  # how a score is called in a tile
 
 
@@ -53,6 +54,7 @@ class Folding:
     spec: AttendSpec
     tables: str
     packed: bool = False  # each row has a head of its own
+    lazily: bool = False  # sums are put right only once a maximum has risen far
 
     @property
     def names(self) -> dict[str, str]:
@@ -84,6 +86,14 @@ class Folding:
             return False
         lowest = torch.tensor(-math.inf)
         return all(float(evaluate(e, {"s": lowest}, {})) == 0.0 for e in (weight, slope(weight, "s")))
+
+    @cached_property
+    def lazy(self) -> str:
+        """The running maximum that may lag behind: where sums are put right by a factor of it, and by nothing else."""
+        words = {g.removeprefix(POWER) for s in self.nest.sums.values() for g, _ in s.change.of if g.startswith(POWER)}
+        running = {s.node.name for s in self.nest.sums.values() if s.node.monoid == "max"}
+        alone = self.lazily and self.powers and len(words) == 1 and words <= running
+        return next(iter(words)) if alone else ""
 
     @property
     def backwards(self) -> bool:
@@ -188,6 +198,9 @@ class Folding:
         if node.monoid == "max":
             now[node.name] = f"{node.name}_now"
             lines = [f"{node.name}_now = tl.maximum({node.name}, tl.max({value}, 1))"]
+            if self.lazy == node.name:
+                rose = f"{node.name}_now - {node.name} > {FAR}"
+                lines.append(f"{node.name}_now = tl.where({rose}, {node.name}_now, {node.name})")
             return [*lines, *self._guarded(node.name, now)] if self._corrects(node.name) else lines
         return [f"{node.name} = {node.name}{self.correction(node=node)} + tl.sum({value}, 1)"]
 

@@ -121,7 +121,8 @@ def _run(groups: Groups, text: str, keeps: bool, blocks: Blocks, shares: int) ->
     (q,), kv, tables = groups
     spec = AttendSpec.of(text)
     singly = bool(spec.stored) and target(q).startswith("hip")
-    kernel = Attend(text, kinds(tables), _packs(spec, groups), keeps, singly)
+    lazily = not target(q).startswith("cuda:10")  # there Triton 3.6 makes no code of a product behind a branch
+    kernel = Attend(text, kinds(tables), _packs(spec, groups), keeps, singly, lazily)
     heads, group = q.shape[1], q.shape[1] // kv[0].shape[1] if not spec.kv_heads else 1
     step, parts, wide, blocks = steps(spec.tiles, blocks)
     E = widths(kv, spec)[1]
