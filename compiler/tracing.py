@@ -54,6 +54,9 @@ def trace(mechanism: Mechanism, setting: Setting, values: Mapping[str, Tensor]) 
         graph = trace_function(run, values)
     except Refused as refused:
         raise refused.at(f"{setting.site.path}: {mechanism.slug}") from None
+    except RuntimeError as error:  # of torch, about sizes: memory tokens beside the keys, where queries have none
+        said = f"its forward fails at this site's sizes: {str(error).splitlines()[0]}"
+        raise Refused(said, where=f"{setting.site.path}: {mechanism.slug}", fits="another mechanism here") from error
     return Fragment(graph, names, told["losses"], told["buffers"])
 
 

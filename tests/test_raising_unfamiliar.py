@@ -423,3 +423,9 @@ def test_a_hidden_state_with_tokens_first_is_no_port() -> None:
     assert not {"x", "x_kv"} & set(row.site.ports) and row.site.self_attention
     with pytest.raises(reattend.Refused, match="moh asks for port x, which this site does not have"):
         reattend.optimize(model, "moh", x, measure=False)
+
+
+def test_a_mechanism_that_fails_at_a_sites_sizes_is_refused_there() -> None:
+    model = Unfamiliar(Form(memory_in_front)).eval()  # three more keys than queries
+    with pytest.raises(reattend.Refused, match="flow: its forward fails at this site's sizes: The size of tensor"):
+        reattend.optimize(model, "flow", call(2, 9), measure=False)
