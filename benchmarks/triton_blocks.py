@@ -8,13 +8,15 @@ Every candidate is compiled; one that spills is out. The page says where the def
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
-from triton_table import CASES, HEADS, TOKENS, asked  # type: ignore[import-not-found]
+from triton_table import HEADS, TOKENS, asked  # type: ignore[import-not-found]
 
 from reattend.codegen.triton import ahead, launch
 from reattend.codegen.triton.blocks import Blocks, forward_blocks
 from reattend.codegen.triton.roofline import forward_work, ranked
+from reattend.codegen.used import calls_of
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "triton_blocks.md"
 SHAPES = ((64, 4), (64, 8), (128, 8))  # rows, warps
@@ -53,7 +55,7 @@ def main() -> None:
 
 
 def compiled(dim: int, target: str, candidates: list[Blocks]) -> dict[Blocks, tuple[int, int]]:
-    call = asked(CASES["causal"], dim)
+    (call,) = calls_of(partial(asked, "causal", dim))
     found = {}
     for blocks in candidates:
         (made,) = ahead.compiled(target, lambda b=blocks: launch.run(call.groups, call.text, blocks=b))  # type: ignore[misc]
