@@ -27,10 +27,8 @@ def generating(made_from: Any) -> Callable[..., Any]:
         if asked is not None and asked not in GROWING:
             log.warning("cache_implementation=%r: a DynamicCache instead, with the same tokens; graphs grow it", asked)
             kwargs = kwargs | {"cache_implementation": "dynamic"}
-        if not any(name in forward_signature(self).parameters for name in CACHES):
-            kwargs = kwargs | {
-                "use_cache": False
-            }  # the model reads none: generate would hand one over that stays empty
+        if not any(name in forward_signature(self).parameters for name in CACHES):  # one would stay empty
+            kwargs = kwargs | {"use_cache": False}
         state = _other_state(self) if kwargs.get("past_key_values") is None and kwargs.get("use_cache", True) else ""
         if state:
             log.warning("use_cache=False: graphs take no %s; the same tokens, each from all before it", state)
