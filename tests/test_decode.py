@@ -340,7 +340,7 @@ def _duo_state(n: int) -> dict[str, tuple[int, ...]]:
         ("duo", {"sink_size": 1, "recent_size": 3, "threshold": 0.5}, _duo_state),
         ("duo", {"sink_size": 1, "recent_size": 3}, None),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", str(value)),
 )
 def test_what_keeps_more_than_keys_or_a_scan_decodes_too(
     slug: str, knobs: dict[str, Any], state: Any, cuts: Any
