@@ -126,6 +126,8 @@ def optimize(
     try:
         fast: Any = host(inner, work.program_for, about=work, limit=max_signatures)
         fast.prepare(*args, **kwargs)
+        if work.unfaithful:
+            fast = _nearer(inner, work, fast, args, kwargs, max_signatures)
     except Uncapturable as whole:
         must_run(inner, args, kwargs)
         fast = _in_islands(inner, work, whole, args, kwargs, max_signatures)
@@ -463,10 +465,24 @@ def _in_islands(
     fast: Any = host_islands(model, list(paths), lambda path: parts[path].program_for, limit=limit)
     with torch.no_grad():
         fast(*args, **kwargs)
+    work.unfaithful = next((part.unfaithful for part in parts.values() if part.unfaithful), "")
     report = joined([part.report for part in parts.values() if part.report is not None])
     report.notes = (f"captured in {len(paths)} islands, not whole: {whole}", *work.notes, *report.notes)
     fast.__dict__ |= {"report": report, "sites": SiteList(report.rows)}
     return fast
+
+
+def _nearer(
+    model: nn.Module, work: Rewriting, fast: Any, args: Sequence[Any], kwargs: Mapping[str, Any], limit: int
+) -> Any:
+    """Islands where these are the model's and the whole graph is not: some models build other masks while traced."""
+    whole = Uncapturable(work.unfaithful, where=work.name, fits="a model that computes the same while it is traced")
+    try:
+        parts = _in_islands(model, work, whole, args, kwargs, limit)
+    except Refused as refused:
+        fast.report.notes = (*fast.report.notes, f"not in islands either: {refused}")
+        return fast
+    return fast if work.unfaithful else parts
 
 
 def _needs_data(recipe: Recipe, batches: Sequence[Any]) -> None:

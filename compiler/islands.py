@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .capture import Captured, capture
+from .fidelity import against_model, too_far
 from .hosted import ProgramFor, host
 from .ownership import twin
 from .refusal import Refused
@@ -67,6 +68,9 @@ def _tried(
         captured = capture(module, *given)
     except Refused as refused:
         return refused.found
+    apart = against_model(module, captured, Call.of(forward_signature(module), *given))
+    if apart is not None and (said := too_far(apart, module)):
+        return said  # what is inside may still be itself
     lacks = lacking(captured)
     if lacks is None:
         captured.notes = (*captured.notes, f"captured as an island at {path}")

@@ -63,6 +63,7 @@ class Rewriting:
     declined: dict[str, str] = field(default_factory=dict)  # sites at which a split cannot stand
     report: Report | None = None
     faithful: Deviation | None = None  # the raised graph against the model itself
+    unfaithful: str = ""  # what to say where it is another
 
     moved: Moved = field(default_factory=Moved)  # weights that exact rewrites have changed
     weights_of: int = 0  # recipes whose rewrites of weights stand in the model already
@@ -164,8 +165,8 @@ class Rewriting:
         self.store.grams = {}
         self.captured, self.misses = captured, misses
         self.faithful = against_model(model, captured, call)
-        lost = too_far(self.faithful, model) if self.faithful is not None else ""
-        self.warnings = (*warnings, *_half_on_cpu(model), *((lost,) if lost else ()))
+        self.unfaithful = too_far(self.faithful, model) if self.faithful is not None else ""
+        self.warnings = (*warnings, *_half_on_cpu(model), *filter(None, (self.unfaithful,)))
         if wait and self.first.waits:
             self.notes.append("the bounds wait for recover()")
         self.report = self._report(raised, steps)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import reattend
+from reattend import api
 from reattend.compiler.capture import Captured, capture
 from reattend.compiler.hosted import hosting, is_hosted
 from reattend.compiler.islands import capture_islands, host_islands
@@ -121,3 +122,38 @@ def test_what_comes_near_in_a_part_is_said_before_what_cannot_be_captured() -> N
 def test_islands_take_as_many_signatures_as_asked() -> None:
     fast = reattend.optimize(Early().eval(), "exact", (torch.randn(2, 5, 16),), measure=False, max_signatures=3)
     assert hosting(fast.layers[0]).limit == 3
+
+
+class Shortens(nn.Module):
+    """Takes another mask while it is traced, as some do that leave one out where they can look at it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        n = x.shape[1]
+        hidden = torch.zeros(n, n, dtype=torch.bool, device=x.device)
+        if not torch.compiler.is_exporting():
+            hidden = torch.ones_like(hidden).triu(1)
+        return self.layer(x, hidden)
+
+
+def test_a_graph_that_is_not_the_model_gives_way_to_islands_that_are() -> None:
+    model, x = nn.Sequential(Shortens(), nn.Linear(16, 16)).eval(), torch.randn(2, 7, 16)
+    fast = reattend.optimize(model, "exact", x, measure=False)
+    assert "captured in 1 islands, not whole" in fast.report.notes[0] and not fast.report.warnings
+    for y in (x, torch.randn(3, 9, 16)):
+        torch.testing.assert_close(fast(y), model(y), rtol=0, atol=1e-5)
+
+
+def test_where_no_island_is_the_model_the_whole_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, x = nn.Sequential(Shortens(), nn.Linear(16, 16)).eval(), torch.randn(2, 7, 16)
+    monkeypatch.setattr(api, "_islands", none_found)
+    fast = reattend.optimize(model, "exact", x, measure=False)
+    assert any("the captured graph is not the model" in warning for warning in fast.report.warnings)
+    assert any("not in islands either: no parts" in note for note in fast.report.notes)
+
+
+def none_found(*given: object) -> dict[str, Captured]:
+    raise Refused("no parts")
