@@ -132,7 +132,8 @@ def _as_original(kind: Kind, fast: nn.Module, asked: dict[str, Any], error: Exce
 
 def _run(kind: Kind, model: nn.Module, asked: dict[str, Any]) -> Any:
     asked = copy.deepcopy(asked)  # a call may change its arguments
-    with torch.no_grad():
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # a router may draw in train()
         if not kind.positional:
             return model(**asked)
         parameters = forward_signature(original(model)).parameters
