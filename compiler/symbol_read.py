@@ -38,6 +38,8 @@ def _parameters(function: Callable[..., Any]) -> list[str] | None:
     """Names of the parameters; from the code where there is one, which torch.compile can trace, unlike inspect."""
     plain = getattr(function, "__func__", function)
     code = getattr(plain, "__code__", None)
+    if code is None and hasattr(function, "__self__") and getattr(function, "__text_signature__", None) is None:
+        return None  # a builtin that tells nothing: before torch 2.13 torch.compile cannot ask inspect even that
     if code is None or code.co_flags & (inspect.CO_VARARGS | inspect.CO_VARKEYWORDS):
         try:
             return list(inspect.signature(function).parameters)

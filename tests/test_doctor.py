@@ -24,7 +24,7 @@ def by_name() -> dict[str, Check]:
 def test_finds_what_runs_this_test() -> None:
     checks = by_name()
     assert checks["python"].state == checks["torch"].state == "ok"
-    assert checks["torch"].found.startswith(torch.__version__)
+    assert checks["torch"].found.startswith(torch.__version__.partition("+")[0])  # its build stands behind
     assert all(check.purpose and check.found for check in checks.values())
 
 
