@@ -11,11 +11,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from reattend.codegen.cpu.toolchain import NO_COMPILER, toolchain
 from reattend.compiler.primitives.attend import Relative, Segment, Tiles
 from reattend.compiler.symbols import as_expr, build, table
 
 B, H, N, M, D, Dv = 2, 4, 97, 130, 24, 40
 torch.manual_seed(0)  # what is drawn here is the same in every run; every test starts from its own seed
+
+
+def must_build(monkeypatch: pytest.MonkeyPatch, module: Any) -> None:
+    """A kernel of the module that cannot be built is an error: what would run in its place gives right numbers too."""
+    if toolchain() is None:
+        pytest.skip(NO_COMPILER)
+    build = module.built
+
+    def asked(*said: Any) -> Any:
+        found, why = build(*said)
+        assert found is not None, why
+        return found, why
+
+    monkeypatch.setattr(module, "built", asked)
 
 
 def minimum(a: Any, b: Any) -> Any:

@@ -23,6 +23,7 @@ from kernel_calls import (
     N,
     drawn,
     minimum,
+    must_build,
     said,
     same,
     wide,
@@ -110,6 +111,7 @@ def test_the_layout_of_matrix_units(name: str, halves: str, monkeypatch: pytest.
     q, k, v = (t.bfloat16() for t in (drawn(B, H, N, D), drawn(B, M, 2, D).transpose(1, 2), drawn(B, 2, M, Dv)))
     groups, text = said(monkeypatch, attend_front, "attend_op", lambda: attend(q, k, v, **ATTENDS[name]))
     kv = [t.bfloat16() for t in groups[1]]
+    must_build(monkeypatch, attending)
     found = attending.run([[q], kv, groups[2]], text, halves=halves)
     same(found, attend_meaning(wide([[q], kv, groups[2]]), text), 8e-3)
 
@@ -134,6 +136,7 @@ def test_however_keys_lie_in_memory(lie: str, halves: str, monkeypatch: pytest.M
     q, k, v = (t.bfloat16() if halves else t for t in (drawn(1, 2, 19, 72), k, drawn(1, 2, 41, 16)))
     groups, text = said(monkeypatch, attend_front, "attend_op", lambda: attend(q, k, v))
     groups = [[q], [k, v], groups[2]]
+    must_build(monkeypatch, attending)
     same(attending.run(groups, text, halves=halves), attend_meaning(wide(groups), text), 8e-3 if halves else 2e-6)
 
 

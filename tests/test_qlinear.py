@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from kernel_calls import must_build
 from torch import Tensor
 
 from reattend.codegen.cpu import qlinear_units
@@ -26,7 +27,10 @@ SPECS = [
     QLinearSpec("int4", 130, group=26),
 ]
 # what this processor can be asked: matrix units are stood in for by loops, dots are its own
-ROADS = [*(["emulated"] if "avx512_bf16" in cpu_flags() else []), *(["dots"] if "avx512_vnni" in cpu_flags() else [])]
+ROADS = [
+    *(["emulated"] if "avx512_bf16" in cpu_flags() else []),
+    *(["dots"] if cpu_flags() >= qlinear_units.DOTS else []),
+]
 
 
 def stored(spec: QLinearSpec, outputs: int = 20, seed: int = 0) -> list[Tensor]:
@@ -133,8 +137,11 @@ def test_every_kernel_is_the_meaning(spec: QLinearSpec, rows: int, dtype: torch.
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("spec", [*SPECS[:5], SPECS[6], QLinearSpec("int8", 1152)], ids=lambda spec: spec.text)
-def test_generated_kernels_are_the_meaning(spec: QLinearSpec, dtype: torch.dtype) -> None:
-    """Vectors for few rows, matrix units for any; loops stand in for the units' instructions where there are none."""
+def test_generated_kernels_are_the_meaning(
+    spec: QLinearSpec, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Vectors for few rows, matrix units or dots for any; loops stand in for the units' instructions."""
+    must_build(monkeypatch, qlinear_units)
     tensors, near = stored(spec, 36), {torch.float32: 1e-5, torch.bfloat16: 2**-7}[dtype]
     for rows in (1, 3, 37):
         x = torch.randn(rows, spec.inputs).to(dtype)
@@ -153,8 +160,11 @@ def test_generated_kernels_are_the_meaning(spec: QLinearSpec, dtype: torch.dtype
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [5, 8, 10])
 @pytest.mark.parametrize("spec", [QLinearSpec("int8", 192), QLinearSpec("int4", 192, group=64)], ids=lambda s: s.text)
-def test_taken_apart_rows_are_what_they_were(spec: QLinearSpec, rows: int, dtype: torch.dtype) -> None:
+def test_taken_apart_rows_are_what_they_were(
+    spec: QLinearSpec, rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rows meet codes as three whole numbers each: rows far from 1, of nothing, of no numbers, with outliers."""
+    must_build(monkeypatch, qlinear_units)
     tensors, x = stored(spec, 36), torch.randn(rows, 192).to(dtype)
     x[0], x[1], x[2, 7], x[3], x[4, 0] = x[0] * 1e30, 0, 1000, x[3] * 1e-30, torch.nan
     expected = x.double() @ dequantized(tensors, spec).T

@@ -234,7 +234,7 @@ def test_a_notebook_shows_page_text_and_markdown(fast: Any) -> None:
     shown = fast.report._repr_mimebundle_()
     assert set(shown) == {"text/html", "text/plain", "text/markdown"}
     assert shown["text/html"].startswith('<div class="reattend">') and shown["text/plain"] == fast.report.text()
-    assert fast._repr_html_() == shown["text/html"]
+    assert fast._repr_html_() == shown["text/html"] == fast.report.view()._repr_html_()
     for one in (fast.sites, fast.sites[0], reattend.explain(stack(1), (X,)), fast.sites[0].site):
         assert "attn" in Tags(one._repr_html_()).text
     recipe = load_recipe({"version": 1, "sites": [{"match": {"path": "<b>"}, "attention": "softmax"}]}, vocabulary())

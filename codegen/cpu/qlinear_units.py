@@ -24,7 +24,7 @@ _FEWER = 2  # the same where units take bfloat16 apart
 _APART = 10  # rows up to which bfloat16 is faster taken apart into whole numbers than bytes made bfloat16; measured
 _LEAST = 1 << 16  # weights of a layer; fewer are not worth a library of their own
 _MOST = 1 << 16  # inputs whose products are sure to fit into a sum of 32 bits
-_DOTS = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512_vnni", "f16c"})
+DOTS = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512_vnni", "f16c"})
 ROADS = {"units": "matrix units", "dots": "four bytes at a time", "": "no products of bytes"}
 _CODES = {"int8": "BYTES", "int4": "NIBBLES", "qoq": "NESTED"}
 _TYPES = {torch.float32: "FLOAT", torch.bfloat16: "HALF", torch.float16: "HALF"}
@@ -104,7 +104,7 @@ def road() -> str:
     """How this processor multiplies many bytes: by matrix units, a few at a time, or not."""
     if {"amx_int8", "amx_bf16"} <= cpu_flags():
         return "units"
-    return "dots" if cpu_flags() >= _DOTS else ""
+    return "dots" if cpu_flags() >= DOTS else ""
 
 
 def refuses(groups: Groups, text: str) -> str | None:

@@ -146,6 +146,12 @@ class View:
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
+    def _repr_html_(self) -> str:
+        """In a notebook the page."""
+        from .page import part  # which reads views
+
+        return part(self)
+
     @property
     def slugs(self) -> tuple[str, ...]:
         """The mechanisms in order of their first site: the order of their colours."""
