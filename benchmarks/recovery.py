@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 import reattend
+from reattend.compiler.doctor import cpu_flags
 from reattend.compiler.hosted import original
 from reattend.models.load import load_model
 from reattend.models.training.language import Phase, Plan, batch, byte_llama, judged
@@ -25,6 +26,7 @@ from reattend.models.training.text import standard_library
 from reattend.passes.linear.linear import FEATURES
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
+HALVES = bool({"avx512_bf16", "amx_bf16"} & cpu_flags())  # elsewhere bfloat16 is slower than float32
 WINDOW = {"window": {"window": 64, "sinks": 4}}
 ROWS = {"short": Plan(tokens=4096, seed=7, phases=(Phase(1, 512, 0.15),)),
         "long": Plan(tokens=4096, seed=7, phases=(Phase(1, 2048, 0.15),))}  # fmt: skip
@@ -78,7 +80,7 @@ def language(checkpoint: Path | None) -> Any:
 def half_window(bench: Bench) -> dict[str, Any]:
     """Every second site sees the 64 latest bytes."""
     return bench_language(bench, "half-window", everywhere(WINDOW, "odd"), train="all", lr=4e-4, transfer=0.2,
-                          bfloat16=True, steps=1200)  # fmt: skip
+                          bfloat16=HALVES, steps=1200)  # fmt: skip
 
 
 def all_linear(bench: Bench) -> dict[str, Any]:
@@ -86,7 +88,7 @@ def all_linear(bench: Bench) -> dict[str, Any]:
     trials = {name: trial(bench, name) for name in FEATURES if name != "identity"}
     best = min(trials, key=lambda name: trials[name])
     row = bench_language(bench, f"all-linear-{best}", everywhere({"linear": {"feature_map": best}}),
-                         train="all", lr=1e-3, transfer=0.4, bfloat16=True, steps=600)  # fmt: skip
+                         train="all", lr=1e-3, transfer=0.4, bfloat16=HALVES, steps=600)  # fmt: skip
     model = bench.language()
     cut = reattend.optimize(model, everywhere(WINDOW), calls(0), measure=False)
     return row | {"feature_map": best, "trials_kl": trials, "all_window_64_untrained": measured(cut, bench.context)}
@@ -124,7 +126,7 @@ def vit_agent(bench: Bench) -> dict[str, Any]:
     before = {"original": whole(model.eval()), "rewritten": whole(fast)}
     held = [{"pixel_values": torch.from_numpy(pictures(12, k * 48, 48)[0])} for k in range(4)]
     return run(bench, "vit-agent", fast, drawn, held, judge, whole, before, train="all", lr=5e-4, transfer=0.4,
-               bfloat16=True, steps=800)  # fmt: skip
+               bfloat16=HALVES, steps=800)  # fmt: skip
 
 
 CASES: dict[str, Callable[[Bench], dict[str, Any]]] = {

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils.checkpoint import checkpoint
 
+from .quick import run_quick
 from .refusal import Refused
 
 FLAGS = ("gradient_checkpointing", "grad_checkpointing")
@@ -45,7 +46,8 @@ def run_graph(graph: fx.GraphModule, model: nn.Module, tensors: Sequence[Tensor]
     """The flat outputs of a graph on a model's own modules, layers checkpointed where the model asks for it."""
     layers = _layers(model) if model.training and torch.is_grad_enabled() else {}
     if not layers:
-        return type(graph).forward(model, *tensors)
+        quickly = run_quick(graph, model, tensors)
+        return type(graph).forward(model, *tensors) if quickly is None else quickly
     return _run(_cut_at(graph, tuple(layers)), model, tensors, layers)
 
 

@@ -23,6 +23,7 @@ from .mechanism import KINDS
 from .pipeline import Checked, Outcome, Step, checked_rewrite, lower, raise_program, rewrite
 from .program import Change, Program, Store
 from .quantize import QuantizeLayers
+from .quick import never_quick
 from .recipe import Recipe
 from .refusal import Refused
 from .report import NO_DATA, Report, Row, SiteList
@@ -90,6 +91,8 @@ class Rewriting:
             plain = unringed(as_numbers(call))
             captured = ringed(as_bytes(self._program_for(model, plain), plain), call)
             lower_calls(captured.graph, self.recipe.target)
+            if self.recipe.target == "eager":
+                never_quick(captured.graph)
             return captured
 
     def _program_for(self, model: nn.Module, call: Call) -> Captured:

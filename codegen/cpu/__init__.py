@@ -1,10 +1,12 @@
 """Kernels for processors: C++ generated from a spec and built by the system's compiler; torch's run without one."""
 
+from ...compiler.pointwise import KERNELS
 from ...compiler.primitives.attend import attend_op
 from ...compiler.primitives.operator import Kernel
 from ...compiler.primitives.qlinear import qlinear_op
 from ...compiler.primitives.scan import scan_op
-from . import attend, attend_backward, qlinear, qlinear_units, scan
+from ...compiler.quick import ATTENDS
+from . import attend, attend_backward, one_call, pointwise, qlinear, qlinear_units, scan
 
 NAME = "generated C++"
 
@@ -20,3 +22,5 @@ qlinear_op.kernels.setdefault("cpu", []).extend(
         Kernel("weights made whole", qlinear.no_numbers, qlinear.by_numbers, plain=True),
     ]
 )
+KERNELS["cpu"] = pointwise.kernel
+ATTENDS["cpu"] = one_call.instead

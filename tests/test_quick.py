@@ -1,0 +1,286 @@
+"""Pointwise work in kernels gives the numbers of the graph's own nodes, and gives way where something watches."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+import pytest
+import torch
+from kernel_calls import must_build
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import reattend
+from reattend.codegen.cpu import pointwise
+from reattend.compiler import quick
+from reattend.compiler.faster import Faster, agree
+from reattend.compiler.hosted import hosting
+from reattend.compiler.pointwise import FULL, ROW, VECTOR, Entering, Given, Made, Piece, Step
+from reattend.compiler.quick import NEVER
+from reattend.models.vision_ops import declare_missing_vision_ops
+
+declare_missing_vision_ops()
+
+
+@pytest.fixture(autouse=True)
+def _built(monkeypatch: pytest.MonkeyPatch) -> None:
+    must_build(monkeypatch, pointwise)
+
+
+IDENTITY = {"version": 1, "sites": [{"match": "*", "attention": "softmax"}]}
+
+
+def bert(width: int = 64, act: str = "gelu") -> tuple[Any, dict[str, Any]]:
+    from transformers import BertConfig, BertModel
+
+    config = BertConfig(hidden_size=width, num_hidden_layers=2, num_attention_heads=4, intermediate_size=2 * width,
+                        vocab_size=100, hidden_act=act)  # fmt: skip
+    return BertModel(config, add_pooling_layer=False), {"input_ids": torch.randint(0, 100, (2, 70))}
+
+
+def llama() -> tuple[Any, dict[str, Any]]:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                         intermediate_size=96, vocab_size=100)  # fmt: skip
+    return LlamaForCausalLM(config), {"input_ids": torch.randint(0, 100, (2, 70)), "use_cache": False}
+
+
+def gpt2() -> tuple[Any, dict[str, Any]]:
+    from transformers import GPT2Config, GPT2Model
+
+    config = GPT2Config(n_embd=64, n_layer=2, n_head=4, vocab_size=100, n_positions=128)
+    return GPT2Model(config), {"input_ids": torch.randint(0, 100, (2, 70)), "use_cache": False}
+
+
+def vit() -> tuple[Any, dict[str, Any]]:
+    from transformers import ViTConfig, ViTModel
+
+    config = ViTConfig(hidden_size=60, num_hidden_layers=2, num_attention_heads=4, intermediate_size=129,
+                       image_size=32, patch_size=4)  # fmt: skip
+    return ViTModel(config), {"pixel_values": torch.randn(3, 3, 32, 32)}
+
+
+def hosted(case: Any) -> tuple[Any, Any, dict[str, Any]]:
+    torch.manual_seed(0)
+    model, inputs = case()
+    model = model.eval()
+    return model, reattend.optimize(model, IDENTITY, inputs, measure=False), inputs
+
+
+def calls(fast: Any, inputs: dict[str, Any], times: int = 4) -> Any:
+    """The last of some calls without gradients: the graph, the noting, the first of the kernels, the kernels."""
+    with torch.no_grad():
+        for _ in range(times):
+            answer = fast(**inputs)
+    return answer[0]
+
+
+def twin(fast: Any) -> Any:
+    return next(iter(hosting(fast).graphs.values())).graph.meta.get("quick")
+
+
+def runs(fast: Any) -> list[Any]:
+    made = twin(fast)
+    found = [n.target for n in made.graph.nodes if getattr(n.target, "__name__", "").startswith("pointwise_")]
+    return [function.__closure__[0].cell_contents for function in found]
+
+
+CASES = {"bert": (bert, 4), "bert gelu_new": (lambda: bert(72, "gelu_new"), 4), "llama": (llama, 5), "gpt2": (gpt2, 4),
+         "vit": (vit, 4)}  # fmt: skip
+
+
+@pytest.mark.parametrize(("case", "least"), CASES.values(), ids=CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_models_pointwise_work_runs_in_kernels(case: Any, least: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model, inputs = case()
+    model = model.eval().to(dtype)
+    inputs = {n: v.to(dtype) if isinstance(v, torch.Tensor) and v.is_floating_point() else v for n, v in inputs.items()}
+    fast = reattend.optimize(model, IDENTITY, inputs, measure=False)
+    expected, got = calls(model, inputs, 1), calls(fast, inputs)
+    assert len(runs(fast)) >= least and all(run.kernel is not None for run in runs(fast))
+    assert agree(got, expected)
+
+
+def test_other_sizes_take_the_same_twin() -> None:
+    model, fast, inputs = hosted(bert)
+    calls(fast, inputs)
+    longer = {"input_ids": torch.randint(0, 100, (3, 91))}
+    assert agree(calls(fast, longer, 1), calls(model, longer, 1))
+    assert len(hosting(fast).graphs) == 1
+
+
+def test_a_call_with_gradients_runs_the_graph() -> None:
+    model, fast, inputs = hosted(llama)
+    calls(fast, inputs)
+    loss = fast(**inputs).logits.square().mean()
+    loss.backward()
+    expected = model(**inputs).logits.square().mean()
+    assert loss.requires_grad and torch.equal(loss, expected)
+
+
+def test_a_hook_put_there_later_fires_and_counts() -> None:
+    model, fast, inputs = hosted(bert)
+    calls(fast, inputs)
+    for both in (model, fast):
+        both.encoder.layer[0].output.LayerNorm.register_forward_hook(lambda module, args, output: output * 2)
+        both.encoder.layer[1].intermediate.dense.register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+    assert agree(calls(fast, inputs, 1), calls(model, inputs, 1))
+
+
+def test_a_leaf_replaced_or_changed_later_is_used() -> None:
+    model, fast, inputs = hosted(bert)
+    calls(fast, inputs)
+    before = calls(fast, inputs, 1)
+    new = nn.LayerNorm(64, eps=0.5)
+    for both in (model, fast):
+        both.encoder.layer[0].output.LayerNorm = new
+        both.encoder.layer[1].output.LayerNorm.eps = 0.25
+        both.encoder.layer[1].output.dense = nn.Sequential(both.encoder.layer[1].output.dense, nn.Tanh())
+    got = calls(fast, inputs, 1)
+    assert agree(got, calls(model, inputs, 1)) and not agree(got, before)
+
+
+def test_weights_are_read_at_every_call() -> None:
+    model, fast, inputs = hosted(bert)
+    calls(fast, inputs)
+    with torch.no_grad():
+        for both in {id(p): p for p in (*model.parameters(), *fast.parameters())}.values():
+            both.mul_(1.1)
+    assert agree(calls(fast, inputs, 1), calls(model, inputs, 1))
+
+
+def test_who_looks_at_operations_sees_the_graphs_own() -> None:
+    _, fast, inputs = hosted(bert)
+    with FlopCounterMode(display=False) as first:
+        calls(fast, inputs, 1)
+    calls(fast, inputs)
+    with FlopCounterMode(display=False) as later:
+        calls(fast, inputs, 1)
+    assert first.get_total_flops() == later.get_total_flops() > 0
+
+
+def test_a_copy_has_the_same_numbers() -> None:
+    model, fast, inputs = hosted(bert)
+    calls(fast, inputs)
+    twin_of_it = copy.deepcopy(fast)
+    assert agree(calls(twin_of_it, inputs), calls(model, inputs, 1))
+
+
+def test_a_recipe_for_eager_has_no_kernels() -> None:
+    torch.manual_seed(0)
+    model, inputs = bert()
+    fast = reattend.optimize(model.eval(), IDENTITY | {"target": "eager"}, inputs, measure=False)
+    calls(fast, inputs)
+    assert twin(fast) is NEVER
+
+
+def test_short_calls_run_the_graph_and_are_not_looked_at_for_ever() -> None:
+    _, fast, _ = hosted(bert)
+    calls(fast, {"input_ids": torch.randint(0, 100, (2, 3))}, 140)
+    assert twin(fast) is NEVER
+
+
+def test_a_kernel_with_other_numbers_is_not_used(monkeypatch: Any, caplog: Any) -> None:
+    def wrong(piece: Piece) -> Any:
+        return lambda entering, leaving: [t.fill_(7.0) for t in leaving], None
+
+    monkeypatch.setitem(quick.KERNELS, "cpu", wrong)
+    model, fast, inputs = hosted(bert)
+    with caplog.at_level(logging.WARNING, logger="reattend"):
+        got = calls(fast, inputs)
+    assert agree(got, calls(model, inputs, 1)) and "other numbers" in caplog.text
+
+
+def test_without_a_compiler_torch_runs(monkeypatch: Any) -> None:
+    monkeypatch.setitem(quick.KERNELS, "cpu", lambda piece: (None, "no C++ compiler"))
+    monkeypatch.setitem(quick.ATTENDS, "cpu", lambda *call: None)
+    model, fast, inputs = hosted(bert)
+    assert agree(calls(fast, inputs), calls(model, inputs, 1))
+
+
+# --- single pieces ----------------------------------------------------------------------------------------------------
+
+ONE = {
+    "neg": torch.neg, "exp": torch.exp, "tanh": torch.tanh, "sigmoid": torch.sigmoid, "relu": torch.relu,
+    "silu": nn.functional.silu, "gelu": nn.functional.gelu, "square": torch.square, "cube": lambda x: x**3,
+    "gelu_tanh": lambda x: nn.functional.gelu(x, approximate="tanh"), "sqrt": lambda x: x.abs().sqrt(),
+    "rsqrt": lambda x: (x.abs() + 0.5).rsqrt(), "cast": lambda x: x,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("op", ONE)
+@pytest.mark.parametrize("width", [1, 7, 64, 129])
+def test_every_step_gives_torchs_numbers(op: str, width: int) -> None:
+    x = torch.randn(5, width, dtype=torch.float32) * 4
+    given: tuple[Any, ...] = (Given(0),)
+    before: tuple[Step, ...] = ()
+    if op in ("sqrt", "rsqrt"):  # of numbers that have one
+        x = x.abs() + (0.5 if op == "rsqrt" else 0.0)
+        expected = torch.sqrt(x) if op == "sqrt" else torch.rsqrt(x)
+    else:
+        expected = ONE[op](x)
+    piece = Piece((Entering(FULL, x.dtype),), (*before, Step(op, given, FULL, x.dtype)), (len(before),))
+    assert agree(ran(piece, [x])[0], expected)
+
+
+def test_numbers_that_are_none_stay_none_in_their_row() -> None:
+    x = torch.randn(4, 33)
+    x[1, 3], x[2, 5] = float("nan"), float("inf")
+    f = torch.float32
+    steps = (
+        Step("mean", (Given(0),), ROW, f),
+        Step("sub", (Given(0), Made(0)), FULL, f),
+        Step("gelu", (Made(1),), FULL, f),
+    )
+    got = ran(Piece((Entering(FULL, f),), steps, (2,)), [x])[0]
+    expected = nn.functional.gelu(x - x.mean(-1, keepdim=True))
+    assert torch.allclose(got, expected, atol=1e-5, equal_nan=True) and got[[0, 3]].isfinite().all()
+
+
+def test_rows_vectors_and_several_results() -> None:
+    f, h = torch.float32, torch.bfloat16
+    x, row, vector = torch.randn(2, 9, 37).to(h), torch.randn(2, 9, 1), torch.randn(37)
+    entering = (Entering(FULL, h), Entering(ROW, f), Entering(VECTOR, f))
+    steps = (Step("mul", (Given(0), Given(1)), FULL, f), Step("add", (Made(0), Given(2)), FULL, f),
+             Step("mul", (Given(0), 2.5), FULL, h))  # fmt: skip
+    got = ran(Piece(entering, steps, (1, 2)), [x, row, vector])
+    assert agree(got[0], x * row + vector) and torch.equal(got[1], x * 2.5)
+
+
+def ran(piece: Piece, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
+    kernel, reason = quick.KERNELS["cpu"](piece)
+    assert kernel is not None, reason
+    leaving = [torch.full(tensors[0].shape, float("nan")).to(piece.steps[k].dtype) for k in piece.leaving]
+    kernel(tensors, leaving)
+    return leaving
+
+
+# --- which way is taken -----------------------------------------------------------------------------------------------
+
+
+def test_the_faster_way_is_taken_once_it_is_right() -> None:
+    slow, asked = torch.randn(300, 300), {"first": 0, "second": 0}
+
+    def first() -> torch.Tensor:
+        asked["first"] += 1
+        for _ in range(20):
+            slow @ slow
+        return torch.ones(3)
+
+    def second() -> torch.Tensor:
+        asked["second"] += 1
+        return torch.ones(3)
+
+    faster = Faster()
+    faster("kind", first, second)
+    before = dict(asked)
+    faster("kind", first, second)
+    assert asked["first"] == before["first"] and asked["second"] == before["second"] + 1
+    faster("slower", second, first)
+    faster("wrong", first, lambda: torch.zeros(3))
+    faster("cannot", first, lambda: None)
+    assert faster.found == {"kind": True, "slower": False, "wrong": False, "cannot": False}
