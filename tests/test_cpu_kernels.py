@@ -75,10 +75,14 @@ def test_logarithms_of_every_size(name: str) -> None:
 
 MORE = AFTERWARDS | RELATIVES | {
     "a factor of the distance": {"after": lambda w, h, i, j: w * table(BIAS)[h, i - j + M] / (h + 2), "causal": True},
+    "distances, heads last": {"score": lambda s, h, i, j: s + table(BIAS.mT)[j - i + N, h]},
+    "distances without a side": {"score": lambda s, h, i, j: s * table(BIAS)[h, abs(i - j)], "causal": True},
+    "every second distance": {"score": lambda s, h, i, j: s + table(BIAS)[h, abs(i - 2 * j)]},
     "a factor without bound beyond the keys": {"after": lambda w, j: w / (M - j)},
     "distances and documents": RELATIVES["distances of keys"] | {"keep": ATTENDS["documents"]["keep"]},
 }  # fmt: skip
 SAID = ("changed afterwards", "scaled afterwards", "distances of keys", "a factor of the distance",
+        "distances, heads last", "distances without a side", "every second distance",
         "a factor without bound beyond the keys", "distances and documents")  # fmt: skip
 
 
@@ -116,7 +120,9 @@ def test_the_layout_of_matrix_units(name: str, halves: str, monkeypatch: pytest.
     same(found, attend_meaning(wide([[q], kv, groups[2]]), text), 8e-3)
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 8, 8), (1, 300, 64, 64), (49, 7, 7, 5), (129, 128, 33, 16), (0, 5, 8, 8)])
+@pytest.mark.parametrize(
+    "sizes", [(1, 1, 8, 8), (1, 300, 64, 64), (49, 7, 7, 5), (129, 128, 33, 16), (0, 5, 8, 8), (800, 800, 511, 500)]
+)  # keys that are far: blocks of queries in turn
 def test_attend_sizes(sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     n, m, d, dv = sizes
     q, k, v = drawn(1, 6, n, d), drawn(1, 3, m, d), drawn(1, 3, dv, m).mT
@@ -178,12 +184,14 @@ def test_gradients_of_few_heads_are_shared_out(monkeypatch: pytest.MonkeyPatch) 
     same(list(found or ()), list(torch.autograd.grad(outputs[0].sum(), leaves[1:])), 5e-6)  # type: ignore[arg-type]
 
 
-def test_a_scan_of_no_whole_vector(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("width", [21, 301])
+def test_a_scan_of_no_whole_vector(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What stands behind a row in memory does not matter, whatever was there before."""
-    q, k, v, held = drawn(B, H, N, 21), drawn(B, H, N, 21), drawn(B, H, N, 9), torch.full((1 << 20,), torch.nan)
+    q, k, v, held = drawn(B, H, N, width), drawn(B, H, N, width), drawn(B, H, N, 9), torch.full((1 << 20,), torch.nan)
     del held
     how: dict[str, Any] = {"feature": torch.exp, "normaliser": "sum"}
     groups, text = said(monkeypatch, scan_front, "scan_op", lambda: scan(q, k, v, **how))
+    assert scanning.refuses(groups, text) is None
     same(scanning.run(groups, text), scan_meaning(wide(groups), text), 1e-5)
 
 

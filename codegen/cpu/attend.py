@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -93,6 +94,18 @@ def source(text: str, tables: str, halves: str = "") -> str:
         function("vf sink(int b, int h, int i, const Table* t)", scores(spec, parse(spec.sink or "0.0")), "vf", tables),
     ]
     return skeleton("attend.cpp", said=head, halves=halves)
+
+
+@lru_cache(maxsize=1024)
+def along(text: str) -> Mapping[int, int]:
+    """Of tables the one axis that keys move along: what lies there one behind the other is loaded together."""
+    spec, found = AttendSpec.of(text), {}
+    said = [spec.after, spec.weight, *(part for keep, score, _ in spec.segments for part in (keep, score))]
+    for e in (e for part in said if part for e in parse(part).walk() if e.op == "lookup"):
+        axes = [axis for axis, index in enumerate(e.args[1:]) if "j" in index.names]
+        if len(axes) == 1:
+            found[int(e.args[0][1:])] = axes[0]
+    return found
 
 
 def shown(text: str) -> str:
@@ -203,7 +216,7 @@ def run(groups: Groups, text: str, halves: str | None = None) -> list[Tensor]:
     kept: list[Tensor] = []  # what the call points into stays alive until it returns
     o = torch.empty(*q.shape[:3], kv[1].shape[-1], dtype=dtype)
     lse = torch.empty(q.shape[:3]) if "lse" in spec.outputs else None
-    kinds, tables = kinds_of(given), tables_of(given, kept)
+    kinds, tables = kinds_of(given), tables_of(given, kept, along(text))
     pairs = enumerate(zip(kv[::2], kv[1::2], strict=True))
     sources = [_source(k, v, spec, n, named, q, dtype, kept) for n, (k, v) in pairs]
     call = _call_type(len(sources))()
