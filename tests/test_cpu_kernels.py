@@ -30,6 +30,7 @@ from kernel_calls import (
 )
 from processes import at_once
 
+from reattend.codegen import relative
 from reattend.codegen.cpu import attend as attending
 from reattend.codegen.cpu import attend_backward as backwards
 from reattend.codegen.cpu import scan as scanning
@@ -37,7 +38,7 @@ from reattend.codegen.cpu import toolchain as tools
 from reattend.compiler.doctor import cpu_flags
 from reattend.compiler.primitives import attend as attend_front
 from reattend.compiler.primitives import scan as scan_front
-from reattend.compiler.primitives.attend import attend
+from reattend.compiler.primitives.attend import Relative, attend
 from reattend.compiler.primitives.attend_meaning import attend_meaning
 from reattend.compiler.primitives.scan import scan
 from reattend.compiler.primitives.scan_meaning import scan_meaning
@@ -95,6 +96,25 @@ def test_factors_of_weights_and_relative_terms(name: str, halves: str, monkeypat
     assert attending.refuses(groups, text) is None
     found = attending.run(groups, text, halves=halves)
     same(found, attend_meaning(wide(groups), text), 8e-3 if halves else 2e-6)
+
+
+SHARED, OWN = drawn(1, 33, D) / 5, drawn(H, 150, D) / 5  # rows that distances ask about, of all heads and of each
+IN_TURN: dict[str, dict[str, Any]] = {
+    "clipped distances": {"relative": [Relative(SHARED, lambda i, j: i - j)], "causal": True},
+    "distances of both sides": {"relative": [Relative(OWN, lambda i, j: abs(j - i) + 3)], "outputs": ("lse", "o")},
+    "two terms": {"relative": [Relative(OWN, lambda i, j: 140 - i + j), Relative(SHARED, lambda h, i, j: (i - h) % 9)],
+                  "score": lambda s, i, r0, r1: torch.tanh(s + r0) * 2 + r1 * (i % 3)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", IN_TURN)
+def test_relative_terms_of_some_rows_at_a_time(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relative, "_AT_ONCE", 1)
+    monkeypatch.setattr(relative, "_FEWEST", 40)
+    q, k, v = drawn(B, H, N, D), drawn(B, M, 2, D).transpose(1, 2), drawn(B, 2, M, Dv)
+    groups, text = said(monkeypatch, attend_front, "attend_op", lambda: attend(q, k, v, **IN_TURN[name]))
+    assert relative.rows_at_once(groups, text) == 40
+    same(attending.run(groups, text), attend_meaning(wide(groups), text), 2e-6)
 
 
 @pytest.mark.parametrize("name", sorted(set(MORE) - set(SAID)))
