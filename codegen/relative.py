@@ -2,8 +2,8 @@
 
     q_i . R[index(i, j)]  is  T[b, h, n, index]  with  T = q R^T  (B, H, N, L), n the row that stands at position i
 
-T grows with the rows of R: of clipped distances they are few. Its gradient is that of a learned table, and goes on from
-there to q (or k) and to R.
+T grows with the rows of R: of clipped distances they are few. Where it is large, and belongs to queries, it is made for
+some rows at a time. Its gradient is that of a learned table, and goes on from there to q (or k) and to R.
 """
 
 from __future__ import annotations
@@ -12,15 +12,22 @@ import re
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import lru_cache
+from itertools import product
 
 import torch
 from torch import Tensor
 
+from ..compiler.boxes import bounds
 from ..compiler.primitives.attend_spec import AttendSpec
 from ..compiler.primitives.operator import Groups
 from ..compiler.primitives.rows import repeat_heads
+from ..compiler.reach import reach
+from ..compiler.symbol_eval import evaluate
 from ..compiler.symbol_text import parse
-from ..compiler.symbols import Expr, build, name
+from ..compiler.symbols import Expr, as_expr, build, name
+
+_AT_ONCE = 1 << 20  # numbers of all tables of some query rows
+_FEWEST = 192  # rows for which keys are worth being read anew
 
 
 def why_not(spec: AttendSpec) -> str | None:
@@ -68,10 +75,47 @@ def _products(q: Tensor, k: Tensor, tables: object, spec: AttendSpec) -> list[Te
     return found
 
 
-def elements(groups: Groups, spec: AttendSpec) -> int:
+def rows_at_once(groups: Groups, text: str) -> int:
+    """How many query rows have tables that a near cache holds; all rows where they cannot be made in turn."""
+    (q,), _, tables = groups
+    spec, rows = AttendSpec.of(text), q.shape[2]
+    if spec.align != "start" or spec.tiles or any(side != "q" for _, _, side in spec.relative):
+        return rows
+    each = sum(q.shape[0] * q.shape[1] * tables[int(t[1:])].shape[1] for t, _, _ in spec.relative)
+    return min(rows, max(_FEWEST, _AT_ONCE // max(each, 1))) if each else rows
+
+
+def of_rows(groups: Groups, text: str, first: int, last: int) -> tuple[Groups, str]:
+    """The call of query rows from `first` to before `last`: keys that they reach, products that these can ask for."""
+    (q,), kv, tables = groups
+    spec, ahead = AttendSpec.of(text), reach(text).ahead
+    count = kv[0].shape[2] if ahead is None else min(kv[0].shape[2], max(0, last + ahead))
+    own = q[:, :, first:last]
+    box = {
+        "i0": torch.tensor(first),
+        "i1": torch.tensor(last - 1),
+        "j0": torch.tensor(0),
+        "j1": torch.tensor(count - 1),
+    }
+    made = [_in_box(own, tables[int(table[1:])].float(), parse(index), box) for table, index, _ in spec.relative]
+    return [[own], [t[:, :, :count] for t in kv], [*tables, *made]], looked_up(text, len(tables))
+
+
+def _in_box(q: Tensor, R: Tensor, index: Expr, box: Mapping[str, Tensor]) -> Tensor:
+    """q R^T (B, H, N, L), filled in only where the index of a pair in the box can be."""
+    last, ends = R.shape[1] - 1, bounds(index)
+    asked = ends if ends is not None and all(e.names <= box.keys() for e in ends) else (as_expr(0), as_expr(last))
+    low, high = (min(max(int(evaluate(e, box, {})), 0), last) for e in asked)
+    T = torch.empty(*q.shape[:3], last + 1)
+    for b, h in product(range(q.shape[0]), range(q.shape[1])):
+        torch.mm(q[b, h].float(), R[h % R.shape[0], low : high + 1].mT, out=T[b, h, :, low : high + 1])
+    return T
+
+
+def elements(groups: Groups, spec: AttendSpec, rows_q: int | None = None) -> int:
     """Of the largest of these tables."""
     (q,), kv, tables = groups
-    rows = {"q": q.shape[2], "k": kv[0].shape[2]}
+    rows = {"q": q.shape[2] if rows_q is None else rows_q, "k": kv[0].shape[2]}
     sizes = [q.shape[0] * q.shape[1] * rows[side] * tables[int(t[1:])].shape[1] for t, _, side in spec.relative]
     return max(sizes, default=0)
 

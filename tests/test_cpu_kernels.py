@@ -30,6 +30,7 @@ from kernel_calls import (
 )
 from processes import at_once
 
+from reattend.codegen import relative
 from reattend.codegen.cpu import attend as attending
 from reattend.codegen.cpu import attend_backward as backwards
 from reattend.codegen.cpu import scan as scanning
@@ -37,7 +38,7 @@ from reattend.codegen.cpu import toolchain as tools
 from reattend.compiler.doctor import cpu_flags
 from reattend.compiler.primitives import attend as attend_front
 from reattend.compiler.primitives import scan as scan_front
-from reattend.compiler.primitives.attend import attend
+from reattend.compiler.primitives.attend import Relative, attend
 from reattend.compiler.primitives.attend_meaning import attend_meaning
 from reattend.compiler.primitives.scan import scan
 from reattend.compiler.primitives.scan_meaning import scan_meaning
@@ -75,10 +76,14 @@ def test_logarithms_of_every_size(name: str) -> None:
 
 MORE = AFTERWARDS | RELATIVES | {
     "a factor of the distance": {"after": lambda w, h, i, j: w * table(BIAS)[h, i - j + M] / (h + 2), "causal": True},
+    "distances, heads last": {"score": lambda s, h, i, j: s + table(BIAS.mT)[j - i + N, h]},
+    "distances without a side": {"score": lambda s, h, i, j: s * table(BIAS)[h, abs(i - j)], "causal": True},
+    "every second distance": {"score": lambda s, h, i, j: s + table(BIAS)[h, abs(i - 2 * j)]},
     "a factor without bound beyond the keys": {"after": lambda w, j: w / (M - j)},
     "distances and documents": RELATIVES["distances of keys"] | {"keep": ATTENDS["documents"]["keep"]},
 }  # fmt: skip
 SAID = ("changed afterwards", "scaled afterwards", "distances of keys", "a factor of the distance",
+        "distances, heads last", "distances without a side", "every second distance",
         "a factor without bound beyond the keys", "distances and documents")  # fmt: skip
 
 
@@ -91,6 +96,25 @@ def test_factors_of_weights_and_relative_terms(name: str, halves: str, monkeypat
     assert attending.refuses(groups, text) is None
     found = attending.run(groups, text, halves=halves)
     same(found, attend_meaning(wide(groups), text), 8e-3 if halves else 2e-6)
+
+
+SHARED, OWN = drawn(1, 33, D) / 5, drawn(H, 150, D) / 5  # rows that distances ask about, of all heads and of each
+IN_TURN: dict[str, dict[str, Any]] = {
+    "clipped distances": {"relative": [Relative(SHARED, lambda i, j: i - j)], "causal": True},
+    "distances of both sides": {"relative": [Relative(OWN, lambda i, j: abs(j - i) + 3)], "outputs": ("lse", "o")},
+    "two terms": {"relative": [Relative(OWN, lambda i, j: 140 - i + j), Relative(SHARED, lambda h, i, j: (i - h) % 9)],
+                  "score": lambda s, i, r0, r1: torch.tanh(s + r0) * 2 + r1 * (i % 3)},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", IN_TURN)
+def test_relative_terms_of_some_rows_at_a_time(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(relative, "_AT_ONCE", 1)
+    monkeypatch.setattr(relative, "_FEWEST", 40)
+    q, k, v = drawn(B, H, N, D), drawn(B, M, 2, D).transpose(1, 2), drawn(B, 2, M, Dv)
+    groups, text = said(monkeypatch, attend_front, "attend_op", lambda: attend(q, k, v, **IN_TURN[name]))
+    assert relative.rows_at_once(groups, text) == 40
+    same(attending.run(groups, text), attend_meaning(wide(groups), text), 2e-6)
 
 
 @pytest.mark.parametrize("name", sorted(set(MORE) - set(SAID)))
@@ -116,7 +140,9 @@ def test_the_layout_of_matrix_units(name: str, halves: str, monkeypatch: pytest.
     same(found, attend_meaning(wide([[q], kv, groups[2]]), text), 8e-3)
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 8, 8), (1, 300, 64, 64), (49, 7, 7, 5), (129, 128, 33, 16), (0, 5, 8, 8)])
+@pytest.mark.parametrize(
+    "sizes", [(1, 1, 8, 8), (1, 300, 64, 64), (49, 7, 7, 5), (129, 128, 33, 16), (0, 5, 8, 8), (800, 800, 511, 500)]
+)  # keys that are far: blocks of queries in turn
 def test_attend_sizes(sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     n, m, d, dv = sizes
     q, k, v = drawn(1, 6, n, d), drawn(1, 3, m, d), drawn(1, 3, dv, m).mT
@@ -178,12 +204,14 @@ def test_gradients_of_few_heads_are_shared_out(monkeypatch: pytest.MonkeyPatch) 
     same(list(found or ()), list(torch.autograd.grad(outputs[0].sum(), leaves[1:])), 5e-6)  # type: ignore[arg-type]
 
 
-def test_a_scan_of_no_whole_vector(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("width", [21, 301])
+def test_a_scan_of_no_whole_vector(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What stands behind a row in memory does not matter, whatever was there before."""
-    q, k, v, held = drawn(B, H, N, 21), drawn(B, H, N, 21), drawn(B, H, N, 9), torch.full((1 << 20,), torch.nan)
+    q, k, v, held = drawn(B, H, N, width), drawn(B, H, N, width), drawn(B, H, N, 9), torch.full((1 << 20,), torch.nan)
     del held
     how: dict[str, Any] = {"feature": torch.exp, "normaliser": "sum"}
     groups, text = said(monkeypatch, scan_front, "scan_op", lambda: scan(q, k, v, **how))
+    assert scanning.refuses(groups, text) is None
     same(scanning.run(groups, text), scan_meaning(wide(groups), text), 1e-5)
 
 

@@ -3,16 +3,18 @@
 from ...compiler.pointwise import KERNELS
 from ...compiler.primitives.attend import attend_op
 from ...compiler.primitives.operator import Kernel
+from ...compiler.primitives.prefix import prefix_op
 from ...compiler.primitives.qlinear import qlinear_op
 from ...compiler.primitives.scan import scan_op
 from ...compiler.quick import ATTENDS
-from . import attend, attend_backward, one_call, pointwise, qlinear, qlinear_units, scan
+from . import attend, attend_backward, one_call, pointwise, prefix, qlinear, qlinear_units, scan
 
 NAME = "generated C++"
 
 _attend = Kernel(NAME, attend.few, attend.run, gradients=attend_backward.gradients, source=attend.shown)
 attend_op.kernels.setdefault("cpu", []).insert(0, _attend)
 scan_op.kernels.setdefault("cpu", []).insert(0, Kernel(NAME, scan.few, scan.run))
+prefix_op.kernels.setdefault("cpu", []).insert(0, Kernel(NAME, prefix.few, prefix.run, gradients=prefix.gradients))
 qlinear_op.kernels.setdefault("cpu", []).extend(
     [
         Kernel(f"{NAME}, vectors", qlinear_units.few, qlinear_units.run_few),

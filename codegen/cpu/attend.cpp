@@ -39,6 +39,7 @@ struct Call {
 
 constexpr int64_t LN = (BN + WIDE - 1) / WIDE * WIDE;
 constexpr float SLACK = 8.f;  // by how many powers of 2 a weight may be above 1 before the others are made smaller
+constexpr int64_t BLOCKS = 8, FAR = 3 << 20;  // so many blocks meet a tile in turn where a head's keys and values have more bytes
 constexpr float LN2 = 0.69314718055994531f;
 constexpr int32_t NOWHERE = INT32_MIN;  // the position of a place at which no key stands
 // Keys of one head as tiles D x BN, values as tiles BN x Dv (or as they lie in memory); positions beside them.
@@ -111,7 +112,7 @@ static void pack(const Call& c, const Source& s, int64_t b, int64_t h, int64_t t
 
 struct Block {  // one block of query rows, and what it has gathered so far
     int64_t b, h, first, count;
-    int32_t i[BM];
+    int32_t i[BM], i0, i1;  // positions, the least and the greatest
     float m[BM], l[BM * VL];  // l in lanes, which come together at the end
     cell *q, *p;  // the rows, their weights
     float *s, *o;
@@ -164,11 +165,11 @@ template <int S, bool WHOLE> INLINE void weigh(const Call& c, Block& x, const in
 }
 
 // One tile, or its first keys.
-template <int S> static void tile(const Call& c, Block& x, const Packed& keys, int64_t number, int32_t i0, int32_t i1, int64_t most = BN) {
+template <int S> static void tile(const Call& c, Block& x, const Packed& keys, int64_t number, int64_t most = BN) {
     const Source& s = c.source[S];
     const int64_t first = number * BN, width = smaller(s.keys - first, most);
     const bool placed = s.at || s.place || c.q_place;
-    const int seen = placed ? 1 : Spec<S>::seen((int)x.b, (int)x.h, i0, i1, (int32_t)first, (int32_t)(first + width - 1));
+    const int seen = placed ? 1 : Spec<S>::seen((int)x.b, (int)x.h, x.i0, x.i1, (int32_t)first, (int32_t)(first + width - 1));
     if (seen == 0) return;
     const int64_t deep = rounded(c.D, DEEP), rows = rounded(x.count, TALL);
     product<false>(rows, rounded(width, WIDE), deep, x.q, deep, keys.k + number * deep * LN, stride(deep, LN), x.s, LN);
@@ -180,18 +181,20 @@ template <int S> static void tile(const Call& c, Block& x, const Packed& keys, i
     product<true>(rows, x.ldo, rounded(width, DEEP), x.p, LN, v, keys.v ? stride(BN, x.ldo) : s.v.n, x.o, x.ldo);
 }
 
-// The tiles that the rows i0 ... i1 can reach: the sinks', then those of the band.
-template <int S> static void tiles(const Call& c, Block& x, const Packed& keys, int32_t i0, int32_t i1) {
+// The tiles that rows can reach: the sinks', then those of the band. A tile meets all blocks before the next one does.
+template <int S> static void tiles(const Call& c, Block* x, int64_t count, const Packed& keys) {
     if (S == 0 && c.list) {
-        const int32_t* listed = c.list + x.b * c.list_b + x.h * c.list_h + x.first / BM * c.list_q;
+        const int32_t* listed = c.list + x->b * c.list_b + x->h * c.list_h + x->first / BM * c.list_q;
         for (int64_t n = 0; n < c.listed; n++) {
             bool again = false;
             for (int64_t before = 0; before < n; before++) again |= listed[before] == listed[n];
-            if (!again && listed[n] >= 0 && listed[n] < keys.tiles) tile<S>(c, x, keys, listed[n], i0, i1);
+            if (!again && listed[n] >= 0 && listed[n] < keys.tiles) tile<S>(c, *x, keys, listed[n]);
         }
         return;
     }
     int64_t low = 0, high = keys.tiles, sinks = 0;
+    int32_t i0 = x->i0, i1 = x->i1;
+    for (int64_t n = 1; n < count; n++) i0 = smaller(i0, x[n].i0), i1 = larger(i1, x[n].i1);
     const bool placed = c.source[S].at || c.source[S].place || c.q_place;
     if (S == 0 && !placed) {
         if (AHEAD != INT64_MAX) high = i1 + AHEAD < 0 ? 0 : smaller<int64_t>(high, (i1 + AHEAD) / BN + 1);
@@ -199,22 +202,23 @@ template <int S> static void tiles(const Call& c, Block& x, const Packed& keys, 
         sinks = smaller<int64_t>(low, rounded(SINKS, BN) / BN);
     }
     // The nearest first: there a score that falls with the distance is highest, and no later tile outweighs it.
-    for (int64_t n = high; n-- > low;) tile<S>(c, x, keys, n, i0, i1);
-    for (int64_t n = 0; n < smaller(sinks, high); n++) tile<S>(c, x, keys, n, i0, i1, smaller<int64_t>(BN, SINKS - n * BN));
+    for (int64_t n = high; n-- > low;) for (int64_t m = 0; m < count; m++) tile<S>(c, x[m], keys, n);
+    for (int64_t n = 0; n < smaller(sinks, high); n++)
+        for (int64_t m = 0; m < count; m++) tile<S>(c, x[m], keys, n, smaller<int64_t>(BN, SINKS - n * BN));
 }
 
-template <int S> static void segments(const Call& c, Block& x, const Packed* keys, int32_t i0, int32_t i1) {
+template <int S> static void segments(const Call& c, Block* x, int64_t count, const Packed* keys) {
     const int64_t Hk = c.source[S].Hk;
-    tiles<S>(c, x, keys[S * c.B * c.H + x.b * Hk + x.h / (c.H / Hk)], i0, i1);
-    if constexpr (S + 1 < SEGMENTS) segments<S + 1>(c, x, keys, i0, i1);
+    tiles<S>(c, x, count, keys[S * c.B * c.H + x->b * Hk + x->h / (c.H / Hk)]);
+    if constexpr (S + 1 < SEGMENTS) segments<S + 1>(c, x, count, keys);
 }
 
-static void begin(const Call& c, Block& x, int32_t& i0, int32_t& i1) {
-    i0 = INT32_MAX, i1 = INT32_MIN;
+static void begin(const Call& c, Block& x) {
+    x.i0 = INT32_MAX, x.i1 = INT32_MIN;
     for (int64_t r = 0; r < x.count; r++) {
         const int64_t n = x.first + r;
         x.i[r] = c.q_place ? c.q_place[x.b * c.q_place_b + x.h * c.q_place_h + n] : (int32_t)(n + c.shift);
-        i0 = smaller(i0, x.i[r]), i1 = larger(i1, x.i[r]);
+        x.i0 = smaller(x.i0, x.i[r]), x.i1 = larger(x.i1, x.i[r]);
         x.m[r] = -INF;
         store(x.l + r * VL, vf{});
         if (SINK) {  // one key more, whose value is 0
@@ -287,27 +291,35 @@ extern "C" int run(const Call* call) {
     Packed* keys = (Packed*)table.data;
     char* at = (char*)memory.data;
     for (int S = 0; S < SEGMENTS; at += bytes(c, c.source[S]), S++) prepare(c, c.source[S], keys + S * c.B * c.H, at);
-    const int64_t blocks = (c.N + BM - 1) / BM, tasks = c.B * c.H * blocks, ldo = rounded(c.Dv, WIDE);
-    const int64_t rows = rounded(BM, TALL), deep = rounded(c.D, DEEP);
+    const int64_t rows = rounded(BM, TALL), deep = rounded(c.D, DEEP), ldo = rounded(c.Dv, WIDE);
+    const bool far = BACK == INT64_MAX && !c.list && c.source[0].keys * (c.D + c.Dv) * (int64_t)sizeof(cell) >= FAR;
+    const bool many = c.B * c.H * c.N >= 4 * c.threads * BLOCKS * BM;  // turns enough for every thread
+    const int64_t side = far && many ? BLOCKS : 1, turns = (c.N + side * BM - 1) / (side * BM), tasks = c.B * c.H * turns;
 #pragma omp parallel num_threads(c.threads)
     {
         const NoSubnormals flushing;
-        Workspace own(rows * (deep + LN + LN + ldo));
-        Block x;
-        x.o = own.data, x.s = x.o + rows * ldo, x.ldo = ldo;
-        x.q = (cell*)(x.s + rows * LN), x.p = sizeof(cell) == 4 ? (cell*)x.s : x.q + rows * deep;
+        const int64_t each = rows * (deep + ldo);  // floats of the rows of a block and of what it gathers
+        Workspace own(side * each + 2 * rows * LN);
+        Block x[BLOCKS];
+        for (int64_t n = 0; n < side; n++) {
+            x[n].o = own.data + n * each, x[n].q = (cell*)(x[n].o + rows * ldo), x[n].ldo = ldo;
+            x[n].s = own.data + side * each, x[n].p = (cell*)(x[n].s + (sizeof(cell) == 4 ? 0 : rows * LN));
+        }
 #ifdef HALVES
         units_begin();
 #endif
 #pragma omp for schedule(dynamic, 1)
         for (int64_t task = 0; task < tasks; task++) {
-            const int64_t which = blocks - 1 - task % blocks;  // under a causal mask the last rows cost most: they begin
-            x.b = task / blocks / c.H, x.h = task / blocks % c.H, x.first = which * BM;
-            x.count = smaller<int64_t>(BM, c.N - x.first);
-            int32_t i0, i1;
-            begin(c, x, i0, i1);
-            segments<0>(c, x, keys, i0, i1);
-            finish(c, x);
+            const int64_t turn = turns - 1 - task % turns;  // under a causal mask the last rows cost most: they begin
+            int64_t count = 0;
+            for (int64_t first = turn * side * BM; count < side && first < c.N; first += BM, count++) {
+                Block& one = x[count];
+                one.b = task / turns / c.H, one.h = task / turns % c.H, one.first = first;
+                one.count = smaller<int64_t>(BM, c.N - first);
+                begin(c, one);
+            }
+            segments<0>(c, x, count, keys);
+            for (int64_t n = 0; n < count; n++) finish(c, x[n]);
         }
 #ifdef HALVES
         units_end();

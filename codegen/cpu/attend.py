@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
@@ -93,6 +94,18 @@ def source(text: str, tables: str, halves: str = "") -> str:
         function("vf sink(int b, int h, int i, const Table* t)", scores(spec, parse(spec.sink or "0.0")), "vf", tables),
     ]
     return skeleton("attend.cpp", said=head, halves=halves)
+
+
+@lru_cache(maxsize=1024)
+def along(text: str) -> Mapping[int, int]:
+    """Of tables the one axis that keys move along: what lies there one behind the other is loaded together."""
+    spec, found = AttendSpec.of(text), {}
+    said = [spec.after, spec.weight, *(part for keep, score, _ in spec.segments for part in (keep, score))]
+    for e in (e for part in said if part for e in parse(part).walk() if e.op == "lookup"):
+        axes = [axis for axis, index in enumerate(e.args[1:]) if "j" in index.names]
+        if len(axes) == 1:
+            found[int(e.args[0][1:])] = axes[0]
+    return found
 
 
 def shown(text: str) -> str:
@@ -186,7 +199,7 @@ def refuses(groups: Groups, text: str) -> str | None:
         return "rows of keys of each query's own"
     if spec.tiles and tables[int(spec.tiles[0][1:])].shape[2] * spec.tiles[1] < q.shape[2]:
         return "tiles for fewer queries than there are"
-    if relative.elements(groups, spec) > _MOST_PRODUCTS:
+    if relative.elements(groups, spec, relative.rows_at_once(groups, text)) > _MOST_PRODUCTS:
         return f"relative terms with more than {_MOST_PRODUCTS} products"
     kinds = kinds_of(tables) + "f" * len(spec.relative)
     return built(source, relative.looked_up(text, len(tables)), kinds)[1]
@@ -194,7 +207,18 @@ def refuses(groups: Groups, text: str) -> str | None:
 
 def run(groups: Groups, text: str, halves: str | None = None) -> list[Tensor]:
     """The outputs that a spec asks for: o, lse."""
-    groups, text = relative.as_tables(groups, text)
+    rows, some = groups[0][0].shape[2], relative.rows_at_once(groups, text)
+    if some == rows:
+        return _run(*relative.as_tables(groups, text), halves)
+    parts = [
+        _run(*relative.of_rows(groups, text, first, min(first + some, rows)), halves, first, len(groups[2]))
+        for first in range(0, rows, some)
+    ]
+    return [torch.cat(part, 2) for part in zip(*parts, strict=True)]
+
+
+def _run(groups: Groups, text: str, halves: str | None, first: int = 0, of_all: int = 0) -> list[Tensor]:
+    """Relative terms are tables. `first`: where the first query stands, the first row of tables from `of_all` on."""
     (q,), kv, given = groups
     halves = bfloat_products(q) if halves is None else halves
     dtype = torch.bfloat16 if halves else torch.float32
@@ -203,13 +227,16 @@ def run(groups: Groups, text: str, halves: str | None = None) -> list[Tensor]:
     kept: list[Tensor] = []  # what the call points into stays alive until it returns
     o = torch.empty(*q.shape[:3], kv[1].shape[-1], dtype=dtype)
     lse = torch.empty(q.shape[:3]) if "lse" in spec.outputs else None
-    kinds, tables = kinds_of(given), tables_of(given, kept)
+    kinds, tables = kinds_of(given), tables_of(given, kept, along(text))
+    for own in tables[of_all:] if first else ():
+        own.data, own.size[2] = own.data - 4 * first * own.stride[2], own.size[2] + first
     pairs = enumerate(zip(kv[::2], kv[1::2], strict=True))
     sources = [_source(k, v, spec, n, named, q, dtype, kept) for n, (k, v) in pairs]
     call = _call_type(len(sources))()
     call.q, call.o, call.lse = Rows.of(as_dtype(q, dtype, kept)), Rows.of(o), pointer(lse)
     call.B, call.H, call.N, call.D, call.Dv = *q.shape, o.shape[-1]
-    call.threads, call.shift = torch.get_num_threads(), sources[0].keys - q.shape[2] if spec.align == "end" else 0
+    call.threads = torch.get_num_threads()
+    call.shift = sources[0].keys - q.shape[2] if spec.align == "end" else first
     call.source, call.t = (Source * len(sources))(*sources), ctypes.cast(tables, ctypes.c_void_p)
     call.q_place, call.q_place_b, call.q_place_h = index_of(named.get(spec.q_positions), kept)
     if spec.tiles:
@@ -218,7 +245,9 @@ def run(groups: Groups, text: str, halves: str | None = None) -> list[Tensor]:
         call.list_b, call.list_h, call.list_q = (step(lists, axis) for axis in range(3))
     function, _ = built(source, text, kinds, halves)
     if function is None or ((o.numel() or lse is not None) and function(ctypes.byref(call))):
-        return run(groups, text, halves="")  # no matrix units for this process, or none that the compiler knows
+        return _run(
+            groups, text, "", first, of_all
+        )  # no matrix units for this process, or none that the compiler knows
     found = {"o": o.to(q.dtype), "lse": lse}
     return [found[which] for which in spec.outputs]  # type: ignore[misc]
 

@@ -110,7 +110,7 @@ def _found(
     call.threads, call.shift = torch.get_num_threads(), k.shape[2] - q.shape[2] if spec.align == "end" else 0
     kept += [t.contiguous() for t in rows]
     call.L, call.R, call.delta = (pointer(t) for t in kept[-3:])
-    named = tables_of(tables, kept)
+    named = tables_of(tables, kept, attend.along(text))
     call.t = ctypes.cast(named, ctypes.c_void_p)
     if spec.tiles:
         lists = whole_numbers(tables[int(spec.tiles[0][1:])], kept)

@@ -32,6 +32,7 @@ typedef half vh __attribute__((vector_size(VL * 2), aligned(2), may_alias));
 INLINE vf all(float x) { return x - vf{}; }
 INLINE vi all(int32_t x) { return x - vi{}; }
 INLINE vf load(const float* p) { return *(const vf*)p; }
+INLINE vi load(const int32_t* p) { return *(const vi*)p; }
 INLINE void store(float* p, vf x) { *(vf*)p = x; }
 INLINE vi wholes(vh x) { return __builtin_convertvector(x, vi); }
 INLINE vf load(const half* p) { return (vf)(wholes(*(const vh*)p) << 16); }
@@ -68,8 +69,10 @@ INLINE vf absolute(vf x) { return (vf)((vi)x & 0x7fffffff); }
 INLINE vi absolute(vi x) { return select(x < 0, -x, x); }
 #ifdef __clang__
 template <class V> INLINE V turned(V x, int by) { V y; for (int l = 0; l < VL; l++) y[l] = x[(l + by) & (VL - 1)]; return y; }
+template <class V> INLINE V backwards(V x) { V y; for (int l = 0; l < VL; l++) y[l] = x[VL - 1 - l]; return y; }
 #else
 template <class V> INLINE V turned(V x, int by) { return __builtin_shuffle(x, (count() + by) & (VL - 1)); }
+template <class V> INLINE V backwards(V x) { return __builtin_shuffle(x, VL - 1 - count()); }
 #endif
 INLINE float highest(vf x) { for (int by = VL / 2; by; by /= 2) x = most(x, turned(x, by)); return x[0]; }
 INLINE int32_t total(vi x) { for (int by = VL / 2; by; by /= 2) x += turned(x, by); return x[0]; }
@@ -107,10 +110,17 @@ INLINE bool any_above(vf x, float m) {
     asm("vcmpps $30, %2, %1, %%k1\n\tkmovw %%k1, %0" : "=r"(lanes) : "v"(x), "v"(all(m)) : "k1");
     return lanes;
 }
+INLINE bool same(vi a, vi b) {
+    uint32_t lanes;
+    asm("vpcmpeqd %2, %1, %%k1\n\tkmovw %%k1, %0" : "=r"(lanes) : "v"(a), "v"(b) : "k1");
+    return lanes == 0xffff;
+}
 #elif defined(__AVX2__)
 INLINE bool any_above(vf x, float m) { return __builtin_ia32_movmskps256((vf)(x > all(m))); }
+INLINE bool same(vi a, vi b) { return __builtin_ia32_movmskps256((vf)(a == b)) == 0xff; }
 #else
 INLINE bool any_above(vf x, float m) { return highest(x) > m; }
+INLINE bool same(vi a, vi b) { return total((vi)(a == b)) == -VL; }
 #endif
 
 // 2 ** x for every float, 1e-7 apart at most: below -126 it is 0, from 128 on infinite.
@@ -230,8 +240,18 @@ INLINE vf mod(vf a, vf b) { return a - floordiv(a, b) * b; }
 struct Table { const void* data; int64_t size[4], stride[4]; };
 INLINE int64_t clamped(int64_t x, int64_t size) { return x < 0 ? 0 : x < size ? x : size - 1; }
 INLINE vi clamped(vi x, int64_t size) { return least(most(x, all(0)), all((int32_t)(size - 1))); }
-INLINE vf gathered(const float* from, vi at) { vf x; for (int l = 0; l < VL; l++) x[l] = from[at[l]]; return x; }
-INLINE vi gathered(const int32_t* from, vi at) { vi x; for (int l = 0; l < VL; l++) x[l] = from[at[l]]; return x; }
+// Loaded at once where they follow one another, upwards or downwards, or all are one: what distances do, and clipped ones.
+template <class V, class T> INLINE V gathered(const T* from, vi at) {
+    const vi step = at - all(at[0]);
+    if (same(step, count())) return load(from + at[0]);
+    if (same(step, -count())) return backwards(load(from + at[VL - 1]));
+    if (same(step, vi{})) return all(from[at[0]]);
+    V x;
+    for (int l = 0; l < VL; l++) x[l] = from[at[l]];
+    return x;
+}
+INLINE vf gathered(const float* from, vi at) { return gathered<vf, float>(from, at); }
+INLINE vi gathered(const int32_t* from, vi at) { return gathered<vi, int32_t>(from, at); }
 
 // C (R x NR VL) {=, +=} A (R x K) B (K x NR VL): the accumulators stay in registers; A has a stride of rows and of columns.
 template <int R, int C, bool ADD>

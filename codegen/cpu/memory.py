@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -33,11 +33,15 @@ def kinds_of(tables: Sequence[Tensor]) -> str:
     return "".join("f" if t.is_floating_point() else "i" for t in tables)
 
 
-def tables_of(given: Sequence[Tensor], kept: list[Tensor]) -> Any:
-    """All tables, one after another."""
+def tables_of(given: Sequence[Tensor], kept: list[Tensor], along: Mapping[int, int] | None = None) -> Any:
+    """All tables, one after another; `along`: of some the axis whose numbers lie one behind the other."""
     found = []
-    for t in given:
+    for number, t in enumerate(given):
         flat = as_dtype(t, torch.float32 if t.is_floating_point() else torch.int32, kept)
+        axis = (along or {}).get(number)
+        if axis is not None and flat.stride(axis) > 1:
+            flat = flat.movedim(axis, -1).contiguous().movedim(-1, axis)
+            kept.append(flat)
         size, stride = [*flat.shape, 1, 1, 1, 1][:4], [*flat.stride(), 0, 0, 0, 0][:4]
         found.append(Table(flat.data_ptr(), _int4(*size), _int4(*stride)))
     return (Table * len(found))(*found)

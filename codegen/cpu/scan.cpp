@@ -4,7 +4,7 @@
 //   T                rows of a chunk       z (D)   the state of the normaliser: as a column of ones beside the values
 //   o_t = sum_{s <= t} (q_t . k_s) (product of the decays in (s, t]) v_s  +  q_t (product in [0, t]) S_before
 //
-// In front of this text stand T, MOST (of D), DECAYS, CHANNELS (a decay for every d), LOGS, SUM, EPS, BEFORE (row t is read before its own
+// In front of this text stand T, DECAYS, CHANNELS (a decay for every d), LOGS, SUM, EPS, BEFORE (row t is read before its own
 // update), and feature_q(x), feature_k(x). HALVES: q, k, v, o are bfloat16; everything is worked on in float32.
 
 #ifdef HALVES

@@ -18,7 +18,7 @@ from .skeleton import function, skeleton
 from .toolchain import built
 
 _CHUNK = 16
-_MOST = 256  # the largest D and Dv of a state
+_MOST = 1 << 20  # numbers of a state, and of what a chunk is worked on in: the next cache holds them
 _LEAST = 1 << 20  # products with the state of a call; fewer are not worth a library of their own
 _whole, _address = ctypes.c_int64, ctypes.c_void_p
 
@@ -37,7 +37,7 @@ def source(text: str, channels: bool, halves: str = "") -> str:
     flags = {"DECAYS": bool(spec.decay), "CHANNELS": channels, "LOGS": spec.log_decay, "SUM": spec.normaliser == "sum",
              "BEFORE": spec.read == "before"}  # fmt: skip
     head = [
-        f"constexpr int T = {_CHUNK}, MOST = {_MOST};",
+        f"constexpr int T = {_CHUNK};",
         f"constexpr float EPS = {spec.eps!r}f;",
         *(f"constexpr bool {flag} = {'true' if value else 'false'};" for flag, value in flags.items()),
         *(
@@ -76,8 +76,8 @@ def refuses(groups: Groups, text: str) -> str | None:
         return "rows that read what comes after them"
     if q.dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return f"{q.dtype}"
-    if max(q.shape[-1], v.shape[-1]) > _MOST:
-        return f"a state of {q.shape[-1]} x {v.shape[-1]}, at most {_MOST} x {_MOST}"
+    if q.shape[-1] * v.shape[-1] > _MOST:
+        return f"a state of {q.shape[-1]} x {v.shape[-1]}, at most {_MOST} numbers"
     return built(source, text, *_kind(groups, spec))[1]
 
 

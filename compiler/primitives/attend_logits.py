@@ -13,6 +13,7 @@ from ..refusal import Refused
 from ..symbol_eval import evaluate
 from ..symbol_text import parse
 from .attend_spec import AttendSpec
+from .row_index import whole_rows
 from .rows import repeat_heads
 
 Tables = Mapping[str, Tensor]
@@ -69,10 +70,9 @@ def _rows(table: Tensor, q: Tensor, k: Tensor, tables: Tables, spec: AttendSpec)
 
 def _picked(t: Tensor, rows: Tensor) -> Tensor:
     """The rows of t (B, H, M, D) that an index (B, H, ..., L) names; -1 picks any, its column is not kept."""
-    flat = rows.clamp(0, max(t.shape[2] - 1, 0)).flatten(2)
     if t.shape[2] == 0:
         return t.new_zeros(*rows.shape, t.shape[-1])
-    return t.gather(2, flat[..., None].expand(*flat.shape, t.shape[-1])).reshape(*rows.shape, t.shape[-1])
+    return whole_rows(t, rows.clamp(0, t.shape[2] - 1))
 
 
 def _products(q: Tensor, k: Tensor) -> Tensor:

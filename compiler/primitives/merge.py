@@ -50,9 +50,9 @@ def merge(parts: Sequence[tuple[Tensor, Tensor]], *, by: str = "lse") -> tuple[T
 def merge_meaning(groups: Groups, text: str) -> list[Tensor]:
     parts, logs = groups
     kind, wide = parts[0].dtype, _wide(groups)
-    o, lse = torch.stack([p.to(wide) for p in parts], -1), torch.stack([p.to(wide) for p in logs], -1)
+    lse = torch.stack([p.to(wide) for p in logs], -1)
     if MergeSpec.of(text).by == "sum":
-        return [o.sum(-1).to(kind), lse.sum(-1)]
+        return [_sum([p.to(wide) for p in parts]).to(kind), lse.sum(-1)]
     top = highest(lse).detach()
     top = torch.where(torch.isfinite(top), top, 0.0)
     raw = torch.exp(lse - top)
@@ -60,7 +60,16 @@ def merge_meaning(groups: Groups, text: str) -> list[Tensor]:
     some = total > 0
     whole = torch.where(some, total, 1.0)
     merged = torch.where(some, top + torch.log(whole), -torch.inf).squeeze(-1)
-    return [(o * (raw / whole).unsqueeze(-2)).sum(-1).to(kind), merged]
+    shares = (raw / whole).unbind(-1)
+    return [_sum([p.to(wide) * share[..., None] for p, share in zip(parts, shares, strict=True)]).to(kind), merged]
+
+
+def _sum(parts: Sequence[Tensor]) -> Tensor:
+    """One after another, as they lie in memory."""
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    return total
 
 
 def merge_shapes(groups: Groups, text: str) -> list[Tensor]:

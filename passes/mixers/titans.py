@@ -179,8 +179,7 @@ class Titans(Mechanism):
         whole = torch.cat((state["waiting"], x), 1)
         rows, chunks, ready = past.weights, int(state["chunks"]), whole.shape[1] // size
         if ready:
-            found, past = memory.written(p, widened(whole[:, : ready * size]), past, chunks=chunks)
-            rows = torch.cat((rows, found), 2)
+            rows, past = memory.written(p, widened(whole[:, : ready * size]), past, chunks=chunks)
         y = memory.read(p, widened(whole), rows)[:, -x.shape[1] :]
         carried = {"base": past.base, "weights": past.weights, **dict(zip(names, past.speeds, strict=True))}
         after = {"waiting": whole[:, ready * size :], "chunks": torch.tensor(chunks + ready)}
@@ -206,8 +205,8 @@ class Titans(Mechanism):
             few, many = self.num_persist, s.shape[1]  # a token sees what was recalled for it and those before it
             y = self._attended(site, p, whole, lambda i, j, few=few, many=many: (j + many <= i) | (j >= few + many))
             y = y[:, few + many :]
-            before, (rows, past) = past.weights, memory.written(p, y, past, stored)
-            found.append(y * memory.read(p, y, torch.cat((before, rows), 2)))
+            rows, past = memory.written(p, y, past, stored)
+            found.append(y * memory.read(p, y, rows))
             past = past.renewed
         return torch.cat(found, 1)
 

@@ -148,11 +148,12 @@ class Memory:
     def written(
         self, p: Any, x: Tensor, past: Past, mask: Tensor | None = None, chunks: int = 0
     ) -> tuple[Tensor, Past]:
-        """The weights behind each chunk of x, the last of which may be ragged, (B, H, chunks, P); `chunks` came before.
+        """The weights before x and behind each of its chunks, the last of which may be ragged, (B, H, 1 + chunks, P);
+        `chunks` came before.
 
         mask (B, N): tokens that write nothing; they count in what is said of their chunk.
         """
-        size, found = self.writes, []
+        size, found = self.writes, list[Tensor]()
         x = rms_norm(x, x.shape[2:], p.store_norm)
         count = (x.shape[1] + size - 1) // size
         x = pad(x, (0, 0, 0, count * size - x.shape[1]))
@@ -168,20 +169,20 @@ class Memory:
         etas = told("to_momentum") if self.orders else None
         rates = None if self.rates is None else self.rates * told("to_layer_modulation")
         for here in self._batches(count, chunks):
-            pushed = -self.net.descent(past.base, k[:, :, here], v[:, :, here], theta[:, :, here])
+            pushed = self.net.descent(past.base, k[:, :, here], v[:, :, here], -theta[:, :, here])
             pushed = self._tempered(pushed, None if rates is None else rates[:, :, here])
             speeds = []
             for order, speed in enumerate(past.speeds):
                 assert etas is not None
                 eta = etas[:, :, here, order : order + 1]
-                pushed = prefix("affine", eta.expand_as(pushed), pushed, state=(speed,))
+                pushed = prefix("affine", eta, pushed, state=(speed,))
                 speeds.append(pushed[:, :, -1:])
-            rows = prefix("affine", keep[:, :, here].expand_as(pushed), pushed, state=(past.weights,))
-            found.append(rows)
+            rows = prefix("affine", pad(keep[:, :, here], (0, 0, 1, 0)), torch.cat((past.weights, pushed), 2))
+            found.append(rows[:, :, 1:] if found else rows)
             past = Past(past.base, rows[:, :, -1:], tuple(speeds))
             if self.batch_size is not None and (chunks + here.stop) * size % self.batch_size == 0:
                 past = past.renewed
-        return torch.cat(found, 2), past
+        return (found[0] if len(found) == 1 else torch.cat(found, 2)), past
 
     def _told(self, p: Any, mean: Tensor, name: str) -> Tensor:
         """What a chunk's mean says to each head, within 0 and 1: (B, H, chunks, each)."""
@@ -232,7 +233,7 @@ class Memory:
     def __call__(self, p: Any, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """The whole sequence is written, then read."""
         past = self.start(p, x.shape[0])
-        return self.read(p, x, torch.cat((past.weights, self.written(p, x, past, mask)[0]), 2))
+        return self.read(p, x, self.written(p, x, past, mask)[0])
 
     def _active(self, t: Tensor) -> Tensor:
         return t if self.activation is None else ACTIVATIONS[self.activation](t)

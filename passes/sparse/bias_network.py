@@ -14,7 +14,7 @@ from ...compiler.site import Grid
 from ...compiler.starts import uniform
 
 HIDDEN = 512
-AT_ONCE = 2**24  # numbers inside the network that are held at once
+AT_ONCE = 2**18  # numbers inside the network that are held at once: a near cache has room for them
 
 
 def network(heads: int) -> dict[str, Param]:
