@@ -7,7 +7,7 @@ import torch
 from kernel_calls import must_build
 from torch import Tensor
 
-from reattend.codegen.cpu import qlinear_units
+from reattend.codegen.cpu import qlinear_panels, qlinear_units
 from reattend.compiler.doctor import cpu_flags
 from reattend.compiler.primitives.operator import watched
 from reattend.compiler.primitives.qlinear import qlinear, qlinear_meaning, qlinear_op, rounded_rows
@@ -26,6 +26,8 @@ SPECS = [
     QLinearSpec("qoq", 70, group=10, activations="int8"),
     QLinearSpec("int4", 130, group=26),
 ]
+LONG = [*SPECS[:5], *SPECS[6:8], QLinearSpec("int8", 1150), QLinearSpec("int4", 640, group=64),
+        QLinearSpec("qoq", 576, group=64, activations="int8", bias=True)]  # fmt: skip
 # what this processor can be asked: matrix units are stood in for by loops, dots are its own
 ROADS = [
     *(["emulated"] if "avx512_bf16" in cpu_flags() else []),
@@ -154,6 +156,22 @@ def test_generated_kernels_are_the_meaning(
                 continue
             (got,) = qlinear_units.run([[x], tensors], spec.text, by)
             torch.testing.assert_close(got, expected, rtol=0, atol=near * expected.abs().max().item())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("spec", LONG, ids=lambda spec: spec.text)
+def test_panels_are_the_meaning(spec: QLinearSpec, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More inputs than a panel has, more rows than meet one, outputs that fill none; rows of nothing, of no numbers."""
+    must_build(monkeypatch, qlinear_panels)
+    tensors, near = stored(spec, 70), {torch.float32: 1e-5, torch.bfloat16: 2**-7}[dtype]
+    for rows in (1, 3, 37, 250):
+        x = torch.randn(rows, spec.inputs).to(dtype)
+        if rows > 3:
+            x[1], x[2] = 0, torch.nan
+        assert qlinear_panels.no_panels([[x], tensors], spec.text) is None
+        (expected,), (got,) = qlinear_meaning([[x], tensors], spec.text), qlinear_panels.run([[x], tensors], spec.text)
+        largest = float(expected.nan_to_num().abs().max())
+        torch.testing.assert_close(got, expected, rtol=0, atol=near * largest, equal_nan=True)
 
 
 @pytest.mark.skipif(not ROADS, reason="a processor without products of bytes")

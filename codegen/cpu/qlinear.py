@@ -10,11 +10,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ...compiler.doctor import cpu_flags
 from ...compiler.primitives.operator import Groups
 from ...compiler.primitives.qlinear import rounded_rows
 from ...compiler.primitives.qlinear_spec import QLinearSpec, dequantized, whole_weights
 
-_FEW = 4  # rows up to which bytes read once are worth more than wide products
+_FEW = 4 if "avx512f" in cpu_flags() else 12  # rows up to which bytes read once are worth more than wide products
 _FLOATS = (torch.float32, torch.bfloat16)
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...compiler.doctor import cpu_flags
 from ...compiler.primitives.operator import Groups
+from ...compiler.primitives.qlinear import rounded_rows
 from ...compiler.primitives.qlinear_spec import QLinearSpec
 from .memory import pointer
 from .qlinear import by_numbers
@@ -22,7 +23,7 @@ from .toolchain import built
 FEW = 4  # rows up to which vectors are faster than units; measured
 _FEWER = 2  # the same where units take bfloat16 apart
 _APART = 10  # rows up to which bfloat16 is faster taken apart into whole numbers than bytes made bfloat16; measured
-_LEAST = 1 << 16  # weights of a layer; fewer are not worth a library of their own
+LEAST = 1 << 16  # weights of a layer; fewer are not worth a library of their own
 _MOST = 1 << 16  # inputs whose products are sure to fit into a sum of 32 bits
 DOTS = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512_vnni", "f16c"})
 ROADS = {"units": "matrix units", "dots": "four bytes at a time", "": "no products of bytes"}
@@ -54,7 +55,7 @@ def source(codes: str, digits: int, x: str, scales: str, halves: str) -> str:
 
 def source_few(codes: str, scales: str) -> str:
     """The whole C++ text for few rows of float32."""
-    return skeleton("qlinear_few.cpp", said=[f"#define CODES {codes}", f"#define SCALES {scales}"])
+    return skeleton("qlinear_codes.hpp", "qlinear_few.cpp", said=[f"#define CODES {codes}", f"#define SCALES {scales}"])
 
 
 def few(groups: Groups, text: str) -> str | None:
@@ -64,24 +65,24 @@ def few(groups: Groups, text: str) -> str | None:
     rows = x.numel() // max(spec.inputs, 1)
     if not 0 < rows <= FEW:
         return f"{rows} rows"
-    if spec.format == "int8" and x.dtype == torch.bfloat16:
+    if spec.format == "int8" and x.dtype == torch.bfloat16 and not spec.activations:
         return "bfloat16 with bytes"
-    if tensors[0].shape[0] * spec.inputs < _LEAST:
+    if tensors[0].shape[0] * spec.inputs < LEAST:
         return "few weights"
     if (rows > _FEWER or road() == "dots") and x.dtype == torch.bfloat16 and refuses(groups, text) is None:
         return f"{rows} rows of bfloat16"
-    return no_vectors(groups, text) or built(source_few, *_said_few(groups, spec))[1]
+    return no_vectors(groups, text) or built(source_few, *said_of(tensors, spec))[1]
 
 
 def no_vectors(groups: Groups, text: str) -> str | None:
     """Why the skeleton for few rows cannot say a call."""
     (x,), tensors = groups
     spec = QLinearSpec.of(text)
-    if spec.activations or spec.format == "qoq":
-        return "whole activations"
+    if spec.format == "qoq":
+        return "nested scales"
     if x.dtype not in (torch.float32, torch.bfloat16):
         return f"{x.dtype}"
-    return _odd(tensors, spec)
+    return odd(tensors, spec)
 
 
 def run_few(groups: Groups, text: str) -> list[Tensor]:
@@ -89,13 +90,19 @@ def run_few(groups: Groups, text: str) -> list[Tensor]:
     spec = QLinearSpec.of(text)
     named = dict(zip(spec.names, tensors))
     rows = x.reshape(-1, spec.inputs).float().contiguous()
+    scale: Tensor | None = None
+    if spec.activations:
+        rows, scale = rounded_rows(rows, tensors[1].dtype)
+        rows = rows.float().contiguous()
     y = torch.empty(rows.shape[0], tensors[0].shape[0])
-    call = _call(rows, named, y, spec)
+    call = call_of(rows, named, y, spec)
     bias = named["bias"].float() if spec.bias else None
-    call.bias = pointer(bias)
-    function, _ = built(source_few, *_said_few(groups, spec))
+    call.bias = pointer(bias if scale is None else None)
+    function, _ = built(source_few, *said_of(tensors, spec))
     if function is None or function(ctypes.byref(call)):
         return by_numbers(groups, text)
+    if scale is not None:
+        y = y * scale if bias is None else y * scale + bias
     return [y.to(x.dtype).view(*x.shape[:-1], y.shape[1])]
 
 
@@ -113,7 +120,7 @@ def refuses(groups: Groups, text: str) -> str | None:
     spec = QLinearSpec.of(text)
     if not road():
         return ROADS[""]
-    if x.numel() == 0 or tensors[0].shape[0] * spec.inputs < _LEAST:
+    if x.numel() == 0 or tensors[0].shape[0] * spec.inputs < LEAST:
         return "few weights"
     return no_tiles(groups, text, road()) or built(source, *_said(groups, spec, road()), road())[1]
 
@@ -135,10 +142,10 @@ def no_tiles(groups: Groups, text: str, by: str) -> str | None:
             return f"groups of {spec.group} in float32"
         if by == "dots" and "avx512_bf16" not in cpu_flags():
             return "no products of bfloat16"
-    return _odd(tensors, spec)
+    return odd(tensors, spec)
 
 
-def _odd(tensors: Sequence[Tensor], spec: QLinearSpec) -> str | None:
+def odd(tensors: Sequence[Tensor], spec: QLinearSpec) -> str | None:
     if any(not t.is_contiguous() for t in tensors) or tensors[1].dtype not in (torch.float32, torch.float16):
         return "scales of another type, or not contiguous"
     return "a bias of another type" if spec.bias and tensors[-1].dtype not in (torch.float32, torch.bfloat16) else None
@@ -151,7 +158,7 @@ def run(groups: Groups, text: str, by: str = "") -> list[Tensor]:
     named = dict(zip(spec.names, tensors))
     rows = x.reshape(-1, spec.inputs).contiguous()
     y = torch.empty(rows.shape[0], tensors[0].shape[0], dtype=x.dtype)
-    call = _call(rows, named, y, spec)
+    call = call_of(rows, named, y, spec)
     call.bias_type = int(spec.bias and named["bias"].dtype == torch.bfloat16)
     function, _ = built(source, *_said(groups, spec, by), by)
     if function is None or function(ctypes.byref(call)):
@@ -159,7 +166,7 @@ def run(groups: Groups, text: str, by: str = "") -> list[Tensor]:
     return [y.view(*x.shape[:-1], y.shape[1])]
 
 
-def _call(rows: Tensor, named: Mapping[str, Tensor], y: Tensor, spec: QLinearSpec) -> Call:
+def call_of(rows: Tensor, named: Mapping[str, Tensor], y: Tensor, spec: QLinearSpec) -> Call:
     call = Call(M=rows.shape[0], K=spec.inputs, N=y.shape[1], row=named["codes"].stride(0), groups=spec.groups)
     call.x, call.y, call.threads = rows.data_ptr(), y.data_ptr(), torch.get_num_threads()
     for name in ("codes", "scale", "step", "zero", "bias"):
@@ -167,8 +174,9 @@ def _call(rows: Tensor, named: Mapping[str, Tensor], y: Tensor, spec: QLinearSpe
     return call
 
 
-def _said_few(groups: Groups, spec: QLinearSpec) -> tuple[str, str]:
-    return _CODES[spec.format], _TYPES[groups[1][1].dtype]
+def said_of(tensors: Sequence[Tensor], spec: QLinearSpec) -> tuple[str, str]:
+    """How a skeleton for float32 names what is stored, and the type of its scales."""
+    return _CODES[spec.format], _TYPES[tensors[1].dtype]
 
 
 def _said(groups: Groups, spec: QLinearSpec, by: str) -> tuple[str, int, str, str]:
