@@ -1,9 +1,16 @@
 // A linear layer over stored weights for a few rows of x: y = x W^T + b, weights unpacked in registers, once for all rows.
-// ROWS are up to 4; CODES are BYTES or NIBBLES.
+// ROWS are up to 4; CODES of any kind.
+
+// Codes of a group as whole numbers: c t - z where NESTED, and what passes 127 on the way comes back.
+struct Nested {
+    int step, zero;
+    MEMBER vi of(vi codes) const { return CODES == NESTED ? ((codes * step - zero) << 24) >> 24 : codes; }
+    MEMBER int of(int code) const { return CODES == NESTED ? (int8_t)(code * step - zero) : code; }
+};
 
 // The sum of codes times x over inputs from k to end, for each row; whole vectors, then what is left.
 template <int ROWS>
-INLINE void products(const Call& c, const uint8_t* codes, int64_t k, int64_t end, vf sums[ROWS][2]) {
+INLINE void products(const Call& c, const uint8_t* codes, const Nested& nested, int64_t k, int64_t end, vf sums[ROWS][2]) {
     if constexpr (CODES == BYTES) {
         const int8_t* from = (const int8_t*)codes;
         for (; k + 2 * VL <= end; k += 2 * VL)
@@ -16,7 +23,7 @@ INLINE void products(const Call& c, const uint8_t* codes, int64_t k, int64_t end
         for (; k + 64 <= end && k % 64 == 0; k += 64)
             for (int at = 0; at < 32; at += VL) {
                 const vi both = whole(*(const packed*)(codes + k / 2 + at));
-                const vf low = floats(both & 15), high = floats(both >> 4);
+                const vf low = floats(nested.of(both & 15)), high = floats(nested.of(both >> 4));
                 for (int m = 0; m < ROWS; m++) {
                     sums[m][0] += low * load(c.x + m * c.K + k + at);
                     sums[m][1] += high * load(c.x + m * c.K + k + at + 32);
@@ -24,7 +31,7 @@ INLINE void products(const Call& c, const uint8_t* codes, int64_t k, int64_t end
             }
         for (; k < end; k++) {
             const uint8_t two = codes[k / 64 * 32 + k % 32], code = k % 64 < 32 ? two & 15 : two >> 4;
-            for (int m = 0; m < ROWS; m++) sums[m][0][0] += code * c.x[m * c.K + k];
+            for (int m = 0; m < ROWS; m++) sums[m][0][0] += nested.of((int)code) * c.x[m * c.K + k];
         }
     }
 }
@@ -35,19 +42,23 @@ static void output(const Call& c, const float* totals, int64_t n) {
     float y[ROWS];
     if constexpr (CODES == BYTES) {
         vf sums[ROWS][2] = {};
-        products<ROWS>(c, codes, 0, c.K, sums);
+        products<ROWS>(c, codes, {}, 0, c.K, sums);
         for (int m = 0; m < ROWS; m++) y[m] = total(sums[m][0] + sums[m][1]) * factor(c.scale, n);
     } else {
         const int64_t size = c.K / c.groups;
         vf whole[ROWS] = {};
         float zeros[ROWS] = {};
         for (int64_t g = 0; g < c.groups; g++) {
+            const int64_t at = n * c.groups + g;
             vf sums[ROWS][2] = {};
-            products<ROWS>(c, codes, g * size, (g + 1) * size, sums);
-            const float s = factor(c.scale, n * c.groups + g), z = factor(c.zero, n * c.groups + g);
+            Nested nested = {};
+            if constexpr (CODES == NESTED) nested = {((const int8_t*)c.step)[at], ((const int8_t*)c.zero)[at]};
+            products<ROWS>(c, codes, nested, g * size, (g + 1) * size, sums);
+            const float s = CODES == NIBBLES ? factor(c.scale, at) : 1.f, z = CODES == NIBBLES ? factor(c.zero, at) : 0.f;
             for (int m = 0; m < ROWS; m++) whole[m] += (sums[m][0] + sums[m][1]) * s, zeros[m] += totals[m * c.groups + g] * z;
         }
-        for (int m = 0; m < ROWS; m++) y[m] = total(whole[m]) - zeros[m];
+        const float s = CODES == NESTED ? factor(c.scale, n) : 1.f;
+        for (int m = 0; m < ROWS; m++) y[m] = total(whole[m]) * s - zeros[m];
     }
     for (int m = 0; m < ROWS; m++) c.y[m * c.N + n] = y[m] + (c.bias ? c.bias[n] : 0.f);
 }

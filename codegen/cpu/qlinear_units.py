@@ -54,7 +54,7 @@ def source(codes: str, digits: int, x: str, scales: str, halves: str) -> str:
 
 
 def source_few(codes: str, scales: str) -> str:
-    """The whole C++ text for few rows of float32."""
+    """The whole C++ text for few rows of float32, or of the whole numbers that they are rounded to."""
     return skeleton("qlinear_codes.hpp", "qlinear_few.cpp", said=[f"#define CODES {codes}", f"#define SCALES {scales}"])
 
 
@@ -69,8 +69,9 @@ def few(groups: Groups, text: str) -> str | None:
         return "bfloat16 with bytes"
     if tensors[0].shape[0] * spec.inputs < LEAST:
         return "few weights"
-    if (rows > _FEWER or road() == "dots") and x.dtype == torch.bfloat16 and refuses(groups, text) is None:
-        return f"{rows} rows of bfloat16"
+    many = rows > _FEWER or road() == "dots"
+    if (spec.activations or (many and x.dtype == torch.bfloat16)) and refuses(groups, text) is None:
+        return f"{rows} rows of {'whole numbers' if spec.activations else 'bfloat16'}"
     return no_vectors(groups, text) or built(source_few, *said_of(tensors, spec))[1]
 
 
@@ -78,8 +79,6 @@ def no_vectors(groups: Groups, text: str) -> str | None:
     """Why the skeleton for few rows cannot say a call."""
     (x,), tensors = groups
     spec = QLinearSpec.of(text)
-    if spec.format == "qoq":
-        return "nested scales"
     if x.dtype not in (torch.float32, torch.bfloat16):
         return f"{x.dtype}"
     return odd(tensors, spec)
