@@ -21,7 +21,7 @@ from .skeleton import skeleton
 from .toolchain import built
 
 FEW = 4  # rows up to which vectors are faster than units; measured
-_FEWER = 2  # the same where units take bfloat16 apart
+_FEWER = 2  # the same where units take bfloat16 apart, or torch's product with bytes is there
 _APART = 10  # rows up to which bfloat16 is faster taken apart into whole numbers than bytes made bfloat16; measured
 LEAST = 1 << 16  # weights of a layer; fewer are not worth a library of their own
 _MOST = 1 << 16  # inputs whose products are sure to fit into a sum of 32 bits
@@ -65,7 +65,8 @@ def few(groups: Groups, text: str) -> str | None:
     rows = x.numel() // max(spec.inputs, 1)
     if not 0 < rows <= FEW:
         return f"{rows} rows"
-    if spec.format == "int8" and x.dtype == torch.bfloat16 and not spec.activations:
+    wide = bool(road()) or rows > _FEWER
+    if wide and spec.format == "int8" and x.dtype == torch.bfloat16 and not spec.activations:
         return "bfloat16 with bytes"
     if tensors[0].shape[0] * spec.inputs < LEAST:
         return "few weights"
