@@ -385,22 +385,22 @@ def explain(model: Any, example_inputs: Inputs = None) -> Explanation:
 
 
 def kernels(model: Any, recipe: Any, example_inputs: Inputs = None, *, target: str = "cpu") -> tuple[Used, ...]:
-    """The sources that the rewritten model's primitives run on a target: "cpu", "cuda:90", "hip:gfx942", ..."""
-    return tuple(used(call, target) for call in _calls(model, recipe, example_inputs))
+    """The sources that the rewritten model runs on a target: "cpu", "cuda:90", "hip:gfx942", ..."""
+    return tuple(used(call, target) for call in _calls(model, recipe, example_inputs, target))
 
 
 def build(model: Any, recipe: Any, example_inputs: Inputs = None, *, target: str) -> tuple[Compiled, ...]:
     """Compile those kernels for a GPU, there or not, so that the first call there need not."""
-    calls = _calls(model, recipe, example_inputs)
+    calls = _calls(model, recipe, example_inputs, target)
     return tuple(made for call in tqdm(calls, desc=f"building for {target}") for made in built(call, target))
 
 
-def _calls(model: Any, recipe: Any, example_inputs: Inputs) -> list[Any]:
+def _calls(model: Any, recipe: Any, example_inputs: Inputs, target: str) -> list[Any]:
     """What the rewritten model calls on its example inputs."""
     fast = optimize(model, recipe, example_inputs, measure=False)
     args, kwargs = _inputs(unwrap(model)[0], example_inputs)
     with torch.no_grad():
-        return calls_of(lambda: fast(*args, **kwargs))
+        return calls_of(lambda: fast(*args, **kwargs), target)
 
 
 def math_of(chosen: str | Mechanism, *, causal: bool = False, **knobs: Any) -> str:

@@ -6,9 +6,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+from ..compiler.pointwise import Piece
 from ..compiler.primitives.operator import PRIMITIVES, Groups, Kernel
+from ..compiler.quick import pieces_of
 from ..compiler.refusal import Refused, nearest
 from .cpu import attend as cpu_attend
+from .cpu import pointwise
 from .cpu import scan as cpu_scan
 from .cpu.memory import kinds_of
 from .triton.ahead import TARGETS, Compiled, compiled
@@ -19,13 +22,16 @@ CPU = "cpu"
 
 @dataclass(frozen=True)
 class Call:
-    """A primitive called with tensors of some shapes."""
+    """A primitive called with tensors of some shapes, or a piece of pointwise work."""
 
     primitive: str
     groups: Groups
     text: str
+    piece: Piece | None = None
 
     def __str__(self) -> str:
+        if self.piece is not None:
+            return f"pointwise: {self.piece}"
         shapes = ", ".join("x".join(map(str, t.shape)) for group in self.groups for t in group)
         return f"{self.primitive} of {shapes}: {self.text}"
 
@@ -47,11 +53,12 @@ class Used:
         return f"# {self.call}\n{said or f'# no kernel: {self.refused}'}"
 
 
-def calls_of(run: Callable[[], object]) -> list[Call]:
-    """The primitives that are called, each spec and shape once."""
+def calls_of(run: Callable[[], object], target: str = "") -> list[Call]:
+    """The primitives that are called, each spec and shape once; for a processor pointwise work too."""
     with _watching() as found:
         run()
-    return list({call.key: call for call in found}.values())
+    pieces = pieces_of(run) if target == CPU else ()
+    return [*{call.key: call for call in found}.values(), *(Call("pointwise", [], "", piece) for piece in pieces)]
 
 
 @contextmanager
@@ -94,6 +101,8 @@ def used(call: Call, target: str) -> Used:
 
 
 def _on_cpu(call: Call) -> Used:
+    if (piece := call.piece) is not None:
+        return _made(call, None, lambda: pointwise.source(piece))
     if call.primitive == "attend":
         reason = cpu_attend.refuses(call.groups, call.text)
         return _made(call, reason, lambda: cpu_attend.source(call.text, kinds_of(call.groups[2])))

@@ -12,6 +12,7 @@ import logging
 import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -19,7 +20,21 @@ from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from .faster import Faster, agree
-from .pointwise import DTYPES, FULL, KERNELS, VECTOR, Entering, Found, OfLeaf, Product, Seen, Source, kept_by, pieces
+from .pointwise import (
+    DTYPES,
+    FULL,
+    KERNELS,
+    VECTOR,
+    Entering,
+    Found,
+    OfLeaf,
+    Piece,
+    Product,
+    Seen,
+    Source,
+    kept_by,
+    pieces,
+)
 
 log = logging.getLogger("reattend")
 _LEAST = 1 << 13  # numbers of a tensor; a kernel's call costs more than it saves on fewer
@@ -50,6 +65,22 @@ def run_quick(graph: fx.GraphModule, model: nn.Module, tensors: Sequence[Tensor]
 def never_quick(graph: fx.GraphModule) -> None:
     """This graph runs as it stands: a recipe's `target: eager` asks for torch alone."""
     graph.meta[_KEY] = NEVER
+
+
+_NOTED: ContextVar[list[Piece] | None] = ContextVar("_NOTED", default=None)
+
+
+def pieces_of(run: Callable[[], object]) -> list[Piece]:
+    """The pieces that calls of a model new to them become."""
+    noted: list[Piece] = []
+    token = _NOTED.set(noted)
+    try:
+        with torch.no_grad():
+            for _ in range(2):
+                run()
+    finally:
+        _NOTED.reset(token)
+    return list(dict.fromkeys(noted))
 
 
 class _Calls:
@@ -107,6 +138,8 @@ def _twin(graph: fx.GraphModule, model: nn.Module, seen: dict[fx.Node, Seen]) ->
             if node in attention:
                 made[node].target = _attended
     twin.lint()
+    if (noted := _NOTED.get()) is not None:
+        noted += [each.piece for each in found]
     return fx.GraphModule(model, twin)
 
 
@@ -129,8 +162,8 @@ def _attended(
 
     if (mask is not None and mask.shape[1:3] != (1, 1)) or q.dtype not in DTYPES or q.numel() < _LEAST:
         return torchs()
-    sizes = (tuple(q.shape), k.shape[1], k.shape[2], v.shape[3], mask is None, causal)
-    kind = ("attention", *sizes, q.dtype, q.transpose(1, 2).is_contiguous(), torch.get_num_threads())
+    about = (size.bit_length() for size in (q.shape[0] * q.shape[1], q.shape[2], k.shape[2]))  # lengths differ by call
+    kind = ("attention", *about, q.shape[3], v.shape[3], mask is None, causal, q.dtype, torch.get_num_threads())
     return _faster(kind, torchs, lambda: ATTENDS["cpu"](q, k, v, mask, causal, scale))
 
 

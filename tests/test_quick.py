@@ -202,6 +202,13 @@ def test_without_a_compiler_torch_runs(monkeypatch: Any) -> None:
     assert agree(calls(fast, inputs), calls(model, inputs, 1))
 
 
+def test_the_source_of_pointwise_kernels_is_shown() -> None:
+    torch.manual_seed(0)
+    model, inputs = bert()
+    shown = [str(each) for each in reattend.kernels(model.eval(), IDENTITY, inputs)]
+    assert any("gelu" in text and "static void one(" in text for text in shown)
+
+
 # --- single pieces ----------------------------------------------------------------------------------------------------
 
 ONE = {
