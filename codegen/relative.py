@@ -85,7 +85,14 @@ def rows_at_once(groups: Groups, text: str) -> int:
     return min(rows, max(_FEWEST, _AT_ONCE // max(each, 1))) if each else rows
 
 
-def of_rows(groups: Groups, text: str, first: int, last: int) -> tuple[Groups, str]:
+def rooms(groups: Groups, text: str, rows: int) -> list[Tensor]:
+    """Memory for the products of so many query rows."""
+    (q,), _, tables = groups
+    sizes = [tables[int(table[1:])].shape[1] for table, _, _ in AttendSpec.of(text).relative]
+    return [torch.empty(*q.shape[:2], rows, size) for size in sizes]
+
+
+def of_rows(groups: Groups, text: str, first: int, last: int, into: list[Tensor]) -> tuple[Groups, str]:
     """The call of query rows from `first` to before `last`: keys that they reach, products that these can ask for."""
     (q,), kv, tables = groups
     spec, ahead = AttendSpec.of(text), reach(text).ahead
@@ -97,19 +104,19 @@ def of_rows(groups: Groups, text: str, first: int, last: int) -> tuple[Groups, s
         "j0": torch.tensor(0),
         "j1": torch.tensor(count - 1),
     }
-    made = [_in_box(own, tables[int(table[1:])].float(), parse(index), box) for table, index, _ in spec.relative]
+    made = [room[:, :, : last - first] for room in into]
+    for T, (table, index, _) in zip(made, spec.relative, strict=True):
+        _fill(T, own, tables[int(table[1:])].float(), parse(index), box)
     return [[own], [t[:, :, :count] for t in kv], [*tables, *made]], looked_up(text, len(tables))
 
 
-def _in_box(q: Tensor, R: Tensor, index: Expr, box: Mapping[str, Tensor]) -> Tensor:
-    """q R^T (B, H, N, L), filled in only where the index of a pair in the box can be."""
+def _fill(T: Tensor, q: Tensor, R: Tensor, index: Expr, box: Mapping[str, Tensor]) -> None:
+    """q R^T (B, H, N, L), where the index of a pair in the box can be."""
     last, ends = R.shape[1] - 1, bounds(index)
     asked = ends if ends is not None and all(e.names <= box.keys() for e in ends) else (as_expr(0), as_expr(last))
     low, high = (min(max(int(evaluate(e, box, {})), 0), last) for e in asked)
-    T = torch.empty(*q.shape[:3], last + 1)
     for b, h in product(range(q.shape[0]), range(q.shape[1])):
         torch.mm(q[b, h].float(), R[h % R.shape[0], low : high + 1].mT, out=T[b, h, :, low : high + 1])
-    return T
 
 
 def elements(groups: Groups, spec: AttendSpec, rows_q: int | None = None) -> int:

@@ -153,6 +153,26 @@ def test_attend_sizes(sizes: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -
         same(found, attend_meaning(wide(groups), text), 2e-6)
 
 
+def test_scores_of_every_distance_from_the_highest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights down to nothing; a query that is no number has no output, and no other row knows of it."""
+    q, k, v = torch.ones(1, 1, 3, 1), torch.linspace(-300, 0, 4001)[None, None, :, None], drawn(1, 1, 4001, 5)
+    q[0, 0, 1], k[0, 0, 7] = math.nan, -math.inf
+    groups, text = said(monkeypatch, attend_front, "attend_op", lambda: attend(q, k, v, scale=math.log(2)))
+    (found,), (expected,) = attending.run(groups, text), attend_meaning(wide(groups), text)
+    torch.testing.assert_close(found.double(), expected, rtol=0, atol=1e-6, equal_nan=True)
+    assert found[0, 0, 1].isnan().all() and found[0, 0, 2].isfinite().all()
+
+
+def test_one_weight_of_every_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each query has a key at 0 and one further down, whose value alone is not 0: its weight comes out."""
+    q, k = torch.linspace(-300, 0, 30001)[None, None, :, None], torch.tensor([0.0, 1.0]).view(1, 1, 2, 1)
+    groups, text = said(monkeypatch, attend_front, "attend_op", lambda: attend(q, k, k, scale=math.log(2)))
+    (found,) = attending.run(groups, text)
+    weight = torch.exp2(q.double())
+    # of 2 ** -100 the score is rounded where it is made one of powers of 2
+    torch.testing.assert_close(found.double(), weight / (1 + weight), rtol=2e-5, atol=1.2e-38)
+
+
 @pytest.mark.parametrize("lie", ["rows", "heads inside", "an odd step", "columns"])
 @pytest.mark.parametrize("halves", ["", *HALVES])
 def test_however_keys_lie_in_memory(lie: str, halves: str, monkeypatch: pytest.MonkeyPatch) -> None:

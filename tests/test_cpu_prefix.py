@@ -35,7 +35,7 @@ def _rows(monoid: str, d: int, *, channels: bool = True) -> list[Tensor]:
     return {"sum": [x], "max": [x], "affine": [factors, x], "softmax": [logits, x]}[monoid]
 
 
-@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("threads", [1, 8])
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("documents", DOCUMENTS)
 @pytest.mark.parametrize("monoid", MONOIDS)
@@ -45,7 +45,7 @@ def test_values_and_gradients(
     must_build(monkeypatch, walking)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     tables, text = DOCUMENTS[documents], PrefixSpec(monoid, reverse, "t0" if DOCUMENTS[documents] else "").text
-    for d, channels in product((1, 5, 64, 300), (True, False)):
+    for d, channels in product((1, 5, 300), (True, False) if monoid == "affine" else (True,)):
         groups: Any = [_rows(monoid, d, channels=channels), tables]
         leaves = [t.requires_grad_() for t in wide(groups)[0]]
         expected = prefix_meaning([leaves, tables], text)
@@ -58,7 +58,7 @@ def test_values_and_gradients(
             continue
         total = sum((torch.where(t.isfinite(), t, 0.0) * g).sum() for t, g in zip(expected, probes, strict=True))
         theirs = [torch.nan_to_num(g) for g in torch.autograd.grad(total, leaves)]  # type: ignore[arg-type]
-        same([t for t in mine if t is not None], theirs, 2e-6)
+        same([t for t in mine if t is not None], theirs, 5e-6)  # as for those of `attend`
 
 
 @pytest.mark.parametrize("monoid", MONOIDS)

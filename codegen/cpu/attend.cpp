@@ -154,7 +154,7 @@ template <int S, bool WHOLE> INLINE void weigh(const Call& c, Block& x, const in
             }
             const float from = x.m[r] == -INF ? 0.f : x.m[r];
             for (int64_t n = 0; n < lanes; n += VL) {
-                const vf w = exp2_(load(s + n) - from);
+                const vf w = exp2_below(load(s + n) - from);
                 store(p + n, AFTER ? after(w, n) : w);
                 sum += w;
             }

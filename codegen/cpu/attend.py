@@ -114,10 +114,13 @@ def shown(text: str) -> str:
 
 
 def _block(bound: Reach, halves: str) -> tuple[int, int]:
-    """Rows of queries and of keys that are worked on at a time: measured; a band wastes less with few."""
+    """Rows of queries and of keys that are worked on at a time: measured. A band wastes less with few keys; a smaller
+    first cache has room for fewer.
+    """
+    wide = "avx512f" in cpu_flags()
     if bound.back is not None:
-        return (64, 64) if halves else (_ROWS, 64 if "avx512f" in cpu_flags() else 32)
-    return (128, 128) if halves else (_ROWS, 128)
+        return (64, 64) if halves else (_ROWS, 64 if wide else 32)
+    return (128, 128) if halves else (_ROWS, 128 if wide else 96)
 
 
 def _flag(value: bool) -> str:
@@ -210,8 +213,9 @@ def run(groups: Groups, text: str, halves: str | None = None) -> list[Tensor]:
     rows, some = groups[0][0].shape[2], relative.rows_at_once(groups, text)
     if some == rows:
         return _run(*relative.as_tables(groups, text), halves)
+    into = relative.rooms(groups, text, some)
     parts = [
-        _run(*relative.of_rows(groups, text, first, min(first + some, rows)), halves, first, len(groups[2]))
+        _run(*relative.of_rows(groups, text, first, min(first + some, rows), into), halves, first, len(groups[2]))
         for first in range(0, rows, some)
     ]
     return [torch.cat(part, 2) for part in zip(*parts, strict=True)]

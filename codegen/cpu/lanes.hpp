@@ -146,11 +146,11 @@ INLINE vf exp2_(vf x) {
 #endif
     return times_power(p, whole);
 }
+INLINE vf exp2_below(vf x) { return exp2_(x); }
 #else
-INLINE vf exp2_(vf x) {
-    const vf bounded = within(x, -126.f, 127.5f);
-    const vf whole = (bounded + 12582912.f) - 12582912.f;  // the nearest integer, by where a float's last bit stands
-    const vf f = bounded - whole;                         // in [-1/2, 1/2]
+INLINE vf power_of_2(vf x) {  // within [-127, 128): below -126 there is nothing left of it
+    const vf whole = (x + 12582912.f) - 12582912.f;  // the nearest integer, by where a float's last bit stands
+    const vf f = x - whole;                         // in [-1/2, 1/2]
     vf p = all(1.5337577e-4f);
     p = p * f + 1.3399860e-3f;
     p = p * f + 9.6185198e-3f;
@@ -158,8 +158,12 @@ INLINE vf exp2_(vf x) {
     p = p * f + 2.4022646e-1f;
     p = p * f + 6.9314718e-1f;
     p = p * f + 1.f;
-    const vi e = ints(whole);
-    const vf scaled = (vf)((vi)p + (e << 23));
+    return (vf)((vi)p + (ints(whole) << 23));
+}
+// For what is known to be below 127, in fewer steps, as weights against a score among the highest are.
+INLINE vf exp2_below(vf x) { return power_of_2(select(x < -127.f, all(-127.f), x)); }
+INLINE vf exp2_(vf x) {
+    const vf scaled = power_of_2(within(x, -126.f, 127.5f));
     return lasting(x, select(x < -126.f, all(0.f), select(x >= 128.f, all(INF), scaled)));
 }
 #endif

@@ -7,8 +7,9 @@
 //
 // In front of this text stands MONOID: SUM, MAX, AFFINE or SOFTMAX. Rows in reverse are rows with a negative stride.
 
-typedef double vd __attribute__((vector_size(VL * 8), aligned(8), may_alias));
-constexpr int64_t WIDE = 256;
+constexpr int64_t WIDE = 1024, DL = VL / 2;
+typedef float vs __attribute__((vector_size(DL * 4), aligned(4), may_alias));  // DL numbers, and the same in double
+typedef double vd __attribute__((vector_size(DL * 8), aligned(8), may_alias));
 
 struct Rows { float* data; int64_t b, h, n, d; };  // strides in elements
 struct Call {
@@ -24,24 +25,14 @@ struct Walk {
 };
 
 INLINE float* row(const Rows& x, const Walk& w, int64_t n) { return x.data + w.b * x.b + w.h * x.h + n * x.n; }
-INLINE vd load(const double* p) { return *(const vd*)p; }
-INLINE void store(double* p, vd x) { *(vd*)p = x; }
-INLINE vd doubles(vf x) { return __builtin_convertvector(x, vd); }
-INLINE vf singles(vd x) { return __builtin_convertvector(x, vf); }
+INLINE vd doubles(const float* p) { return __builtin_convertvector(*(const vs*)p, vd); }
+INLINE void put(float* p, vd x) { *(vs*)p = __builtin_convertvector(x, vs); }
 
-// Numbers from d on, up to VL of them; one for all channels where they have no stride.
-INLINE vf take(const float* from, int64_t stride, int64_t d, int64_t count) {
-    if (stride == 1 && count >= VL) return load(from + d);
-    if (stride == 0) return all(*from);
-    float line[VL] = {};
-    for (int64_t l = 0; l < smaller<int64_t>(VL, count); l++) line[l] = from[(d + l) * stride];
-    return load(line);
-}
-
-INLINE void put(float* to, int64_t count, vf x) {
-    float line[VL];
-    store(count >= VL ? to : line, x);
-    if (count < VL) memcpy(to, line, sizeof(float) * count);
+// `width` numbers of a row that lie one behind the other: where they do, or copied.
+INLINE const float* line(const float* from, int64_t stride, int64_t width, float* to) {
+    if (stride == 1) return from;
+    for (int64_t d = 0; d < width; d++) to[d] = from[d * stride];
+    return to;
 }
 
 // Whether a row knows nothing of those before it.
@@ -65,24 +56,34 @@ static void weigh(const Call& c, Walk& w, int64_t first, int64_t count) {
     store(w.own, exp_(load(logit) - load(w.top)));
 }
 
-INLINE void step(const Call& c, Walk& w, int64_t n, bool fresh) {
-    const float *x = row(c.x, w, n) + w.column * c.x.d, *a = MONOID == AFFINE ? row(c.a, w, n) + w.column * c.a.d : nullptr;
+// What came before and a row's own number, of one channel or of several.
+template <class T> INLINE T combined(T early, T late, T a, double less, double own) {
+    if (MONOID == SUM) return early + late;
+    if (MONOID == MAX) return early > late ? early : early == early ? late : early;
+    if (MONOID == AFFINE) return a * early + late;
+    return early * less + late * own;
+}
+
+// FACTOR: a row has one for all channels, or none.
+template <bool FRESH, bool FACTOR> static void step(const Call& c, Walk& w, int64_t n) {
+    float rows[WIDE], factors[WIDE];
+    const float* x = line(row(c.x, w, n) + w.column * c.x.d, c.x.d, w.width, rows);
+    const float* a = MONOID == AFFINE ? row(c.a, w, n) : x;
+    if (!FACTOR) a = line(a + w.column * c.a.d, c.a.d, w.width, factors);
     float* o = row(c.o, w, n) + w.column;
-    const float own = MONOID == SOFTMAX ? w.own[n % VL] : 1.f, less = MONOID == SOFTMAX ? w.less[n % VL] : 1.f;
-    if (MONOID == SOFTMAX) w.l = (fresh ? 0. : w.l * less) + own;
+    const double own = MONOID == SOFTMAX ? w.own[n % VL] : 1., less = MONOID == SOFTMAX ? w.less[n % VL] : 1.;
+    if (MONOID == SOFTMAX) w.l = (FRESH ? 0. : w.l * less) + own;
     const double share = MONOID == SOFTMAX && w.l > 0. ? 1. / w.l : 1.;
-    for (int64_t d = 0; d < w.width; d += VL) {
-        const int64_t left = w.width - d;
-        const vd late = doubles(take(x, c.x.d, d, left)), early = load(w.y + d);
-        vd y = late * (double)own;
-        if (!fresh) {
-            if (MONOID == SUM) y = early + late;
-            if (MONOID == MAX) y = early > late || early != early ? early : late;
-            if (MONOID == AFFINE) y = doubles(take(a, c.a.d, d, left)) * early + late;
-            if (MONOID == SOFTMAX) y = (double)less * early + y;
-        }
-        store(w.y + d, y);
-        put(o + d, left, singles(MONOID == SOFTMAX ? y * share : y));
+    int64_t d = 0;
+    for (; d + DL <= w.width; d += DL) {
+        vd &y = *(vd*)(w.y + d), late = doubles(x + d);
+        y = FRESH ? late * own : combined(y, late, FACTOR ? *a - vd{} : doubles(a + d), less, own);
+        put(o + d, MONOID == SOFTMAX ? y * share : y);
+    }
+    for (; d < w.width; d++) {
+        double& y = w.y[d];
+        y = FRESH ? x[d] * own : combined(y, (double)x[d], (double)a[FACTOR ? 0 : d], less, own);
+        o[d] = (float)(MONOID == SOFTMAX ? y * share : y);
     }
     if (MONOID == SOFTMAX && w.column == 0)
         *row(c.lse, w, n) = w.l > 0. ? (float)(w.top[n % VL] + log(w.l)) : w.l == 0. ? -INF : (float)w.l;
@@ -102,8 +103,9 @@ extern "C" void run(const Call* call) {
         w.width = smaller<int64_t>(width, c.D - w.column);
         for (int64_t n = 0; n < c.N; n++) {
             if (MONOID == SOFTMAX && n % VL == 0) weigh(c, w, n, smaller<int64_t>(VL, c.N - n));
-            if (begins(c, w.b, n)) step(c, w, n, true);
-            else step(c, w, n, false);
+            if (begins(c, w.b, n)) step<true, true>(c, w, n);
+            else if (MONOID != AFFINE || c.a.d == 0) step<false, true>(c, w, n);
+            else step<false, false>(c, w, n);
         }
     }
 }
