@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...compiler.cascades.leftover import leftover
 from ...compiler.cost import sizes
 from ...compiler.doctor import cpu_flags
 from ...compiler.factors import carried
@@ -28,9 +29,15 @@ from .skeleton import function, of_a_row, skeleton
 from .toolchain import NO_COMPILER, built, toolchain
 
 LOG2E = 1 / math.log(2)
+_WEIGHTS = {"softmax": "attend_sums.hpp", "sum": "attend_sums.hpp", "none": "attend_sums.hpp",
+            "stick": "attend_stick.hpp"}  # fmt: skip
+_POWERS = ("softmax", "stick")  # normalisers whose scores are in powers of 2
 _ROWS = 48  # query rows of a block: a multiple of every MR
 _MOST_D = 512  # beyond it a block of rows no longer fits the first cache
-_LEAST = 1 << 18  # scores of a call; fewer are not worth a library of their own
+_LEAST, _LEAST_OF_A_WALK = (
+    1 << 18,
+    1 << 14,
+)  # scores of a call, where most are not computed; fewer are not worth a library
 _MOST_PRODUCTS = 1 << 27  # of rows with a relative term's table, held as numbers of float32
 _LONG = 1 << 23  # scores from which on these loops are ahead of torch's one call: docs/cpu_kernels.md
 
@@ -58,7 +65,7 @@ def _call_type(segments: int) -> Any:
 def why_not(text: str) -> str | None:
     """Why the skeleton cannot say a spec, whatever the tensors; None where it can."""
     spec = AttendSpec.of(text)
-    if spec.normaliser not in ("softmax", "sum", "none"):
+    if spec.normaliser not in _WEIGHTS:
         return f"normaliser {spec.normaliser}"
     if spec.empty:
         return "a score for empty rows"
@@ -79,20 +86,22 @@ def why_not(text: str) -> str | None:
 def source(text: str, tables: str, halves: str = "") -> str:
     """The whole C++ text of a spec; `tables` says of each table whether it holds floats ("f") or whole ones ("i")."""
     spec, bound = AttendSpec.of(text), reach(text)
-    _, queries, keys = spec.tiles or ("", *_block(bound, halves))
-    normaliser = ("softmax", "sum", "none").index(spec.normaliser)
+    _, queries, keys = spec.tiles or ("", *_block(text, halves))
+    normaliser = list(_WEIGHTS).index(spec.normaliser)
     head = [
-        "enum { SOFTMAX, SUM, NONE };",
+        f"enum {{ {', '.join(_WEIGHTS).upper()} }};",
         f"constexpr int BM = {queries}, BN = {keys}, SEGMENTS = {len(spec.segments)}, NORMALISER = {normaliser};",
         f"constexpr bool SINK = {_flag(bool(spec.sink))}, VALUES = {_flag('o' in spec.outputs)};",
-        f"constexpr bool AFTER = {_flag(bool(spec.after))};",
+        f"constexpr bool AFTER = {_flag(bool(spec.after))}, STOPS = {_flag(leftover(text))};",
         f"constexpr float EPS = {spec.eps!r}f;",
         reach_said(bound),
         "template <int S> struct Spec;",
         *(_segment(n, keep, score, spec, tables) for n, (keep, score, _) in enumerate(spec.segments)),
         function("vf sink(int b, int h, int i, const Table* t)", scores(spec, parse(spec.sink or "0.0")), "vf", tables),
     ]
-    return skeleton("attend.cpp", said=head, halves=halves)
+    return skeleton(
+        "attend_walk.hpp", "attend_keys.hpp", _WEIGHTS[spec.normaliser], "attend.cpp", said=head, halves=halves
+    )
 
 
 def shown(text: str) -> str:
@@ -100,9 +109,11 @@ def shown(text: str) -> str:
     return "" if why_not(text) else source(relative.looked_up(text), "f" * 64)
 
 
-def _block(bound: Reach, halves: str) -> tuple[int, int]:
+def _block(text: str, halves: str) -> tuple[int, int]:
     """Rows of queries and of keys that are worked on at a time: measured; a band wastes less with few."""
-    if bound.back is not None:
+    if leftover(text):
+        return (64, 64) if halves else (_ROWS, 64)  # the fewer keys at a time, the earlier it can stop
+    if reach(text).back is not None:
         return (64, 64) if halves else (_ROWS, 64 if "avx512f" in cpu_flags() else 32)
     return (128, 128) if halves else (_ROWS, 128)
 
@@ -140,8 +151,8 @@ def _scales(after: Expr) -> bool:
 
 
 def scores(spec: AttendSpec, e: Expr) -> Expr:
-    """A score as the kernels want it: in powers of 2 for a softmax."""
-    return carried(e, LOG2E if spec.normaliser == "softmax" else 1.0)
+    """A score as the kernels want it: in powers of 2 where only exponentials and logarithms follow."""
+    return carried(e, LOG2E if spec.normaliser in _POWERS else 1.0)
 
 
 def seen(predicate: Expr) -> str:
@@ -153,8 +164,9 @@ def few(groups: Groups, text: str) -> str | None:
     """Why a call is not handed to the skeleton: nothing would be gained, or it cannot be."""
     (q,), kv, _ = groups
     reason = NO_COMPILER if toolchain() is None else why_not(text)
-    if reason is None and q.shape[0] * q.shape[1] * q.shape[2] * sum(k.shape[2] for k in kv[::2]) < _LEAST:
-        return f"fewer than {_LEAST} scores"
+    least = _LEAST_OF_A_WALK if leftover(text) else _LEAST
+    if reason is None and q.shape[0] * q.shape[1] * q.shape[2] * sum(k.shape[2] for k in kv[::2]) < least:
+        return f"fewer than {least} scores"
     return reason or refuses(groups, text)
 
 
