@@ -14,6 +14,7 @@ from ...compiler.cascades.leftover import leftover
 from ...compiler.cost import sizes
 from ...compiler.doctor import cpu_flags
 from ...compiler.factors import carried
+from ...compiler.groups_of_keys import even_groups
 from ...compiler.primitives.attend_spec import AttendSpec
 from ...compiler.primitives.operator import Groups
 from ...compiler.primitives.rows import repeat_heads
@@ -30,9 +31,10 @@ from .toolchain import NO_COMPILER, built, toolchain
 
 LOG2E = 1 / math.log(2)
 _WEIGHTS = {"softmax": "attend_sums.hpp", "sum": "attend_sums.hpp", "none": "attend_sums.hpp",
-            "stick": "attend_stick.hpp"}  # fmt: skip
-_POWERS = ("softmax", "stick")  # normalisers whose scores are in powers of 2
+            "stick": "attend_stick.hpp", "grouped": "attend_groups.hpp"}  # fmt: skip
+_POWERS = ("softmax", "stick", "grouped")  # normalisers whose scores are in powers of 2
 _ROWS = 48  # query rows of a block: a multiple of every MR
+_MOST_OF_A_GROUP = 512  # keys that share a weight of their leader: a tile holds all of them
 _MOST_D = 512  # beyond it a block of rows no longer fits the first cache
 _LEAST, _LEAST_OF_A_WALK = (
     1 << 18,
@@ -67,6 +69,8 @@ def why_not(text: str) -> str | None:
     spec = AttendSpec.of(text)
     if spec.normaliser not in _WEIGHTS:
         return f"normaliser {spec.normaliser}"
+    if spec.leader and (reason := _ungrouped(spec)) is not None:
+        return reason
     if spec.empty:
         return "a score for empty rows"
     if spec.after and not _scales(parse(spec.after)):
@@ -94,6 +98,7 @@ def source(text: str, tables: str, halves: str = "") -> str:
         f"constexpr bool SINK = {_flag(bool(spec.sink))}, VALUES = {_flag('o' in spec.outputs)};",
         f"constexpr bool AFTER = {_flag(bool(spec.after))}, STOPS = {_flag(leftover(text))};",
         f"constexpr float EPS = {spec.eps!r}f;",
+        *([f"constexpr int SIZE = {groups.size};"] if (groups := even_groups(spec.leader)) else []),
         reach_said(bound),
         "template <int S> struct Spec;",
         *(_segment(n, keep, score, spec, tables) for n, (keep, score, _) in enumerate(spec.segments)),
@@ -109,13 +114,34 @@ def shown(text: str) -> str:
     return "" if why_not(text) else source(relative.looked_up(text), "f" * 64)
 
 
+def _ungrouped(spec: AttendSpec) -> str | None:
+    """Why weights of two levels cannot be told tile by tile."""
+    groups = even_groups(spec.leader)
+    if groups is None:
+        return "groups that are not blocks of one size with their last key for a leader"
+    if groups.size > _MOST_OF_A_GROUP:
+        return f"groups of {groups.size} keys, at most {_MOST_OF_A_GROUP}"
+    if spec.tiles and spec.tiles[2] % groups.size:
+        return f"tiles of {spec.tiles[2]} keys, which cut groups of {groups.size}"
+    return "groups over several segments" if spec.more else None
+
+
 def _block(text: str, halves: str) -> tuple[int, int]:
     """Rows of queries and of keys that are worked on at a time: measured; a band wastes less with few."""
+    if groups := even_groups(AttendSpec.of(text).leader):
+        return (128 if halves else _ROWS), _keys_of_groups(groups.size, halves)
     if leftover(text):
         return (64, 64) if halves else (_ROWS, 64)  # the fewer keys at a time, the earlier it can stop
     if reach(text).back is not None:
         return (64, 64) if halves else (_ROWS, 64 if "avx512f" in cpu_flags() else 32)
     return (128, 128) if halves else (_ROWS, 128)
+
+
+def _keys_of_groups(size: int, halves: str) -> int:
+    """Keys of a tile of whole groups: in bfloat16 a multiple of 32, 0 if there is none; else of a vector, if there is one."""
+    known = range(size, _MOST_OF_A_GROUP + 1, size)
+    whole = [n for n in known if n % (32 if halves else 16) == 0] or ([] if halves else [*known])
+    return max((n for n in whole if n <= 128), default=min(whole, default=0))
 
 
 def _flag(value: bool) -> str:
@@ -136,7 +162,11 @@ def _segment(number: int, keep: str, score: str, spec: AttendSpec, tables: str) 
         "vf factor(vi j)": (carried(slope(parse(spec.after or "w"), "w")), "vf"),
         "vi keep(vi j)": (predicate, "vb"),
     }
-    return "template <> " + of_a_row(f"Spec<{number}>", functions, tables, seen(predicate))
+    boxes = [seen(predicate)]
+    if groups := even_groups(spec.leader):
+        functions["vi alone(vi j)"] = (groups.alone, "vb")
+        boxes.append(seen(groups.alone, "alone_seen"))
+    return "template <> " + of_a_row(f"Spec<{number}>", functions, tables, *boxes)
 
 
 def _scales(after: Expr) -> bool:
@@ -155,9 +185,9 @@ def scores(spec: AttendSpec, e: Expr) -> Expr:
     return carried(e, LOG2E if spec.normaliser in _POWERS else 1.0)
 
 
-def seen(predicate: Expr) -> str:
+def seen(predicate: Expr, called: str = "seen") -> str:
     """What a box of queries and keys keeps, for a skeleton."""
-    return f"INLINE int seen(int b, int h, int i0, int i1, int j0, int j1) {{ return {box(predicate)}; }}"
+    return f"INLINE int {called}(int b, int h, int i0, int i1, int j0, int j1) {{ return {box(predicate)}; }}"
 
 
 def few(groups: Groups, text: str) -> str | None:
@@ -209,6 +239,8 @@ def run(groups: Groups, text: str, halves: str | None = None) -> list[Tensor]:
     groups, text = relative.as_tables(groups, text)
     (q,), kv, given = groups
     halves = bfloat_products(q) if halves is None else halves
+    if (even := even_groups(AttendSpec.of(text).leader)) and not _keys_of_groups(even.size, halves):
+        halves = ""
     dtype = torch.bfloat16 if halves else torch.float32
     spec = AttendSpec.of(text)
     named = {f"t{n}": t for n, t in enumerate(given)}

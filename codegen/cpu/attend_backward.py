@@ -76,6 +76,7 @@ def gradients(
     spec = AttendSpec.of(text)
     plain = not (
         spec.after
+        or spec.leader
         or spec.relative
         or spec.more
         or any(spec.rows)

@@ -35,7 +35,7 @@ template <bool WHOLE> INLINE void weigh(const Call& c, Block& x, int64_t width, 
         const Spec row((int)x.b, (int)x.h, (int)(x.first + r + c.shift), c.t);
         float shares[LN], taken[LN];
         for (int64_t n = 0; n < lanes; n += VL) {  // apart from what follows: neither waits for the other
-            const vf y = row.score(load(s + n), count() + (j0 + (int32_t)n)), low = log2_above_1(exp2_down(-absolute(y)));
+            const vf y = row.score(load(s + n), count() + (j0 + (int32_t)n)), low = log2_above_1(exp2_between(-absolute(y)));
             vf own = least(y, all(0.f)) - low, whole = most(y, all(0.f)) + low;
             if (!WHOLE) {
                 const vi kept = row.keep(count() + (j0 + (int32_t)n)) & (count() + (int32_t)n < (int32_t)width);
@@ -47,8 +47,8 @@ template <bool WHOLE> INLINE void weigh(const Call& c, Block& x, int64_t width, 
         vf here{}, rest = all(x.rest[r]);
         for (int64_t n = lanes; (n -= VL) >= 0;) {
             const vf own = load(shares + n), mine = load(taken + n), later = sums_above(mine), share = own - (x.gone[r] + (here + later));
-            const vf p = select(share < -GONE, vf{}, exp2_down(share)), had = p * load(w + n);
-            const vf a = select(own < -GONE, vf{}, exp2_down(own)), before = sums_above(had);
+            const vf p = select(share < -GONE, vf{}, exp2_between(share)), had = p * load(w + n);
+            const vf a = select(own < -GONE, vf{}, exp2_between(own)), before = sums_above(had);
             const vf bound = p * largest, behind = most(-bound, least(bound, a * (rest - before)));
             vf up = (had - (behind + a * left)) * row.slope(load(s + n), count() + (j0 + (int32_t)n));
             if (!WHOLE) up = select(own == -INF, vf{}, up);  // a slope may be infinite where no key is kept

@@ -26,7 +26,7 @@ template <int S, bool WHOLE> INLINE void weigh(const Call& c, Block& x, const in
         float taken[LN + VL];
         for (int64_t n = 0; n < lanes; n += VL) {  // apart from what follows: neither waits for the other
             const vi j = key(n);
-            const vf y = row.score(load(s + n), j), low = log2_above_1(exp2_down(-absolute(y)));
+            const vf y = row.score(load(s + n), j), low = log2_above_1(exp2_between(-absolute(y)));
             vf own = least(y, all(0.f)) - low, all_of_it = most(y, all(0.f)) + low;
             if (!WHOLE) {
                 vi kept = row.keep(j) & (count() + (int32_t)n < (int32_t)width);
@@ -39,7 +39,7 @@ template <int S, bool WHOLE> INLINE void weigh(const Call& c, Block& x, const in
         for (int64_t n = lanes; (n -= VL) >= 0;) {
             const vf mine = load(taken + n);
             const vf later = sums_above(mine), share = load(s + n) - (x.m[r] + (here + later));
-            vf w = select(share < -GONE, vf{}, exp2_down(share));
+            vf w = select(share < -GONE, vf{}, exp2_between(share));
             if (AFTER) w = WHOLE ? w * row.factor(key(n)) : select(count() + (int32_t)n < (int32_t)width, w * row.factor(key(n)), vf{});
             store(p + n, w);
             here += all(later[0] + mine[0]);

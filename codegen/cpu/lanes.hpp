@@ -174,12 +174,12 @@ INLINE vf exp2_(vf x) {
     return lasting(x, select(x < -126.f, all(0.f), select(x >= 128.f, all(INF), scaled)));
 }
 #endif
-// Of x <= 0, as near whatever HALVES says: below -126 at most 2 ** -126.
+// Of -126 <= x <= 127, to 1e-7 whatever HALVES says; beyond no further than there.
 #ifdef __AVX512F__
-INLINE vf exp2_down(vf x) { return exp2_fine(x); }
+INLINE vf exp2_between(vf x) { return exp2_fine(within(x, -126.f, 127.f)); }
 #else
-INLINE vf exp2_down(vf x) {
-    const vf bounded = most(all(-126.f), x), whole = (bounded + 12582912.f) - 12582912.f, f = bounded - whole;
+INLINE vf exp2_between(vf x) {
+    const vf bounded = within(x, -126.f, 127.f), whole = (bounded + 12582912.f) - 12582912.f, f = bounded - whole;
     vf p = all(1.5337577e-4f);
     p = p * f + 1.3399860e-3f;
     p = p * f + 9.6185198e-3f;
