@@ -17,7 +17,7 @@ from .symbols import FALSE, Expr, name
 
 @dataclass(frozen=True)
 class Groups:
-    """Blocks of `size` keys from the first on; their last ones lead, and keys for which `alone` holds lead themselves."""
+    """Blocks of `size` keys from the first on; their last ones lead, and keys lead themselves where `alone` holds."""
 
     size: int
     alone: Expr

@@ -138,7 +138,7 @@ def _block(text: str, halves: str) -> tuple[int, int]:
 
 
 def _keys_of_groups(size: int, halves: str) -> int:
-    """Keys of a tile of whole groups: in bfloat16 a multiple of 32, 0 if there is none; else of a vector, if there is one."""
+    """Keys of a tile of whole groups: in bfloat16 a multiple of 32, 0 if there is none; else rather of a vector."""
     known = range(size, _MOST_OF_A_GROUP + 1, size)
     whole = [n for n in known if n % (32 if halves else 16) == 0] or ([] if halves else [*known])
     return max((n for n in whole if n <= 128), default=min(whole, default=0))
