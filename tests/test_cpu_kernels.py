@@ -258,7 +258,7 @@ def test_large_calls_take_it_and_can_be_trained_through() -> None:
 
 
 def test_what_cannot_be_said_is_refused_with_the_reason() -> None:
-    assert attending.why_not('{"normaliser": "stick", "score": "s"}') == "normaliser stick"
+    assert attending.why_not('{"score": "s", "empty": "0.0"}') == "a score for empty rows"
     assert attending.why_not('{"outputs": ["weights"], "score": "s"}') == "outputs weights"
 
 

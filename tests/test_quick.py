@@ -266,6 +266,22 @@ def ran(piece: Piece, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
     return leaving
 
 
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("hidden", [0, 20])
+def test_generated_attention_is_torchs_and_lies_as_torchs(causal: bool, hidden: int) -> None:
+    q, k, v = (torch.randn(2, 70, heads, 16).transpose(1, 2) for heads in (4, 2, 2))
+    row = torch.zeros(2, 1, 1, 70) if hidden else None
+    if row is not None:
+        row[0, ..., :hidden], row[1] = -torch.inf, -torch.inf
+    later = torch.full((70, 70), -torch.inf).triu(1) if causal else torch.zeros(70, 70)
+    mask = None if row is None else row + later
+    got = quick.ATTENDS["cpu"](q, k, v, row, causal, 0.3)
+    expected = nn.functional.scaled_dot_product_attention(q, k, v, mask, is_causal=causal and mask is None, scale=0.3,
+                                                          enable_gqa=True)  # fmt: skip
+    assert got is not None and got.stride() == expected.stride()
+    assert torch.allclose(got, expected.nan_to_num(), atol=2e-6)
+
+
 # --- which way is taken -----------------------------------------------------------------------------------------------
 
 

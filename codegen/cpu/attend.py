@@ -11,9 +11,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...compiler.cascades.leftover import leftover
 from ...compiler.cost import sizes
 from ...compiler.doctor import cpu_flags
 from ...compiler.factors import carried
+from ...compiler.groups_of_keys import even_groups
 from ...compiler.primitives.attend_spec import AttendSpec
 from ...compiler.primitives.operator import Groups
 from ...compiler.primitives.rows import repeat_heads
@@ -29,9 +31,16 @@ from .skeleton import function, of_a_row, skeleton
 from .toolchain import NO_COMPILER, built, toolchain
 
 LOG2E = 1 / math.log(2)
+_WEIGHTS = {"softmax": "attend_sums.hpp", "sum": "attend_sums.hpp", "none": "attend_sums.hpp",
+            "stick": "attend_stick.hpp", "grouped": "attend_groups.hpp"}  # fmt: skip
+_POWERS = ("softmax", "stick", "grouped")  # normalisers whose scores are in powers of 2
 _ROWS = 48  # query rows of a block: a multiple of every MR
+_MOST_OF_A_GROUP = 512  # keys that share a weight of their leader: a tile holds all of them
 _MOST_D = 512  # beyond it a block of rows no longer fits the first cache
-_LEAST = 1 << 18  # scores of a call; fewer are not worth a library of their own
+_LEAST, _LEAST_OF_A_WALK = (
+    1 << 18,
+    1 << 14,
+)  # scores of a call, where most are not computed; fewer are not worth a library
 _MOST_PRODUCTS = 1 << 27  # of rows with a relative term's table, held as numbers of float32
 _LONG = 1 << 23  # scores from which on these loops are ahead of torch's one call: docs/cpu_kernels.md
 
@@ -59,8 +68,10 @@ def _call_type(segments: int) -> Any:
 def why_not(text: str) -> str | None:
     """Why the skeleton cannot say a spec, whatever the tensors; None where it can."""
     spec = AttendSpec.of(text)
-    if spec.normaliser not in ("softmax", "sum", "none"):
+    if spec.normaliser not in _WEIGHTS:
         return f"normaliser {spec.normaliser}"
+    if spec.leader and (reason := _ungrouped(spec)) is not None:
+        return reason
     if spec.empty:
         return "a score for empty rows"
     if spec.after and not _scales(parse(spec.after)):
@@ -80,20 +91,23 @@ def why_not(text: str) -> str | None:
 def source(text: str, tables: str, halves: str = "") -> str:
     """The whole C++ text of a spec; `tables` says of each table whether it holds floats ("f") or whole ones ("i")."""
     spec, bound = AttendSpec.of(text), reach(text)
-    _, queries, keys = spec.tiles or ("", *_block(bound, halves))
-    normaliser = ("softmax", "sum", "none").index(spec.normaliser)
+    _, queries, keys = spec.tiles or ("", *_block(text, halves))
+    normaliser = list(_WEIGHTS).index(spec.normaliser)
     head = [
-        "enum { SOFTMAX, SUM, NONE };",
+        f"enum {{ {', '.join(_WEIGHTS).upper()} }};",
         f"constexpr int BM = {queries}, BN = {keys}, SEGMENTS = {len(spec.segments)}, NORMALISER = {normaliser};",
         f"constexpr bool SINK = {_flag(bool(spec.sink))}, VALUES = {_flag('o' in spec.outputs)};",
-        f"constexpr bool AFTER = {_flag(bool(spec.after))};",
+        f"constexpr bool AFTER = {_flag(bool(spec.after))}, STOPS = {_flag(leftover(text))};",
         f"constexpr float EPS = {spec.eps!r}f;",
+        *([f"constexpr int SIZE = {groups.size};"] if (groups := even_groups(spec.leader)) else []),
         reach_said(bound),
         "template <int S> struct Spec;",
         *(_segment(n, keep, score, spec, tables) for n, (keep, score, _) in enumerate(spec.segments)),
         function("vf sink(int b, int h, int i, const Table* t)", scores(spec, parse(spec.sink or "0.0")), "vf", tables),
     ]
-    return skeleton("attend.cpp", said=head, halves=halves)
+    return skeleton(
+        "attend_walk.hpp", "attend_keys.hpp", _WEIGHTS[spec.normaliser], "attend.cpp", said=head, halves=halves
+    )
 
 
 @lru_cache(maxsize=1024)
@@ -113,14 +127,37 @@ def shown(text: str) -> str:
     return "" if why_not(text) else source(relative.looked_up(text), "f" * 64)
 
 
-def _block(bound: Reach, halves: str) -> tuple[int, int]:
+def _ungrouped(spec: AttendSpec) -> str | None:
+    """Why weights of two levels cannot be told tile by tile."""
+    groups = even_groups(spec.leader)
+    if groups is None:
+        return "groups that are not blocks of one size with their last key for a leader"
+    if groups.size > _MOST_OF_A_GROUP:
+        return f"groups of {groups.size} keys, at most {_MOST_OF_A_GROUP}"
+    if spec.tiles and spec.tiles[2] % groups.size:
+        return f"tiles of {spec.tiles[2]} keys, which cut groups of {groups.size}"
+    return "groups over several segments" if spec.more else None
+
+
+def _block(text: str, halves: str) -> tuple[int, int]:
     """Rows of queries and of keys that are worked on at a time: measured. A band wastes less with few keys; a smaller
     first cache has room for fewer.
     """
     wide = "avx512f" in cpu_flags()
-    if bound.back is not None:
+    if groups := even_groups(AttendSpec.of(text).leader):
+        return (128 if halves else _ROWS), _keys_of_groups(groups.size, halves)
+    if leftover(text):
+        return (64, 64) if halves else (_ROWS, 64)  # the fewer keys at a time, the earlier it can stop
+    if reach(text).back is not None:
         return (64, 64) if halves else (_ROWS, 64 if wide else 32)
     return (128, 128) if halves else (_ROWS, 128 if wide else 96)
+
+
+def _keys_of_groups(size: int, halves: str) -> int:
+    """Keys of a tile of whole groups: in bfloat16 a multiple of 32, 0 if there is none; else rather of a vector."""
+    known = range(size, _MOST_OF_A_GROUP + 1, size)
+    whole = [n for n in known if n % (32 if halves else 16) == 0] or ([] if halves else [*known])
+    return max((n for n in whole if n <= 128), default=min(whole, default=0))
 
 
 def _flag(value: bool) -> str:
@@ -141,7 +178,11 @@ def _segment(number: int, keep: str, score: str, spec: AttendSpec, tables: str) 
         "vf factor(vi j)": (carried(slope(parse(spec.after or "w"), "w")), "vf"),
         "vi keep(vi j)": (predicate, "vb"),
     }
-    return "template <> " + of_a_row(f"Spec<{number}>", functions, tables, seen(predicate))
+    boxes = [seen(predicate)]
+    if groups := even_groups(spec.leader):
+        functions["vi alone(vi j)"] = (groups.alone, "vb")
+        boxes.append(seen(groups.alone, "alone_seen"))
+    return "template <> " + of_a_row(f"Spec<{number}>", functions, tables, *boxes)
 
 
 def _scales(after: Expr) -> bool:
@@ -156,21 +197,22 @@ def _scales(after: Expr) -> bool:
 
 
 def scores(spec: AttendSpec, e: Expr) -> Expr:
-    """A score as the kernels want it: in powers of 2 for a softmax."""
-    return carried(e, LOG2E if spec.normaliser == "softmax" else 1.0)
+    """A score as the kernels want it: in powers of 2 where only exponentials and logarithms follow."""
+    return carried(e, LOG2E if spec.normaliser in _POWERS else 1.0)
 
 
-def seen(predicate: Expr) -> str:
+def seen(predicate: Expr, called: str = "seen") -> str:
     """What a box of queries and keys keeps, for a skeleton."""
-    return f"INLINE int seen(int b, int h, int i0, int i1, int j0, int j1) {{ return {box(predicate)}; }}"
+    return f"INLINE int {called}(int b, int h, int i0, int i1, int j0, int j1) {{ return {box(predicate)}; }}"
 
 
 def few(groups: Groups, text: str) -> str | None:
     """Why a call is not handed to the skeleton: nothing would be gained, or it cannot be."""
     (q,), kv, _ = groups
     reason = NO_COMPILER if toolchain() is None else why_not(text)
-    if reason is None and q.shape[0] * q.shape[1] * q.shape[2] * sum(k.shape[2] for k in kv[::2]) < _LEAST:
-        return f"fewer than {_LEAST} scores"
+    least = _LEAST_OF_A_WALK if leftover(text) else _LEAST
+    if reason is None and q.shape[0] * q.shape[1] * q.shape[2] * sum(k.shape[2] for k in kv[::2]) < least:
+        return f"fewer than {least} scores"
     return reason or refuses(groups, text)
 
 
@@ -208,11 +250,11 @@ def refuses(groups: Groups, text: str) -> str | None:
     return built(source, relative.looked_up(text, len(tables)), kinds)[1]
 
 
-def run(groups: Groups, text: str, halves: str | None = None) -> list[Tensor]:
-    """The outputs that a spec asks for: o, lse."""
+def run(groups: Groups, text: str, halves: str | None = None, heads_inside: bool = False) -> list[Tensor]:
+    """The outputs that a spec asks for: o, lse. `heads_inside`: o lies as (B, N, H, Dv)."""
     rows, some = groups[0][0].shape[2], relative.rows_at_once(groups, text)
     if some == rows:
-        return _run(*relative.as_tables(groups, text), halves)
+        return _run(*relative.as_tables(groups, text), halves, heads_inside=heads_inside)
     into = relative.rooms(groups, text, some)
     parts = [
         _run(*relative.of_rows(groups, text, first, min(first + some, rows), into), halves, first, len(groups[2]))
@@ -221,15 +263,20 @@ def run(groups: Groups, text: str, halves: str | None = None) -> list[Tensor]:
     return [torch.cat(part, 2) for part in zip(*parts, strict=True)]
 
 
-def _run(groups: Groups, text: str, halves: str | None, first: int = 0, of_all: int = 0) -> list[Tensor]:
+def _run(
+    groups: Groups, text: str, halves: str | None, first: int = 0, of_all: int = 0, heads_inside: bool = False
+) -> list[Tensor]:
     """Relative terms are tables. `first`: where the first query stands, the first row of tables from `of_all` on."""
     (q,), kv, given = groups
     halves = bfloat_products(q) if halves is None else halves
+    if (even := even_groups(AttendSpec.of(text).leader)) and not _keys_of_groups(even.size, halves):
+        halves = ""
     dtype = torch.bfloat16 if halves else torch.float32
     spec = AttendSpec.of(text)
     named = {f"t{n}": t for n, t in enumerate(given)}
     kept: list[Tensor] = []  # what the call points into stays alive until it returns
-    o = torch.empty(*q.shape[:3], kv[1].shape[-1], dtype=dtype)
+    B, H, N, Dv = *q.shape[:3], kv[1].shape[-1]
+    o = torch.empty(B, N, H, Dv, dtype=dtype).transpose(1, 2) if heads_inside else torch.empty(B, H, N, Dv, dtype=dtype)
     lse = torch.empty(q.shape[:3]) if "lse" in spec.outputs else None
     kinds, tables = kinds_of(given), tables_of(given, kept, along(text))
     for own in tables[of_all:] if first else ():
@@ -249,9 +296,8 @@ def _run(groups: Groups, text: str, halves: str | None, first: int = 0, of_all: 
         call.list_b, call.list_h, call.list_q = (step(lists, axis) for axis in range(3))
     function, _ = built(source, text, kinds, halves)
     if function is None or ((o.numel() or lse is not None) and function(ctypes.byref(call))):
-        return _run(
-            groups, text, "", first, of_all
-        )  # no matrix units for this process, or none that the compiler knows
+        # no matrix units for this process, or none that the compiler knows
+        return _run(groups, text, "", first, of_all, heads_inside)
     found = {"o": o.to(q.dtype), "lse": lse}
     return [found[which] for which in spec.outputs]  # type: ignore[misc]
 

@@ -12,9 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...compiler.cascades.leftover import leftover
 from ...compiler.factors import carried
 from ...compiler.primitives.attend_spec import AttendSpec
 from ...compiler.primitives.operator import Groups
+from ...compiler.primitives.rows import repeat_heads
 from ...compiler.reach import reach
 from ...compiler.symbol_slope import slope
 from ...compiler.symbol_text import parse
@@ -25,6 +27,8 @@ from .skeleton import of_a_row, skeleton
 from .toolchain import built
 
 _ROWS, _KEYS = 48, 96  # of a tile: multiples of every MR, so that no product has rows left over
+_WEIGHTS = {"stick": "attend_backward_stick.hpp"}  # of a normaliser; else:
+_SUMS = "attend_backward_sums.hpp"
 _PORTS = ("q", "k", "v", "go", "dq", "dk", "dv")
 
 
@@ -42,7 +46,7 @@ def source(text: str, tables: str) -> str:
     spec, bound = AttendSpec.of(text), reach(text)
     score, weight = parse(spec.score), parse(spec.weight or "exp(s)")
     predicate = parse(spec.keep) if spec.keep else TRUE
-    _, queries, keys = spec.tiles or ("", _ROWS, _KEYS)
+    _, queries, keys = spec.tiles or ("", _ROWS, _KEYS // 2 if leftover(text) else _KEYS)
     functions = {
         "vf score(vf s, vi j)": (attend.scores(spec, score), "vf"),
         "vf slope(vf s, vi j)": (carried(slope(score, "s")), "vf"),
@@ -51,6 +55,9 @@ def source(text: str, tables: str) -> str:
         "vf weight_slope(vf s)": (carried(slope(weight, "s")), "vf"),
     }
     return skeleton(
+        "attend_walk.hpp",
+        "attend_rows.hpp",
+        _WEIGHTS.get(spec.normaliser, _SUMS),
         "attend_backward.cpp",
         said=[
             f"constexpr int BM = {queries}, BN = {keys};",
@@ -69,6 +76,7 @@ def gradients(
     spec = AttendSpec.of(text)
     plain = not (
         spec.after
+        or spec.leader
         or spec.relative
         or spec.more
         or any(spec.rows)
@@ -78,7 +86,9 @@ def gradients(
     )
     if not plain or any(k > 2 for k in wanted) or attend.refuses(groups, text) is not None:
         return None
-    if q.dtype == torch.float16 or (spec.normaliser != "softmax" and "lse" in [spec.outputs[n] for n in given]):
+    if q.dtype == torch.float16 or (
+        spec.normaliser not in ("softmax", "stick") and "lse" in [spec.outputs[n] for n in given]
+    ):
         return None
     function, _ = built(source, text, kinds_of(tables))
     named = {spec.outputs[n]: g for n, g in given.items()}
@@ -92,11 +102,14 @@ def _found(
     (q,), (k, v), tables = groups
     spec = AttendSpec.of(text)
     kept: list[Tensor] = []  # what the call points into stays alive until it returns
-    missing = tuple(which for which in ("o", "lse") if which not in results)
-    if missing:
+    if spec.normaliser == "stick":  # what is behind a key is told from all of o: a rounded one would say little of it
+        results = {"o": results["o"]} if "o" in results and q.dtype == torch.float32 else {}
+        groups = [[t.float() for t in group] for group in groups[:2]] + [groups[2]]
+    needed = ("o",) if spec.normaliser == "stick" else ("o", "lse")
+    if missing := tuple(which for which in needed if which not in results):
         results |= dict(zip(missing, attend.run(groups, replace(spec, outputs=missing).text), strict=True))
     o = results["o"].float()
-    rows = _rows(spec, o, results["lse"], given)
+    rows = _taken(o, v, given) if spec.normaliser == "stick" else _rows(spec, o, results["lse"], given)
     if rows is None:
         return None
     wide = q.shape[0]
@@ -137,3 +150,11 @@ def _rows(
         return None
     divisor = lse.exp() + spec.eps
     return lse, 1 / torch.where(divisor != 0, divisor, 1.0), delta
+
+
+def _taken(o: Tensor, v: Tensor, given: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """The same of weights taken from what is left: L is its gradient, R no less than any do . v."""
+    none = o.new_zeros(o.shape[:-1])
+    go = given["o"].float() if "o" in given else torch.zeros_like(o)
+    longest = repeat_heads(v.float().norm(dim=-1, keepdim=True).amax(2, keepdim=True), o)[..., 0]
+    return given.get("lse", none).float(), go.norm(dim=-1) * longest, (o * go).sum(-1)

@@ -7,6 +7,7 @@
 
 #include <math.h>
 #include <omp.h>
+#include <sched.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
@@ -74,6 +75,21 @@ template <class V> INLINE V backwards(V x) { V y; for (int l = 0; l < VL; l++) y
 template <class V> INLINE V turned(V x, int by) { return __builtin_shuffle(x, (count() + by) & (VL - 1)); }
 template <class V> INLINE V backwards(V x) { return __builtin_shuffle(x, VL - 1 - count()); }
 #endif
+// Every number BY lanes further down, 0 from above.
+#ifdef __clang__
+template <int BY> INLINE vf lowered(vf x) { vf y{}; for (int l = 0; l + BY < VL; l++) y[l] = x[l + BY]; return y; }
+#else
+template <int BY> INLINE vf lowered(vf x) { return __builtin_shuffle(x, vf{}, count() + BY); }
+#endif
+// In every lane the sum of those above it.
+INLINE vf sums_above(vf x) {
+    x = lowered<1>(x);
+    x += lowered<1>(x);
+    x += lowered<2>(x);
+    if constexpr (VL > 4) x += lowered<4>(x);
+    if constexpr (VL > 8) x += lowered<8>(x);
+    return x;
+}
 INLINE float highest(vf x) { for (int by = VL / 2; by; by /= 2) x = most(x, turned(x, by)); return x[0]; }
 INLINE int32_t total(vi x) { for (int by = VL / 2; by; by /= 2) x += turned(x, by); return x[0]; }
 INLINE float total(vf x) { for (int by = VL / 2; by; by /= 2) x += turned(x, by); return x[0]; }
@@ -128,14 +144,8 @@ INLINE bool same(vi a, vi b) { return total((vi)(a == b)) == -VL; }
 // Two instructions that no vector type says: the nearest integer, and a product with a power of two, whatever its size.
 INLINE vf nearest(vf x) { vf y; asm("vrndscaleps $0, %1, %0" : "=v"(y) : "v"(x)); return y; }
 INLINE vf times_power(vf x, vf power) { vf y; asm("vscalefps %2, %1, %0" : "=v"(y) : "v"(x), "v"(power)); return y; }
-INLINE vf exp2_(vf x) {
+INLINE vf exp2_fine(vf x) {
     const vf bounded = within(x, -150.f, 129.f), whole = nearest(bounded), f = bounded - whole;  // f in [-1/2, 1/2]
-#ifdef HALVES  // 1e-4 apart: what becomes of it has eight bits
-    vf p = all(5.5171321e-2f);
-    p = p * f + 2.4261054e-1f;
-    p = p * f + 6.9326099e-1f;
-    p = p * f + 9.9992811e-1f;
-#else
     vf p = all(1.5337577e-4f);
     p = p * f + 1.3399860e-3f;
     p = p * f + 9.6185198e-3f;
@@ -143,9 +153,20 @@ INLINE vf exp2_(vf x) {
     p = p * f + 2.4022646e-1f;
     p = p * f + 6.9314718e-1f;
     p = p * f + 1.f;
-#endif
     return times_power(p, whole);
 }
+#ifdef HALVES  // 1e-4 apart: what becomes of it has eight bits
+INLINE vf exp2_(vf x) {
+    const vf bounded = within(x, -150.f, 129.f), whole = nearest(bounded), f = bounded - whole;
+    vf p = all(5.5171321e-2f);
+    p = p * f + 2.4261054e-1f;
+    p = p * f + 6.9326099e-1f;
+    p = p * f + 9.9992811e-1f;
+    return times_power(p, whole);
+}
+#else
+INLINE vf exp2_(vf x) { return exp2_fine(x); }
+#endif
 INLINE vf exp2_below(vf x) { return exp2_(x); }
 #else
 INLINE vf power_of_2(vf x) {  // within [-127, 128): below -126 there is nothing left of it
@@ -166,6 +187,12 @@ INLINE vf exp2_(vf x) {
     const vf scaled = power_of_2(within(x, -126.f, 127.5f));
     return lasting(x, select(x < -126.f, all(0.f), select(x >= 128.f, all(INF), scaled)));
 }
+#endif
+// Of -126 <= x <= 127, to 1e-7 whatever HALVES says; beyond no further than there.
+#ifdef __AVX512F__
+INLINE vf exp2_between(vf x) { return exp2_fine(within(x, -126.f, 127.f)); }
+#else
+INLINE vf exp2_between(vf x) { return power_of_2(within(x, -126.f, 127.f)); }
 #endif
 INLINE vf exp_(vf x) { return exp2_(x * 1.44269504088896341f); }
 #ifdef __AVX512F__
@@ -223,6 +250,19 @@ INLINE vf log_(vf x) {  // of 0 and of what is too small for a whole float: -inf
     const vf y = (log_near_1(m) + e * LN2_LOW) + e * LN2_HIGH;
     const vf outside = select(x < 0.f, all(__builtin_nanf("")), all(-INF));
     return lasting(x, select(x >= 1.17549435e-38f, select(x == INF, x, y), outside));
+}
+// log2(1 + t) for t in [0, 1], 2e-7 apart at most relative to the value.
+INLINE vf log2_above_1(vf t) {
+    vf p = all(7.395402138e-3f);
+    p = p * t - 4.194500893e-2f;
+    p = p * t + 1.118320739e-1f;
+    p = p * t - 1.962389519e-1f;
+    p = p * t + 2.752212123e-1f;
+    p = p * t - 3.582990696e-1f;
+    p = p * t + 4.806788896e-1f;
+    p = p * t - 7.213395131e-1f;
+    p = p * t + 1.442694992f;
+    return p * t;
 }
 INLINE vf softplus_(vf x) {
     const vf t = exp_(-absolute(x));  // in [0, 1]: half of 1 + t where that is beyond sqrt(2)
@@ -318,6 +358,11 @@ struct Workspace {
     explicit Workspace(int64_t floats) : data((float*)aligned_alloc(64, (floats * 4 + 63) / 64 * 64)) {}
     ~Workspace() { free(data); }
 };
+// A sum of many small numbers, kept as two: what rounding takes from the first is in the second.
+INLINE void add_to(float& sum, float& rest, float x) {
+    const float more = x + rest, total = sum + more;
+    rest = more - (total - sum), sum = total;
+}
 template <class T> INLINE T smaller(T a, T b) { return a < b ? a : b; }
 template <class T> INLINE T larger(T a, T b) { return a > b ? a : b; }
 INLINE int64_t rounded(int64_t x, int64_t to) { return (x + to - 1) / to * to; }

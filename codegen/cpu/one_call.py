@@ -13,13 +13,13 @@ _HIDDEN = -3.4e38  # beside a bias of that or less a key is not seen: -inf; the 
 
 
 def instead(q: Tensor, k: Tensor, v: Tensor, row: Tensor | None, causal: bool, scale: float | None) -> Tensor | None:
-    """The output; None where the loops cannot say the call. `row`: one bias of every key, (B, 1, 1, M)."""
+    """The output, laid out as torch lays it; None where the loops cannot say the call. `row`: a bias (B, 1, 1, M)."""
     if row is not None and (row.ndim != 4 or row.shape[1] != 1 or row.shape[2] != 1 or not row.is_floating_point()):
         return None
     tables = [] if row is None else [row[:, 0, 0].expand(q.shape[0], -1)]
     groups = [[q], [k, v], tables]
     text = _text(row is not None, causal, q.shape[-1] ** -0.5 if scale is None else scale)
-    return None if attend.refuses(groups, text) else attend.run(groups, text)[0]
+    return None if attend.refuses(groups, text) else attend.run(groups, text, heads_inside=True)[0]
 
 
 @lru_cache(maxsize=64)
