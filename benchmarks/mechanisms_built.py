@@ -31,8 +31,8 @@ Written by `python benchmarks/mechanisms_built.py > docs/mechanisms_built.md`: t
 besides its import line in `passes/__init__.py` (its own, and those beside it that it imports), their lines, the
 primitives that it calls and the kernels that ran a small problem: generated where the name says so, else torch's
 operations with the primitive's own reason. `reattend check NAME` shows the same for one, knob by knob.
-What each reason would take: "no kernel yet" (group, route, gather, merge, reduce_kv on a CPU, prefix on a GPU too) a
-loop over rows in the manner of `codegen/cpu`; most move rows, a small part of what a mechanism costs. "plain torch
+What each reason would take: "no kernel yet" (group, route, gather, merge, reduce_kv on a CPU, prefix on a GPU) a loop
+over rows in the manner of `codegen/cpu`; most move rows, a small part of what a mechanism costs. "plain torch
 operations" are convolutions, products and pools that torch has kernels for.
 
 | mechanism | files | lines | primitives | CPU | Triton |
