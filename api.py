@@ -66,6 +66,7 @@ from .compiler.sized import sized
 from .compiler.steps import analyses, fitting, vocabulary
 from .compiler.timing import RUNS, timed
 from .compiler.trial import must_run
+from .compiler.untouched import same_statistics
 from .compiler.unwrap import unwrap
 from .models.hf_names import attn_implementation as attn_implementation
 from .models.hf_names import register_names
@@ -463,7 +464,7 @@ def _in_islands(
     paths = _islands(model, whole, args, kwargs)
     parts = {path: Rewriting(work.recipes, work.name, path, notes=[f"an island at {path}"]) for path in paths}
     fast: Any = host_islands(model, list(paths), lambda path: parts[path].program_for, limit=limit)
-    with torch.no_grad():
+    with torch.no_grad(), same_statistics(fast):
         fast(*args, **kwargs)
     work.unfaithful = next((part.unfaithful for part in parts.values() if part.unfaithful), "")
     report = joined([part.report for part in parts.values() if part.report is not None])

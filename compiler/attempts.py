@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +42,8 @@ def filled(model: nn.Module, call: Call) -> tuple[Tensor, ...]:
     if any(_crosses(leaf) for leaf in leaves):
         return tuple(_resized_decoder(leaf, ours) for leaf, ours in zip(leaves, call.leaves, strict=True))
     batch, queries, past = _decoder_sizes(call)
-    return tuple(_resized(leaf, batch, queries, past) for leaf in leaves)
+    lengths = [_length(leaf) for leaf in call.leaves]
+    return tuple(_resized(leaf, n - past, batch, queries, past) for leaf, n in zip(leaves, lengths, strict=True))
 
 
 def _as_given(model: nn.Module, call: Call) -> tuple[Tensor, ...]:
@@ -54,24 +55,32 @@ def _as_given(model: nn.Module, call: Call) -> tuple[Tensor, ...]:
 
 
 def _after_one_run(model: nn.Module, call: Call) -> tuple[Leaf, ...]:
+    """The call's tensors after a run; what stays empty, as other layers' in a part of a model, is as what does not."""
     args, kwargs = copied((call.args, dict(call.kwargs)))
     with torch.no_grad(), unchanged(model):
         model(*args, **kwargs)
     after = Call.of(call.signature, args, kwargs)
     if len(after.leaves) != len(call.leaves):
         raise Refused("a cache without layers", where="past_key_values", fits="DynamicCache(config=model.config)")
+    shown = {leaf.path.rpartition(".")[2]: leaf.tensor for leaf in after.leaves if leaf.cached and _length(leaf)}
     for leaf in after.leaves:
-        if leaf.tensor is None:
-            fits = "use_cache=False, also in generate"
-            raise Refused("a part of a cache that stays empty", where=leaf.path, fits=fits)
-    return after.leaves
+        if leaf.tensor is None and leaf.path.rpartition(".")[2] not in shown:
+            raise Refused("a cache that stays empty", where=leaf.path, fits="use_cache=False, also in generate")
+    return tuple(
+        leaf if leaf.tensor is not None else replace(leaf, tensor=shown[leaf.path.rpartition(".")[2]])
+        for leaf in after.leaves
+    )
 
 
 def _decoder_sizes(call: Call) -> tuple[int, int, int]:
     plain_tensors = [leaf.tensor for leaf in call.leaves if not leaf.cached and leaf.tensor is not None]
-    keys = [leaf.tensor for leaf in call.leaves if leaf.path.endswith(".keys") and leaf.tensor is not None]
     first = next(t for t in plain_tensors if t.ndim > 1)
-    return first.shape[0], first.shape[1], keys[0].shape[2] if keys else 0
+    return first.shape[0], first.shape[1], min(_length(leaf) for leaf in call.leaves if leaf.path.endswith(".keys"))
+
+
+def _length(leaf: Leaf) -> int:
+    """How many rows a part of a cache holds: a part of a model finds the layers before it one call ahead."""
+    return leaf.tensor.shape[2] if leaf.cached and leaf.tensor is not None and leaf.tensor.ndim == 4 else 0
 
 
 def _crosses(leaf: Leaf) -> bool:
@@ -91,12 +100,12 @@ def _resized_decoder(leaf: Leaf, ours: Leaf) -> Tensor:
     return tensor if sizes == list(tensor.shape) else torch.ones(sizes, dtype=tensor.dtype, device=tensor.device)
 
 
-def _resized(leaf: Leaf, batch: int, queries: int, past: int) -> Tensor:
+def _resized(leaf: Leaf, ahead: int, batch: int, queries: int, past: int) -> Tensor:
     tensor = leaf.tensor
     assert tensor is not None
     sizes = list(tensor.shape)
     if leaf.cached:
-        sizes[0], sizes[2] = 2, _PAST
+        sizes[0], sizes[2] = 2, _PAST + _QUERIES if ahead else _PAST
         return torch.zeros(sizes, dtype=tensor.dtype, device=tensor.device)
     if sizes and sizes[0] == batch:
         sizes[0] = 2

@@ -16,7 +16,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 from . import chance
 from .attempts import Attempt, attempts, filled
 from .checkpointing import unflagged
-from .containers import Layout, Leaf, absorb, lay_out_caches, put_together, take_apart
+from .containers import MUTABLE, Layout, Leaf, absorb, lay_out_caches, put_together, take_apart
 from .fused_layers import cast_as_fused, masks_as_given, may_fuse
 from .graph_state import graph_from, state_of
 from .inside import inside
@@ -30,7 +30,6 @@ from .signature import Call, SignatureKey, forward_signature, rebuild
 from .untouched import forgotten, quiet, unchanged
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-_MUTABLE = ("object", "mapping", "items")
 _FITS = "no branches on tensor values, no .item(), tensors in and out; or capture its parts"
 _FITS_CHANCE = "draws by torch's own functions, without a seed, which a graph has; or the option that turns them off"
 
@@ -82,6 +81,10 @@ class Captured:
         except Refused:
             return False
         return True
+
+    def asks_again(self, call: Call) -> bool:
+        """Whether a call's sizes of 0 and 1, its cache still empty, may need a graph of their own."""
+        return bool(self.grown) and bool(self.dims.small(self.inputs(call)))
 
     def inputs(self, call: Call) -> tuple[Tensor, ...]:
         """The flat tensors of a call, caches that are still empty given tensors of length 0."""
@@ -135,6 +138,8 @@ def capture(
             if _at_any_size(failed):
                 break
             continue
+        if any(_fixed_elsewhere(shape, own) for shape, own in zip(captured.dims.shapes, example, strict=True)):
+            continue  # the model fixes a size that was doubled here: its graph would not be one of this call
         notes = _static(captured.dims, ways[0], reasons) if dynamic else ()
         return replace(captured, notes=(*notes, *captured.notes))
     fits = _FITS_CHANCE if isinstance(error, chance.UnseenChance) else _FITS
@@ -237,7 +242,7 @@ def _flat(model: nn.Module, call: Call, attempt: Attempt, seen: Seen) -> nn.Modu
         with forgotten(view, seen.forgotten):
             answer = own(*args, **kwargs)
         extra = _grown(call, values, given, seen)
-        named = {id(v): n for n, v in values.items() if dict(call.layouts)[n].kind in _MUTABLE}
+        named = {id(v): n for n, v in values.items() if dict(call.layouts)[n].kind in MUTABLE}
         leaves, seen.output = take_apart(answer, "", named)
         return tuple(leaf.tensor for leaf in (*leaves, *extra))
 
@@ -254,10 +259,8 @@ def _relate(call: Call, tensors: Sequence[Tensor], attempt: Attempt) -> None:
             if size == example.shape[0]:
                 torch._check(tensor.shape[0] == batch)
         if 2 in dims and leaf.cached:
-            cache = leaf.path.partition(".layers.")[0]
-            past, size = firsts.setdefault(cache, (tensor.shape[2], example.shape[2]))
-            if size == example.shape[2]:
-                torch._check(tensor.shape[2] == past)
+            cache = f"{leaf.path.partition('.layers.')[0]} of {example.shape[2]}"
+            torch._check(tensor.shape[2] == firsts.setdefault(cache, tensor.shape[2]))
 
 
 def _grown(call: Call, values: Mapping[str, Any], given: Sequence[Leaf], seen: Seen) -> list[Leaf]:
@@ -266,7 +269,7 @@ def _grown(call: Call, values: Mapping[str, Any], given: Sequence[Leaf], seen: S
     found: list[Leaf] = []
     grown = []
     for name, layout in call.layouts:
-        if layout.kind in _MUTABLE:
+        if layout.kind in MUTABLE:
             leaves, after = take_apart(values[name], name)
             if after != layout or any(before.get(leaf.path) is not leaf.tensor for leaf in leaves):
                 found += leaves
@@ -306,6 +309,10 @@ def _static(dims: Sizes, wanted: Attempt, reasons: Sequence[str]) -> tuple[str, 
             if isinstance(shape[dim], int):
                 fixed.setdefault("batch" if dim == 0 else "sequence", []).append(f"{name} dim {dim} = {shape[dim]}")
     return tuple(f"{kind} static ({', '.join(places)}) {why}" for kind, places in fixed.items())
+
+
+def _fixed_elsewhere(shape: Sequence[int | str], own: Tensor) -> bool:
+    return any(isinstance(size, int) and size != given for size, given in zip(shape, own.shape, strict=True))
 
 
 def _at_any_size(error: Exception) -> bool:

@@ -18,7 +18,9 @@ from torch import Tensor
 from .refusal import Refused
 
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, enum.Enum, type, torch.Size)
+MUTABLE = ("object", "mapping", "items")  # kinds of layouts whose values a call may change
 _CACHES = ("Cache", "CacheLayerMixin", "LinearAttentionCacheLayerMixin")
+_GROWING = ("DynamicLayer", "DynamicSlidingWindowLayer", "RingLayer")  # layers that a graph takes and gives back
 _FILLED_IN = ("is_initialized", "dtype", "device", "rows")  # attributes of a cache layer that its tensors say again
 
 
@@ -164,6 +166,10 @@ def lay_out_caches(model: Any, values: Iterable[Any]) -> None:
             value.layers[:] = [whole() if _forgets(layer) else layer for layer in value.layers]
 
 
+def _is_layer_type(made_of: type) -> bool:
+    return any(base.__name__ in _CACHES[1:] for base in made_of.__mro__)
+
+
 def _forgets(layer: Any) -> bool:
     return type(layer).__name__ == "DynamicSlidingWindowLayer" and not layer.is_initialized
 
@@ -176,9 +182,8 @@ def _apart_object(value: Any, path: str, leaves: list[Leaf], known: Mapping[int,
     given = dict(vars(value))
     if not is_layer(value):
         return _named("object", value, given, path, leaves, known)
-    if type(value).__name__ not in ("DynamicLayer", "DynamicSlidingWindowLayer", "RingLayer"):
-        fits = "DynamicCache, whose layers grow by cat; else use_cache=False, also in generate"
-        raise Refused(f"a cache layer {type(value).__name__}", where=path, fits=fits)
+    if type(value).__name__ not in _GROWING:  # a result: as an argument it is refused
+        return _named("object", value, given, path, leaves, known)
     states = [given.pop("keys", None), given.pop("values", None)]
     names, parts = [], []
     for name, state in zip(("keys", "values"), states):
@@ -210,8 +215,19 @@ def _object(made_of: type, named: dict[str, Any]) -> Any:
     return value
 
 
+def refuse_other_states(layout: Layout, path: str) -> None:
+    """A cache as an argument holds keys and values that grow; states of another kind a call may only give."""
+    if layout.kind == "object" and _is_layer_type(layout.type) and layout.type.__name__ not in _GROWING:
+        fits = "DynamicCache, whose layers grow by cat; else use_cache=False, also in generate"
+        raise Refused(f"a cache layer {layout.type.__name__}", where=path, fits=fits)
+    for k, part in enumerate(layout.parts):
+        refuse_other_states(part, f"{path}.{layout.names[k] if layout.names else k}")
+
+
 def absorb(old: Any, new: Any) -> None:
     """Make a mutable container what it became during the call: a cache grows, a dict or list is refilled."""
+    if _still_empty(old, new):
+        return
     if is_cache(old):
         for name, part in vars(new).items():
             before = vars(old).get(name)
@@ -227,3 +243,10 @@ def absorb(old: Any, new: Any) -> None:
         old.update(new)
     elif isinstance(old, list):
         old[:] = new
+
+
+def _still_empty(old: Any, new: Any) -> bool:
+    """A layer of a cache that no key was written to before the call or in it."""
+    if not is_cache(old) or not is_layer(old) or vars(old).get("keys", 0) is not None:
+        return False
+    return vars(new).get("keys") is None or not new.keys.numel()

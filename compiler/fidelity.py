@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .capture import Captured
-from .containers import take_apart
+from .containers import MUTABLE, copied, take_apart
 from .padding import KEPT
 from .signature import Call
 from .untouched import unchanged
@@ -16,11 +16,14 @@ from .verification import EXACT_OWN, Deviation, compare
 
 
 def against_model(model: nn.Module, captured: Captured, call: Call) -> Deviation | None:
-    """How far apart they are on the call; None where that cannot be told: dropout, caches, no real weights, and draws
-    that change the answer. A model that seeds them itself gives one answer, which a graph without the seed misses.
+    """How far apart they are on the call; None where that cannot be told: dropout, buffers written, no real weights,
+    sizes out of the graph's range, and draws that change the answer. A model that seeds them itself gives one answer,
+    which a graph without the seed misses.
     """
     held = [*model.parameters(), *model.buffers()]
-    if model.training or captured.grown or captured.writes or any(t.is_meta or hasattr(t, "fake_mode") for t in held):
+    if model.training or captured.writes or any(t.is_meta or hasattr(t, "fake_mode") for t in held):
+        return None
+    if captured.grown and not captured.fits(call):
         return None
     draws = any(map(_draws, captured.graph.graph.nodes))
     with torch.no_grad(), torch.random.fork_rng(devices=[], enabled=draws):
@@ -45,9 +48,11 @@ def too_far(deviation: Deviation, model: nn.Module) -> str:
 
 
 def _answer(model: nn.Module, call: Call, grad: bool) -> list[Any]:
+    again = Call.of(call.signature, *copied((call.args, dict(call.kwargs))))  # caches grow
+    known = {id(again.values[name]): name for name, layout in again.layouts if layout.kind in MUTABLE}
     with torch.set_grad_enabled(grad), unchanged(model):
-        answer = model(*call.args, **dict(call.kwargs))
-    return [leaf.tensor for leaf in take_apart(answer, "")[0]]
+        answer = model(*again.args, **dict(again.kwargs))
+    return [leaf.tensor for leaf in take_apart(answer, "", known)[0]]
 
 
 def _same(a: Any, b: Any) -> bool:

@@ -11,6 +11,7 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from .refusal import Refused, Uncapturable
 from .signature import forward_signature
 
 log = logging.getLogger("reattend")
@@ -33,7 +34,15 @@ def generating(made_from: Any) -> Callable[..., Any]:
         if state:
             log.warning("use_cache=False: graphs take no %s; the same tokens, each from all before it", state)
             kwargs = kwargs | {"use_cache": False}
-        return made_from.generate(self, *args, **kwargs)
+        try:
+            return made_from.generate(self, *args, **kwargs)
+        except Uncapturable as refused:
+            if kwargs.get("past_key_values") is not None or not kwargs.get("use_cache", True):
+                raise
+            fits = "generate(..., use_cache=False): its calls without a cache may be captured, if at every length anew"
+            raise Refused(
+                f"with its cache it cannot be captured: {refused.found}", where=refused.where, fits=fits
+            ) from None
 
     return generate
 

@@ -27,6 +27,7 @@ from .ringed import as_captured
 from .signature import Call, SignatureKey, forward_signature
 from .trial import graph_alone_fails, must_run
 from .turns import TURNS
+from .untouched import same_statistics
 
 log = logging.getLogger("reattend")
 ProgramFor = Callable[[nn.Module, Call], Captured]
@@ -310,7 +311,8 @@ def _captured(model: Any, state: Hosting, call: Call, key: SignatureKey) -> Capt
             raise Refused(found, fits=fits)
         with in_their_places(model, state.leaves):
             view = original(model)
-            captured = state.program_for(view, call)
+            with same_statistics(view):
+                captured = state.program_for(view, call)
             for path, layer in captured.replaced.items():
                 model.set_submodule(path, layer.train(model.get_submodule(path).training))
             state.leaves = {**state.leaves, **captured.replaced}

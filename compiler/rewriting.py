@@ -167,7 +167,7 @@ class Rewriting:
         self.first = checked_rewrite(raised, steps, batches or [captured.inputs(call)], self.recipe.verify, wait=wait)
         self.store.grams = {}
         self.captured, self.misses = captured, misses
-        self.faithful = against_model(model, captured, call)
+        self.faithful = None if captured.asks_again(call) else against_model(model, captured, call)
         self.unfaithful = too_far(self.faithful, model) if self.faithful is not None else ""
         self.warnings = (*warnings, *_half_on_cpu(model), *filter(None, (self.unfaithful,)))
         if wait and self.first.waits:

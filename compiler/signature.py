@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .containers import Layout, Leaf, put_together, take_apart
+from .containers import Layout, Leaf, put_together, refuse_other_states, take_apart
 from .refusal import Refused
 
 _POSITIONAL = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.VAR_POSITIONAL)
@@ -66,6 +66,7 @@ class Call:
         layouts = []
         for name, value in values.items():
             found, layout = take_apart(value, name)
+            refuse_other_states(layout, name)
             leaves += found
             layouts.append((name, layout))
         return Call(forward_signature, tuple(layouts), tuple(leaves), args, kwargs, values)

@@ -8,8 +8,9 @@ import logging
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeGuard
 
+import torch
 from torch import Tensor, nn
 
 
@@ -18,7 +19,8 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     """Attributes, buffers, hooks and modes of all modules are put back, whatever happens inside."""
     before = [(m, dict(m.__dict__), _contents(m)) for m in model.modules()]
     try:
-        yield
+        with same_statistics(model):
+            yield
     finally:
         for module, attributes, contents in before:
             module.__dict__.clear()
@@ -30,6 +32,24 @@ def unchanged(model: nn.Module) -> Iterator[None]:
 
 def _contents(module: nn.Module) -> list[tuple[dict[Any, Any], dict[Any, Any]]]:
     return [(held, dict(held)) for held in module.__dict__.values() if type(held) in (dict, OrderedDict)]
+
+
+@contextmanager
+def same_statistics(model: nn.Module) -> Iterator[None]:
+    """What runs in train() write into buffers, as batch norms do, is put back."""
+    held = {id(t): t for m in model.modules() if m.training for t in m._buffers.values() if _written_in_place(t)}
+    before = [(tensor, tensor.clone()) for tensor in held.values()]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for tensor, value in before:
+                if not torch.equal(tensor, value):  # batch_norm counts no versions; what is not written stays shared
+                    tensor.copy_(value)
+
+
+def _written_in_place(tensor: Tensor | None) -> TypeGuard[Tensor]:
+    return type(tensor) is Tensor and not tensor.is_meta and not tensor.is_inference()
 
 
 @contextmanager

@@ -8,14 +8,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache, LlamaConfig
 
 import reattend
 from reattend import api
 from reattend.compiler.capture import Captured, capture
+from reattend.compiler.fidelity import against_model
 from reattend.compiler.hosted import hosting, is_hosted
 from reattend.compiler.islands import capture_islands, host_islands
 from reattend.compiler.refusal import Refused
-from reattend.compiler.signature import Call
+from reattend.compiler.signature import Call, forward_signature
 
 
 class Early(nn.Module):
@@ -157,3 +159,57 @@ def test_where_no_island_is_the_model_the_whole_says_so(monkeypatch: pytest.Monk
 
 def none_found(*given: object) -> dict[str, Captured]:
     raise Refused("no parts")
+
+
+class Caching(nn.Module):
+    """Attention that adds to its own layer of a cache which all layers are given."""
+
+    def __init__(self, place: int) -> None:
+        super().__init__()
+        self.place = place
+        self.qkv, self.out = nn.Linear(16, 48), nn.Linear(16, 16)
+
+    def forward(self, x: Tensor, past_key_values: Any, mask: Tensor | None = None) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 4, 4)).permute(2, 0, 3, 1, 4)
+        k, v = past_key_values.update(k, v, self.place)
+        o = nn.functional.scaled_dot_product_attention(q, k, v, mask)
+        y: Tensor = x + self.out(o.transpose(1, 2).flatten(2))
+        return y
+
+
+class ShortensWithCache(nn.Module):
+    """Takes another mask while it is traced, and makes a cache of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Caching(place) for place in range(3))
+
+    def forward(self, x: Tensor, past_key_values: Any = None) -> tuple[Tensor, Any]:
+        if past_key_values is None:
+            past_key_values = DynamicCache(config=LlamaConfig(num_hidden_layers=3))
+        rows, before = x.shape[1], past_key_values.get_seq_length()
+        mask = torch.ones(rows, before + rows).tril(before).bool() if torch.compiler.is_exporting() else None
+        for layer in self.layers:
+            x = layer(x, past_key_values, mask)
+        return x, past_key_values
+
+
+def test_islands_grow_their_own_layers_of_a_cache() -> None:
+    model, prompt = ShortensWithCache().eval(), torch.randn(2, 7, 16)
+    fast = reattend.optimize(model, "exact", prompt, measure=False)
+    assert "captured in 3 islands, not whole" in fast.report.notes[0] and not fast.report.warnings
+    (wanted, theirs), (found, ours) = model(prompt), fast(prompt)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+    for length in (4, 1, 1):
+        more = torch.randn(2, length, 16)
+        torch.testing.assert_close(fast(more, ours)[0], model(more, theirs)[0], rtol=0, atol=1e-5)
+    assert [layer.keys.shape[2] for layer in ours.layers] == [13, 13, 13]
+
+
+def test_a_part_that_is_given_a_cache_is_compared_with_the_model_as_well() -> None:
+    model, prompt = ShortensWithCache().eval(), torch.randn(2, 7, 16)
+    given = DynamicCache(config=LlamaConfig(num_hidden_layers=3))
+    call = Call.of(forward_signature(model), (prompt, given))
+    apart = against_model(model, capture(model, (prompt, given)), call)
+    assert apart is not None and apart.max_abs > 1e-3
+    assert given.get_seq_length() == 0
