@@ -129,7 +129,7 @@ def _ungrouped(spec: AttendSpec) -> str | None:
 def _block(text: str, halves: str) -> tuple[int, int]:
     """Rows of queries and of keys that are worked on at a time: measured; a band wastes less with few."""
     if groups := even_groups(AttendSpec.of(text).leader):
-        return (128 if halves else _ROWS), _keys_of_groups(groups.size, halves)
+        return (128 if halves else 2 * _ROWS), _keys_of_groups(groups.size, halves)
     if leftover(text):
         return (64, 64) if halves else (_ROWS, 64)  # the fewer keys at a time, the earlier it can stop
     if reach(text).back is not None:
