@@ -145,7 +145,7 @@ def _block(text: str, halves: str) -> tuple[int, int]:
     """
     wide = "avx512f" in cpu_flags()
     if groups := even_groups(AttendSpec.of(text).leader):
-        return (128 if halves else _ROWS), _keys_of_groups(groups.size, halves)
+        return (128 if halves else 2 * _ROWS), _keys_of_groups(groups.size, halves)
     if leftover(text):
         return (64, 64) if halves else (_ROWS, 64)  # the fewer keys at a time, the earlier it can stop
     if reach(text).back is not None:
