@@ -24,6 +24,7 @@ def _decoders() -> list[Family]:
     latent |= dict(moe_intermediate_size=32, n_shared_experts=1, first_k_dense_replace=1)
     local = dict(attention_types=[[["global", "local"], 1]], window_size=4, max_position_embeddings=64)
     neo: dict[str, Any] = dict(hidden_size=64, num_layers=2, num_heads=4, vocab_size=100, **local)
+    two = dict(sliding_window=4, layer_types=["sliding_attention", "full_attention"])
     chunks = wide | dict(num_local_experts=2, attention_chunk_size=4, intermediate_size_mlp=96)
     return [
         decoder("cohere", "Cohere", own),
@@ -45,6 +46,15 @@ def _decoders() -> list[Family]:
         decoder("deepseek_v3", "DeepseekV3", latent),
         decoder("llama4", "Llama4", chunks, "Llama4TextConfig"),
         decoder("phimoe", "Phimoe", own | {"num_local_experts": 4}),
+        decoder("smollm3", "SmolLM3", own),
+        decoder("exaone4", "Exaone4", own | two),
+        decoder("olmo3", "Olmo3", own | two),
+        decoder("ernie4_5", "Ernie4_5", wide),
+        decoder("hunyuan", "HunYuanDenseV1", wide),
+        decoder("arcee", "Arcee", wide),
+        decoder("apertus", "Apertus", own),
+        decoder("seed_oss", "SeedOss", wide),
+        decoder("helium", "Helium", wide),
         hf("openai_gpt", "OpenAIGPTLMHeadModel", "OpenAIGPTConfig", SMALL, plain_ids, 2, EAGER),
     ]
 
@@ -56,11 +66,17 @@ def _hybrids() -> list[Family]:
     jamba |= dict(num_experts=4, use_mamba_kernels=False)
     gemma = WIDTH | SPECIAL | dict(num_key_value_heads=1, attention_window_size=4, lru_width=64)
     gemma |= dict(block_types=["recurrent", "attention"])
+    scan = dict(mamba_n_heads=4, mamba_d_head=32, mamba_d_state=8, mamba_chunk_size=8)
+    both = dict(head_dim=16, mamba_d_ssm=32, mamba_d_head=8, mamba_n_groups=1)
+    convolved = dict(layer_types=["conv", "full_attention"], block_multiple_of=8)
     state = dict(hidden_size=32, num_hidden_layers=2, vocab_size=100, state_size=4)
     return [
         hf("diffllama", "DiffLlamaForCausalLM", "DiffLlamaConfig", own, causal_ids, 4),  # values in two halves
         hf("jamba", "JambaForCausalLM", "JambaConfig", jamba, causal_ids, 1),
         hf("recurrent_gemma", "RecurrentGemmaForCausalLM", "RecurrentGemmaConfig", gemma, causal_ids, 1),
+        hf("bamba", "BambaForCausalLM", "BambaConfig", own | scan | {"attn_layer_indices": [1]}, causal_ids, 1),
+        hf("falcon_h1", "FalconH1ForCausalLM", "FalconH1Config", own | scan | both, causal_ids, 2),
+        hf("lfm2", "Lfm2ForCausalLM", "Lfm2Config", own | convolved, causal_ids, 1),
         hf("mamba", "MambaForCausalLM", "MambaConfig", state, causal_ids, 0, EAGER),
     ]
 
