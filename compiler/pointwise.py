@@ -120,7 +120,8 @@ class Found:
 
 def pieces(graph: fx.Graph, seen: Mapping[fx.Node, Seen], leaf: Callable[[fx.Node], nn.Module]) -> list[Found]:
     """All pieces of a graph that are worth a loop of their own, apart from each other."""
-    found = [_said(nodes, seen, leaf) for nodes in _gathered(graph, seen, leaf)]
+    calm = not any(map(_writes, graph.nodes))  # else a product might read later what was written to since
+    found = [_said(nodes, seen, leaf, products=calm) for nodes in _gathered(graph, seen, leaf)]
     return [each for each in found if each is not None]
 
 
@@ -251,14 +252,16 @@ class _Unsaid(Exception):
     """Something in a group is no step after all."""
 
 
-def _said(nodes: Sequence[fx.Node], seen: Mapping[fx.Node, Seen], leaf: Callable[[fx.Node], nn.Module]) -> Found | None:
+def _said(
+    nodes: Sequence[fx.Node], seen: Mapping[fx.Node, Seen], leaf: Callable[[fx.Node], nn.Module], *, products: bool
+) -> Found | None:
     """The piece of a group of nodes; None where it saves nothing, or some of it is no step after all."""
     written = _Written(max((seen[n].size for n in nodes), key=math.prod))
     values: dict[fx.Node, Operand] = {}
     try:
         for node in nodes:
             for source in (n for n in node.all_input_nodes if n not in values):
-                if _is_product(source, nodes, seen, leaf):
+                if products and _is_product(source, nodes, seen, leaf):
                     values[source] = written.linear(source, seen[source], leaf(source))
                 else:
                     values[source] = written.enters(source, seen[source], written.size)
@@ -273,8 +276,8 @@ def _said(nodes: Sequence[fx.Node], seen: Mapping[fx.Node, Seen], leaf: Callable
     if not written.worth or len(numbers) != len(leaving) or any(written.steps[k].shape != FULL for k in numbers):
         return None
     piece = Piece(tuple(written.kinds), tuple(written.steps), numbers)
-    products = (e.call for e in written.entering if isinstance(e, Product))
-    return Found(piece, (*products, *nodes), tuple(written.entering), leaving)
+    layers = (e.call for e in written.entering if isinstance(e, Product))
+    return Found(piece, (*layers, *nodes), tuple(written.entering), leaving)
 
 
 def _is_product(
