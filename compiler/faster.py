@@ -20,7 +20,7 @@ _APART = {
     torch.float16: 2e-3,
 }  # of the largest number: sums in another order
 _TURNS = 3
-_WORTH = 0.97  # of the time that the first way takes
+_WORTH = 0.9  # of the time that the first way takes: less is within the noise of a few runs
 Way = Callable[..., Any]
 
 

@@ -128,7 +128,9 @@ def pieces(graph: fx.Graph, seen: Mapping[fx.Node, Seen], leaf: Callable[[fx.Nod
 def vectors_of(module: nn.Module) -> dict[str, Tensor] | None:
     """The tensors of a leaf module that holds vectors alone, by name; None of any other."""
     own = {**dict(module.named_parameters(recurse=False)), **dict(module.named_buffers(recurse=False))}
-    plain = not module._modules and all(type(t) in (Tensor, nn.Parameter) and t.ndim == 1 for t in own.values())
+    if module._modules or "forward" in module.__dict__:
+        return None
+    plain = all(type(t) in (Tensor, nn.Parameter) and t.ndim == 1 for t in own.values())
     return own if own and plain else None
 
 
@@ -370,9 +372,9 @@ class _Written:
 
 
 def kept_by(module: nn.Module) -> tuple[Any, ...]:
-    """What a leaf's forward depends on beside its tensors: a method of its own, and its plain attributes."""
-    plain = (int, float, bool, str, type(None))
-    return tuple((k, v) for k, v in module.__dict__.items() if isinstance(v, plain) or k == "forward")
+    """What a leaf's forward depends on beside its tensors: its plain attributes."""
+    plain = (int, float, bool, str, tuple, type(None))
+    return tuple((k, v) for k, v in module.__dict__.items() if isinstance(v, plain))
 
 
 def _forward_of(module: nn.Module, own: Mapping[str, Tensor], few: Seen) -> fx.Graph:

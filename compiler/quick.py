@@ -189,7 +189,7 @@ class _Run:
         self, found: Found, leaves: Sequence[fx.Node], modules: Sequence[nn.Module], outside: Sequence[fx.Node]
     ) -> None:
         self.piece, self.leaving = found.piece, found.leaving
-        self.made_for = [(type(m), kept_by(m)) for m in modules]
+        self.made_for = [(type(m), [] if type(m) is nn.Linear else kept_by(m)) for m in modules]
         self.plainly = _as_function(found, leaves, outside)
         place = {node: k for k, node in enumerate((*leaves, *outside))}
         self.read = [_reader(source, place) for source in found.entering]
@@ -206,7 +206,10 @@ class _Run:
     def _entering(self, given: Sequence[Any]) -> list[Tensor] | None:
         """The tensors as the kernel takes them; None where they, or the leaves, are not what it was made for."""
         for module, (kind, kept) in zip(given, self.made_for, strict=False):
-            if type(module) is not kind or _listened_to(module) or kept_by(module) != kept:
+            held = module.__dict__
+            if type(module) is not kind or "forward" in held or _listened_to(module):
+                return None
+            if any(held.get(name) != value for name, value in kept):
                 return None
         found = [read(given) for read in self.read]
         size = found[self.whole].shape
@@ -247,7 +250,7 @@ def _reader(source: Source, place: Mapping[fx.Node, int]) -> Callable[[Sequence[
 
 def _is(t: Any, wanted: Entering, size: Sequence[int]) -> bool:
     """Whether a tensor is what a kernel reads beside tensors of a size."""
-    if type(t) not in (Tensor, nn.Parameter) or t.dtype != wanted.dtype or t.device.type != "cpu":
+    if type(t) not in (Tensor, nn.Parameter) or t.dtype != wanted.dtype or not t.is_cpu:
         return False
     shape: Sequence[int] = t.shape
     if wanted.shape == VECTOR:

@@ -29,39 +29,28 @@ _SAYS = {
 def kernel(piece: Piece) -> Any:
     """What runs a piece on tensors that enter into tensors that leave, and why there is none where it is None."""
     run, reason = built(source, piece)
-    return (None, reason) if run is None else (_Kernel(run, _call_type(piece)), None)
+    return (None, reason) if run is None else (_Kernel(run, piece), None)
 
 
 class _Kernel:
     """A built library, called by pointer."""
 
-    def __init__(self, run: Any, call_type: Any) -> None:
-        self.run, self.call_type = run, call_type
+    def __init__(self, run: Any, piece: Piece) -> None:
+        self.run = run
+        entering, leaving = (ctypes.c_void_p * len(held) for held in (piece.entering, piece.leaving))
+        self.entering, self.leaving, self.sizes = entering, leaving, ctypes.c_int64 * 3
 
     def __call__(self, entering: Sequence[Tensor], leaving: Sequence[Tensor]) -> None:
-        call = self.call_type()
-        call.into[: len(entering)] = [t.data_ptr() for t in entering]
-        call.out[: len(leaving)] = [t.data_ptr() for t in leaving]
-        call.width = leaving[0].shape[-1]
-        call.rows = leaving[0].numel() // call.width
-        call.threads = torch.get_num_threads()
-        self.run(ctypes.byref(call))
-
-
-def _call_type(piece: Piece) -> Any:
-    fields: list[tuple[str, Any]] = [
-        ("into", ctypes.c_void_p * len(piece.entering)),
-        ("out", ctypes.c_void_p * len(piece.leaving)),
-    ]
-    more = [(name, ctypes.c_int64) for name in ("rows", "width", "threads")]
-    return type("Call", (ctypes.Structure,), {"_fields_": [*fields, *more]})
+        width = leaving[0].shape[-1]
+        sizes = self.sizes(leaving[0].numel() // width, width, torch.get_num_threads())
+        into = self.entering(*[t.data_ptr() for t in entering])
+        self.run(into, self.leaving(*[t.data_ptr() for t in leaving]), sizes)
 
 
 def source(piece: Piece) -> str:
     """The whole C++ text of a piece."""
     said = _Text(piece)
-    sizes = f"constexpr int MOST_IN = {len(piece.entering)}, MOST_OUT = {len(piece.leaving)};"
-    return "\n".join([skeleton("pointwise.cpp", said=[f"// {piece}", sizes]), *said.lines()])
+    return "\n".join([skeleton("pointwise.cpp", said=[f"// {piece}"]), *said.lines()])
 
 
 class _Text:
@@ -96,8 +85,9 @@ class _Text:
             *(f"    {line}" for line in self._pointers()),
             *(f"    {line}" for sweep in range(max(self.known) + 1) for line in self._swept(sweep)),
             "}",
-            'extern "C" void run(const Call* c) {',
-            "#pragma omp parallel num_threads(c->threads)",
+            'extern "C" void run(const void** in, void** out, const int64_t* sizes) {',
+            "    const Call call = {in, out, sizes[0], sizes[1]}, *c = &call;",
+            "#pragma omp parallel num_threads(sizes[2])",
             "    {",
             f"        Workspace kept({floats} * rounded(c->width, VL));",
             "#pragma omp for schedule(static)",
