@@ -81,7 +81,7 @@ def test_values(size: int, feature: str, monkeypatch: pytest.MonkeyPatch) -> Non
     same(attending.run(groups, text), attend_meaning(wide(groups), text), 1e-4 if "far" in feature else 2e-6)
 
 
-HALVES = ["", "emulated", *(["dots"] if "avx512_bf16" in cpu_flags() else [])]
+HALVES = ["", pytest.param("emulated", marks=pytest.mark.slow), *(["dots"] if "avx512_bf16" in cpu_flags() else [])]
 
 
 @pytest.mark.parametrize("halves", HALVES)

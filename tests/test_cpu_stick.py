@@ -65,7 +65,7 @@ def test_values(name: str, outputs: tuple[str, ...], monkeypatch: pytest.MonkeyP
     alike(attending.run(groups, text), attend_meaning(wide(groups), text))
 
 
-HALVES = ["emulated", *(["dots"] if "avx512_bf16" in cpu_flags() else [])]
+HALVES = [pytest.param("emulated", marks=pytest.mark.slow), *(["dots"] if "avx512_bf16" in cpu_flags() else [])]
 
 
 @pytest.mark.parametrize("halves", ["", *HALVES])
