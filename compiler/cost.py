@@ -95,7 +95,11 @@ _FREE = frozenset({"view", "reshape", "transpose", "permute", "unsqueeze", "sque
 
 def sizes(tensor: Tensor) -> tuple[int, ...]:
     """A shape with symbols at the example's values; a size that only the data tell counts as 1."""
-    return tuple(int(s) if isinstance(s, int) else int(s.node.hint or 1) for s in tensor.shape)
+    return tuple(_number(s) for s in tensor.shape)
+
+
+def _number(size: Any) -> int:
+    return int(size) if isinstance(size, int) else int(size.node.hint or 1)
 
 
 def _bytes(tensor: Tensor) -> int:
@@ -111,7 +115,7 @@ def _products(node: fx.Node, inputs: list[Tensor], outputs: list[Tensor]) -> flo
         wide = widths(kv, AttendSpec.of(text))
         for k, of_v in zip(kv[::2], wide[1::2], strict=True):
             m = sizes(k)[2]
-            total += 2.0 * b * h * n * m * (d + of_v) * density(text, n, m)
+            total += 2.0 * b * h * n * m * (d + _number(of_v)) * density(text, n, m)
         return total
     if name == "scan":
         q, v = inputs[0], inputs[2]

@@ -166,3 +166,14 @@ def test_in_a_gpt2_it_runs_and_passes_gradients_on(recipe: dict[str, Any]) -> No
     own = ("w_q_experts", "w_gate_out") if "stickbreaking_moa" in recipe else ("c_attn.weight",)
     wanted = [n for n in grads if n.endswith(own)]
     assert len(wanted) == 2 * len(own) and all(bool(torch.isfinite(grads[n]).all()) and grads[n].any() for n in wanted)
+
+
+def test_what_the_mixture_costs_is_a_number() -> None:
+    """Rows that are routed have sizes that only a call tells; a row of quality is written with what they were."""
+    torch.manual_seed(0)
+    config = hf.LlamaConfig(hidden_size=32, num_attention_heads=4, num_key_value_heads=2, num_hidden_layers=1,
+                            intermediate_size=32, vocab_size=60)  # fmt: skip
+    inputs = {"input_ids": torch.randint(1, 60, (1, 64)), "use_cache": False}
+    recipe = {"version": 1, "sites": [{"match": "*", "attention": "stickbreaking_moa"}]}
+    fast = reattend.optimize(hf.LlamaForCausalLM(config).eval(), recipe, inputs, measure=False)
+    assert {type(cost.flops) for cost in fast.report.predicted} == {float}
