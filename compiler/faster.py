@@ -14,11 +14,8 @@ import torch
 from torch import Tensor
 
 log = logging.getLogger("reattend")
-_APART = {
-    torch.float32: 1e-5,
-    torch.bfloat16: 2e-2,
-    torch.float16: 2e-3,
-}  # of the largest number: sums in another order
+# of the largest number: sums in another order
+_APART = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 _TURNS = 3
 _WORTH = 0.9  # of the time that the first way takes: less is within the noise of a few runs
 Way = Callable[..., Any]

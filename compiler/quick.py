@@ -188,7 +188,7 @@ class _Run:
     def __init__(
         self, found: Found, leaves: Sequence[fx.Node], modules: Sequence[nn.Module], outside: Sequence[fx.Node]
     ) -> None:
-        self.piece, self.leaving = found.piece, found.leaving
+        self.piece = found.piece
         self.made_for = [(type(m), [] if type(m) is nn.Linear else kept_by(m)) for m in modules]
         self.plainly = _as_function(found, leaves, outside)
         place = {node: k for k, node in enumerate((*leaves, *outside))}

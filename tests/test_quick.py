@@ -223,14 +223,12 @@ ONE = {
 @pytest.mark.parametrize("width", [1, 7, 64, 129])
 def test_every_step_gives_torchs_numbers(op: str, width: int) -> None:
     x = torch.randn(5, width, dtype=torch.float32) * 4
-    given: tuple[Any, ...] = (Given(0),)
-    before: tuple[Step, ...] = ()
     if op in ("sqrt", "rsqrt"):  # of numbers that have one
         x = x.abs() + (0.5 if op == "rsqrt" else 0.0)
         expected = torch.sqrt(x) if op == "sqrt" else torch.rsqrt(x)
     else:
         expected = ONE[op](x)
-    piece = Piece((Entering(FULL, x.dtype),), (*before, Step(op, given, FULL, x.dtype)), (len(before),))
+    piece = Piece((Entering(FULL, x.dtype),), (Step(op, (Given(0),), FULL, x.dtype),), (0,))
     assert agree(ran(piece, [x])[0], expected)
 
 
@@ -280,6 +278,12 @@ def test_generated_attention_is_torchs_and_lies_as_torchs(causal: bool, hidden: 
                                                           enable_gqa=True)  # fmt: skip
     assert got is not None and got.stride() == expected.stride()
     assert torch.allclose(got, expected.nan_to_num(), atol=2e-6)
+
+
+def test_a_row_of_the_least_number_is_left_to_torch() -> None:
+    """Where every key has it, torch gives all keys equal weights: hiding them would give nothing."""
+    q, k, v = (torch.randn(2, 2, 70, 16) for _ in range(3))
+    assert quick.ATTENDS["cpu"](q, k, v, torch.full((2, 1, 1, 70), torch.finfo(torch.float32).min), False, None) is None
 
 
 # --- which way is taken -----------------------------------------------------------------------------------------------

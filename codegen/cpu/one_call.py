@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from functools import lru_cache
 
+import torch
 from torch import Tensor
 
 from ...compiler.primitives.attend_spec import CAUSAL, AttendSpec
 from . import attend
 
-_HIDDEN = -3.4e38  # beside a bias of that or less a key is not seen: -inf; the least finite number is seen
+_FAINT = -1e30  # a finite bias below it still counts where a row has no other: torch knows how
 
 
 def instead(q: Tensor, k: Tensor, v: Tensor, row: Tensor | None, causal: bool, scale: float | None) -> Tensor | None:
     """The output, laid out as torch lays it; None where the loops cannot say the call. `row`: a bias (B, 1, 1, M)."""
     if row is not None and (row.ndim != 4 or row.shape[1] != 1 or row.shape[2] != 1 or not row.is_floating_point()):
+        return None
+    if row is not None and not bool(((row >= _FAINT) | (row == -torch.inf)).all()):
         return None
     tables = [] if row is None else [row[:, 0, 0].expand(q.shape[0], -1)]
     groups = [[q], [k, v], tables]
@@ -25,5 +28,5 @@ def instead(q: Tensor, k: Tensor, v: Tensor, row: Tensor | None, causal: bool, s
 @lru_cache(maxsize=64)
 def _text(biased: bool, causal: bool, scale: float) -> str:
     score = f"s * {scale!r} + t0[b, j]" if biased else f"s * {scale!r}"
-    keep = [f"{_HIDDEN!r} <= t0[b, j]"] * biased + [CAUSAL] * causal
+    keep = [f"{_FAINT!r} <= t0[b, j]"] * biased + [CAUSAL] * causal
     return AttendSpec(score=score, keep=" & ".join(f"({k})" for k in keep)).text
