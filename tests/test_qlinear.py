@@ -7,7 +7,7 @@ import torch
 from kernel_calls import must_build
 from torch import Tensor
 
-from reattend.codegen.cpu import qlinear_panels, qlinear_units
+from reattend.codegen.cpu import qlinear_floats, qlinear_units
 from reattend.compiler.doctor import cpu_flags
 from reattend.compiler.primitives.operator import watched
 from reattend.compiler.primitives.qlinear import qlinear, qlinear_meaning, qlinear_op, rounded_rows
@@ -144,12 +144,13 @@ def test_generated_kernels_are_the_meaning(
 ) -> None:
     """Vectors for few rows, matrix units or dots for any; loops stand in for the units' instructions."""
     must_build(monkeypatch, qlinear_units)
+    must_build(monkeypatch, qlinear_floats)
     tensors, near = stored(spec, 36), {torch.float32: 1e-5, torch.bfloat16: 2**-7}[dtype]
     for rows in (1, 3, 37):
         x = torch.randn(rows, spec.inputs).to(dtype)
         (expected,) = qlinear_meaning([[x], tensors], spec.text)
-        if rows < 5 and qlinear_units.no_vectors([[x], tensors], spec.text) is None:
-            (got,) = qlinear_units.run_few([[x], tensors], spec.text)
+        if rows < 5 and qlinear_floats.no_few([[x], tensors], spec.text) is None:
+            (got,) = qlinear_floats.run_few([[x], tensors], spec.text)
             torch.testing.assert_close(got, expected, rtol=0, atol=near * expected.abs().max().item())
         for by in ROADS:
             if qlinear_units.no_tiles([[x], tensors], spec.text, by) is not None:
@@ -162,14 +163,17 @@ def test_generated_kernels_are_the_meaning(
 @pytest.mark.parametrize("spec", LONG, ids=lambda spec: spec.text)
 def test_panels_are_the_meaning(spec: QLinearSpec, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     """More inputs than a panel has, more rows than meet one, outputs that fill none; rows of nothing, of no numbers."""
-    must_build(monkeypatch, qlinear_panels)
+    must_build(monkeypatch, qlinear_floats)
     tensors, near = stored(spec, 70), {torch.float32: 1e-5, torch.bfloat16: 2**-7}[dtype]
     for rows in (1, 3, 37, 250):
         x = torch.randn(rows, spec.inputs).to(dtype)
         if rows > 3:
             x[1], x[2] = 0, torch.nan
-        assert qlinear_panels.no_panels([[x], tensors], spec.text) is None
-        (expected,), (got,) = qlinear_meaning([[x], tensors], spec.text), qlinear_panels.run([[x], tensors], spec.text)
+        assert qlinear_floats.no_panels([[x], tensors], spec.text) is None
+        (expected,), (got,) = (
+            qlinear_meaning([[x], tensors], spec.text),
+            qlinear_floats.run_panels([[x], tensors], spec.text),
+        )
         largest = float(expected.nan_to_num().abs().max())
         torch.testing.assert_close(got, expected, rtol=0, atol=near * largest, equal_nan=True)
 

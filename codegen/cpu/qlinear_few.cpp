@@ -37,7 +37,7 @@ INLINE void products(const Call& c, const uint8_t* codes, const Nested& nested, 
 }
 
 template <int ROWS>
-static void output(const Call& c, const float* totals, int64_t n) {
+static void output(const Call& c, const float* totals, const float* scale, int64_t n) {
     const uint8_t* codes = c.codes + n * c.row;
     float y[ROWS];
     if constexpr (CODES == BYTES) {
@@ -60,16 +60,16 @@ static void output(const Call& c, const float* totals, int64_t n) {
         const float s = CODES == NESTED ? factor(c.scale, n) : 1.f;
         for (int m = 0; m < ROWS; m++) y[m] = total(whole[m]) * s - zeros[m];
     }
-    for (int m = 0; m < ROWS; m++) c.y[m * c.N + n] = y[m] + (c.bias ? c.bias[n] : 0.f);
+    for (int m = 0; m < ROWS; m++) c.y[m * c.N + n] = y[m] * (scale ? scale[m] : 1.f) + (c.bias ? c.bias[n] : 0.f);
 }
 
 template <int ROWS>
-static void outputs(const Call& c, const float* totals) {
+static void outputs(const Call& c, const float* totals, const float* scale) {
 #pragma omp parallel for schedule(dynamic, 32) num_threads(c.threads)
-    for (int64_t n = 0; n < c.N; n++) output<ROWS>(c, totals, n);
+    for (int64_t n = 0; n < c.N; n++) output<ROWS>(c, totals, scale, n);
 }
 
-extern "C" int run(const Call* given) {
+extern "C" int run(const Call* given, const float* scale) {
     const Call& c = *given;
     float* totals = (float*)calloc(c.M * c.groups, sizeof(float));  // of x over each group: what a zero is multiplied with
     if (!totals) return 2;
@@ -77,10 +77,10 @@ extern "C" int run(const Call* given) {
     if constexpr (CODES == NIBBLES)
         for (int64_t m = 0; m < c.M; m++) for (int64_t k = 0; k < c.K; k++) totals[m * c.groups + k / size] += c.x[m * c.K + k];
     switch (c.M) {
-        case 1: outputs<1>(c, totals); break;
-        case 2: outputs<2>(c, totals); break;
-        case 3: outputs<3>(c, totals); break;
-        case 4: outputs<4>(c, totals); break;
+        case 1: outputs<1>(c, totals, scale); break;
+        case 2: outputs<2>(c, totals, scale); break;
+        case 3: outputs<3>(c, totals, scale); break;
+        case 4: outputs<4>(c, totals, scale); break;
         default: free(totals); return 1;
     }
     free(totals);

@@ -5,24 +5,13 @@ k ~ c s - z,   s = half((max k - min k) / 255),   z = half(-min k),   c = round(
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ...compiler.kv_rows import KVRows
-from ...compiler.mechanism import Limit, register
-from .levels import groups_of, kept_levels
+from ...compiler.mechanism import register
+from .levels import Levels
 
 
 @register("int8")
 @dataclass(frozen=True)
-class Int8(KVRows):
-    kv_group_size: int = 128  # channels of a head that share a scale; all of them where there are fewer
-
-    paper = "arXiv 2405.04532"
+class Int8(Levels):
     bits = 8
-
-    def group(self, dim: int) -> int:
-        return groups_of(self.kv_group_size, dim, self.slug)
-
-    def limits(self) -> Iterable[Limit]:
-        yield kept_levels(self)
