@@ -1,6 +1,6 @@
 """Rounding that makes up for itself: what a column loses, those still to be rounded take over (GPTQ, arXiv 2210.17323).
 
-H = X^T X / n,   U = chol(H^-1),   e_c = (w_c - w^_c) / U_cc,   w_rest <- w_rest - e_c U_c,rest
+H = 2 X^T X / n,   U = chol(H^-1),   e_c = (w_c - w^_c) / U_cc,   w_rest <- w_rest - e_c U_c,rest
 
 Columns in descending order of H's diagonal; scales and zeros are those of the weights as they came.
 """
@@ -18,9 +18,9 @@ Nearest = Callable[[Tensor, int], tuple[Tensor, Tensor]]  # a column (N,) and it
 
 
 def compensated(w: Tensor, gram: Tensor, nearest: Nearest) -> Tensor:
-    """The codes (N, K) of weights whose inputs have this Gram matrix (K, K); inputs that are never there count as 0."""
+    """The codes (N, K) of weights whose inputs have this Gram matrix X^T X / n (K, K); those never there count as 0."""
     order = gram.diagonal().argsort(descending=True, stable=True)
-    left, H = w.double()[:, order], gram.double()[order][:, order]
+    left, H = w.double()[:, order], 2 * gram.double()[order][:, order]
     idle = H.diagonal() == 0
     left[:, idle] = 0
     H.diagonal()[idle] = 1

@@ -48,12 +48,12 @@ def progressive(w: Tensor, group: int, gram: Tensor | None = None) -> tuple[Tens
     zero = (-least).round().clamp(-128, 127)
 
     def nearest(column: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        s, t, z = scale.double(), step[:, k // u.shape[-1]].double(), zero[:, k // u.shape[-1]].double()
-        code = (((column / s).clamp(-PROTECTED, PROTECTED) + z) / t).round().clamp(0, LEVELS)
-        return code, (code * t - z) * s
+        s, z = step[:, k // u.shape[-1]].double(), zero[:, k // u.shape[-1]].double()
+        code = ((column.clamp(-PROTECTED, PROTECTED) + z) / s).round().clamp(0, LEVELS)
+        return code, code * s - z
 
     codes = ((u + zero[..., None]) / step[..., None]).round().clamp(0, LEVELS).flatten(1).to(torch.uint8)
-    codes = codes if gram is None else compensated(w, gram, nearest)
+    codes = codes if gram is None else compensated(u.flatten(1), gram, nearest)
     return codes, scale.half(), step.to(torch.int8), zero.to(torch.int8)
 
 
