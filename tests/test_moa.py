@@ -18,7 +18,7 @@ from reattend.compiler.problem import problem
 from reattend.compiler.refusal import Refused
 from reattend.compiler.site import Site
 from reattend.passes.sparse.moa import MoA
-from reattend.passes.sparse.moa_search import choose, costs, grid, influence, layout, moa_search, tables
+from reattend.passes.sparse.moa_search import choose, costs, grid, influence, layout, moa_search, tables, weighed
 
 
 @pytest.mark.parametrize(
@@ -159,3 +159,22 @@ def test_the_search_ends_in_a_recipe_for_a_llama() -> None:
     assert all(t.grad is None for t in model.parameters())
     fast = reattend.optimize(model, found, {"input_ids": ids(2, 16)}, measure=False)
     assert (fast(input_ids=ids(2, 16)).logits).isfinite().all()
+
+
+def test_a_layer_can_share_a_rule_and_influence_be_a_share() -> None:
+    found = torch.rand(2, 3, 4, 4, dtype=torch.float64) * torch.tensor([1.0, 10, 100]).view(3, 1, 1)
+    heads = [weighed(layer, by_head=True) for layer in found]
+    layers = [weighed(layer, by_layer=True) for layer in found]
+    assert all(
+        torch.allclose(h.sum((1, 2)), torch.ones(3).double()) and float(h.sum()) == pytest.approx(3) for h in heads
+    )
+    assert all(float(one.sum()) == pytest.approx(1) for one in layers)
+    assert torch.equal(weighed(found[0], together=True), found[0].sum(0, keepdim=True))
+    plan = moa_search(
+        llama(), {8: [{"input_ids": ids(1, 8)}]}, lambda out: out.logits.log_softmax(-1)[..., 0].mean(), densities=0.6,
+        block_size=2, num_betas=5, alpha_interval=4, lower_bound_ratio=0.2, same_per_layer=True,
+        normalize_by_layer=True, min_span=2, max_new_tokens=0,
+    )  # fmt: skip
+    knobs = plan["sites"][0]["attention"]["moa"]
+    assert isinstance(knobs["alpha"], float) and isinstance(knobs["beta"], float)
+    assert knobs["alpha"] + knobs["beta"] * 8 <= 0.6 * 8

@@ -113,6 +113,13 @@ def _blocks(found: Tensor, size: int) -> Tensor:
     return found.unflatten(-1, (count, size)).unflatten(-3, (count, size)).sum((-3, -1))
 
 
+def weighed(found: Tensor, *, by_head: bool = False, by_layer: bool = False, together: bool = False) -> Tensor:
+    """The influence (heads, blocks, blocks) of a layer, as shares of each head's or the layer's, summed over heads."""
+    found = found / found.sum((-1, -2), keepdim=True) if by_head else found
+    found = found / found.sum() if by_layer else found
+    return found.sum(0, keepdim=True) if together else found
+
+
 def grid(
     profiled: Sequence[int], extended: Sequence[int] = (), *, betas: int = 9, interval: int = 1024
 ) -> tuple[Rule, ...]:
@@ -233,7 +240,8 @@ def recipe(plan: Plan, paths: Sequence[str], rules: Sequence[Rule], **knobs: Any
     """A plan as an ordinary recipe: per site the alphas and betas of its heads, and further knobs of moa."""
     sites = []
     for path, numbers in zip(paths, plan.choice.tolist(), strict=True):
-        own = {"alpha": [rules[n][0] for n in numbers], "beta": [rules[n][1] for n in numbers]}
+        alphas, betas = [rules[n][0] for n in numbers], [rules[n][1] for n in numbers]
+        own = {"alpha": alphas, "beta": betas} if len(numbers) > 1 else {"alpha": alphas[0], "beta": betas[0]}
         sites.append({"match": path, "attention": {"moa": {**own, **knobs}}})
     return {"version": 1, "sites": sites}
 
@@ -252,17 +260,22 @@ def moa_search(
     rules_per_layer_limit: int | None = 2,
     points_per_objective: int = 5,
     take_abs: bool = True,
+    same_per_layer: bool = False,
+    normalize_by_head: bool = False,
+    normalize_by_layer: bool = False,
     validate: Callable[[dict[str, Any]], float] | None = None,
     **knobs: Any,
 ) -> dict[str, Any]:
     """A recipe that gives every head of every causal layer its span.
 
-    calibrate   calls of the model by their length in tokens, the profile lengths.
-    loss        of the model's output, to be differentiated: cross-entropy on its own answers, in the paper.
-    densities   the share of tokens that heads keep on average, one for all lengths or one for each.
-    validate    a number per recipe, the least is kept: the loss on held-out data at a greater length. Without it the
-                plan of the least sum of losses, each relative to the worst plan's, is kept.
-    knobs       further knobs of moa in the recipe: max_new_tokens, min_span, length, ...
+    calibrate           calls of the model by their length in tokens, the profile lengths.
+    loss                of the model's output, to be differentiated: cross-entropy on its own answers, in the paper.
+    densities           the share of tokens that heads keep on average, one for all lengths or one for each.
+    same_per_layer      one rule for all heads of a layer.
+    normalize_by_head   influence is the share of its head's, or by_layer of its layer's.
+    validate            a number per recipe, the least is kept: the loss on held-out data at a greater length. Without
+                        it the plan of the least sum of losses, each relative to the worst plan's, is kept.
+    knobs               further knobs of moa in the recipe: max_new_tokens, min_span, length, ...
     """
     profiled = {
         n: profile(model, calls, loss, block_size=block_size, take_abs=take_abs) for n, calls in calibrate.items()
@@ -270,7 +283,10 @@ def moa_search(
     lengths = [*profiled, *extend_lengths]
     paths = list(next(iter(profiled.values())))
     rules = grid(list(profiled), extend_lengths, betas=num_betas, interval=alpha_interval)
-    lost = torch.stack([torch.stack([tables(p[path], rules, block_size) for path in paths]) for p in profiled.values()])
+    how = {"by_head": normalize_by_head, "by_layer": normalize_by_layer, "together": same_per_layer}
+    lost = torch.stack(
+        [torch.stack([tables(weighed(p[path], **how), rules, block_size) for path in paths]) for p in profiled.values()]
+    )
     heads = lost.shape[1] * lost.shape[2]
     share = {n: densities[n] if isinstance(densities, Mapping) else densities for n in lengths}
     plans = choose(
