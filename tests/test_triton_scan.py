@@ -45,6 +45,24 @@ MORE: dict[str, dict[str, Any]] = {
         "state": drawn(B, H, D, Dv),
         "outputs": ("o", "state"),
     },
+    "channels with everything": {
+        "log_decay": -drawn(B, 2, N, D).abs(),
+        "feature": (torch.exp, torch.sigmoid),
+        "normaliser": "sum",
+        "eps": 1e-3,
+        "reset": whole(0, 2, B, N).cumsum(-1) // 12,
+        "valid": whole(0, 4, B, N),
+        "state": drawn(B, H, D, Dv + 1).exp(),
+        "outputs": ("o", "state", "norm"),
+    },
+    "channels read before": {
+        "log_decay": -drawn(B, H, N, D).abs(),
+        "feature": torch.exp,
+        "valid": whole(0, 4, N),
+        "state": drawn(B, H, D, Dv),
+        "read": "before",
+        "outputs": ("state", "o"),
+    },
     "factors that end a state": {"log_decay": torch.where(whole(0, 5, B, H, N) > 0, -0.1, -torch.inf)},
 }
 CALLS = SCANS | MORE
@@ -63,7 +81,8 @@ def test_scan(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     same(launch_scan.run(groups, text), scan_meaning(wide(groups), text), 4e-6)
 
 
-LEARNED = ("features", "read before", "everything", "everything read before", "both ways from a state")
+LEARNED = ("features", "read before", "everything", "everything read before", "both ways from a state",
+           "channels with everything", "channels read before")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", LEARNED)

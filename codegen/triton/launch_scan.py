@@ -140,7 +140,7 @@ def _sizes(kernel: Scan, D: int, E: int, bits: int, on: str) -> Arguments:
     rows = 32 if kind == "hip" or deep > 128 or (kernel.sum and deep > 64) else 64
     if deep > 128 and (kind == "hip" or on == "cuda:90"):
         rows = 16
-    if kernel.decay == "channels":
+    if kernel.decay in ("channels", "value"):
         rows = 32 if deep <= 64 else 16
     wide = 64 if deep <= 64 and not kernel.sum and not (kind == "cuda" and int(number) < 90) else 32
     if deep > max(D, 64) and rows > 16 and kind == "cuda":  # whether a channel is there costs registers

@@ -1,7 +1,7 @@
 """The gradient of `scan` on a GPU: three more scans, and what a decay gathers from rows and columns.
 
 A pair (t, s) meets the factors in (s, t], so that the gradient of log a_r is what all rows t >= r hold together, less
-what all keys s >= r do: the pairs behind r are in both.
+what all keys s >= r do: the pairs behind r are in both. Under a decay of each channel a row holds q dq, a key k dk.
 """
 
 from __future__ import annotations
@@ -15,6 +15,10 @@ from torch import Tensor
 
 from ...compiler.primitives.operator import Groups
 from ...compiler.primitives.scan_spec import ScanSpec
+from ...compiler.symbol_eval import evaluate
+from ...compiler.symbol_slope import slope
+from ...compiler.symbol_text import parse
+from ...compiler.symbols import Expr
 from .launch_scan import MOST, Operands, channels, operands, refuses, scanned
 from .launching import UnfitError
 from .scan import Scan, of_spec
@@ -46,8 +50,6 @@ def gradients(
 
 def why_no_gradient(spec: ScanSpec, x: Operands, learned: Sequence[str]) -> str | None:
     """Why the gradient is left to the plain meaning; None where the kernels have it."""
-    if channels(x.decay):
-        return "the gradient under a decay of each channel"
     if "decay" in learned and not spec.log_decay:
         return "the gradient of factors, of which one may be 0"
     if x.v.shape[-1] + (spec.normaliser == "sum") > MOST:
@@ -67,9 +69,9 @@ class _Gradient:
         """The gradient of an operand, (B, H, ...)."""
         match name:
             case "q":
-                return self._of_rows
+                return self._of_rows * self._slope(self.spec.feature_q, self.x.q)
             case "k":
-                return self._of_keys
+                return self._of_keys * self._slope(self.spec.feature_k, self.x.k)
             case "v":
                 return self._of_values["o"][..., : self.x.v.shape[-1]]
             case "state":
@@ -83,7 +85,7 @@ class _Gradient:
         needed = ("o", "norm") if self.spec.normaliser == "sum" else ("o",)
         if not self.exact and all(which in self.known for which in needed):
             return self.known
-        return scanned(replace(of_spec(self.spec, False), outputs=needed), self.x)
+        return scanned(replace(self._forward, outputs=needed), self.x)
 
     @cached_property
     def _undivided(self) -> tuple[Tensor, Tensor]:
@@ -109,14 +111,14 @@ class _Gradient:
 
     @cached_property
     def _of_rows(self) -> Tensor:
-        kernel = replace(self._scan, of_values=self.spec.feature_k, slope_of=self.spec.feature_q)
+        kernel = replace(self._asking(self._scan, self.spec.feature_q), of_values=self.spec.feature_k)
         start = None if self.x.start is None else self.x.start.mT
         x = replace(self.x, q=self._undivided[0], k=self._values, v=self.x.k, start=start)
         return scanned(replace(kernel, start=start is not None), x, at=self.x.q)["o"]
 
     @cached_property
     def _of_keys(self) -> Tensor:
-        kernel = replace(self._back, of_values=self.spec.feature_q, slope_of=self.spec.feature_k)
+        kernel = replace(self._asking(self._back, self.spec.feature_k), of_values=self.spec.feature_q)
         start = self.up["state"].mT if "state" in self.up else None
         x = replace(self.x, q=self._values, k=self._undivided[0], v=self.x.q, start=start)
         return scanned(kernel, x, at=self.x.k)["o"]
@@ -128,10 +130,22 @@ class _Gradient:
         x = replace(self.x, q=self.x.k, k=self.x.q, v=self._undivided[0], start=self.up.get("state"))
         return scanned(kernel, x)
 
+    @cached_property
+    def _forward(self) -> Scan:
+        return of_spec(self.spec, channels(self.x.decay))
+
     @property
     def _scan(self) -> Scan:
-        of = of_spec(self.spec, False)
-        return replace(of, of_rows="", of_keys="", sum=False, outputs=("o",))
+        return replace(self._forward, of_rows="", of_keys="", sum=False, outputs=("o",))
+
+    def _asking(self, kernel: Scan, feature: str) -> Scan:
+        """A kernel whose values are of a key's channels, and which of its features takes the slope of a result."""
+        return replace(kernel, decay="value") if channels(self.x.decay) else replace(kernel, slope_of=feature)
+
+    def _slope(self, feature: str, x: Tensor) -> Tensor | float:
+        """What the kernels left out: a decay of channels gathers gradients of features, not of their arguments."""
+        left = channels(self.x.decay) and feature
+        return self._every(_valued(slope(parse(feature), "x"), x)) if left else 1.0
 
     @property
     def _back(self) -> Scan:
@@ -150,21 +164,42 @@ class _Gradient:
         first = first.exp() if self.spec.log_decay else first
         if self.x.valid is not None:
             first = torch.where(self.x.valid[:, None, :1, None] != 0, first, 1.0)
-        return found * first
+        return found * first.mT
 
     @cached_property
     def _of_logs(self) -> Tensor:
-        """(B, H, N, 1)."""
-        values = self._values.repeat_interleave(self.x.q.shape[1] // self._values.shape[1], 1)
-        held = (self._undivided[1].flip(-1)).cumsum(-1).flip(-1)
-        if self.spec.read == "before":
-            held = held - self._undivided[1]
-        held = held - (self._of_values["o"] * values).sum(-1).flip(-1).cumsum(-1).flip(-1)
+        """(B, H, N, W)."""
+        rows, keys = self._gathered
+        held = _from_here_on(rows) - (rows if self.spec.read == "before" else 0.0) - _from_here_on(keys)
         if "state" in self.up:
-            held = held + (self.up["state"] * self.known["state"]).sum((2, 3))[..., None]
+            last = (self.up["state"] * self.known["state"]).sum(-1)
+            held = held + (last if channels(self.x.decay) else last.sum(-1, keepdim=True))[:, :, None]
         if self.x.valid is not None:
-            held = torch.where(self.x.valid[:, None] != 0, held, 0.0)
-        return held[..., None]
+            held = torch.where(self.x.valid[:, None, :, None] != 0, held, 0.0)
+        return held
+
+    @property
+    def _gathered(self) -> tuple[Tensor, Tensor]:
+        """What rows and keys hold, (B, H, N, W)."""
+        if channels(self.x.decay):
+            q, k = (
+                _valued(parse(self.spec.feature_q or "x"), self.x.q),
+                _valued(parse(self.spec.feature_k or "x"), self.x.k),
+            )
+            return self._every(q) * self._of_rows, self._every(k) * self._of_keys
+        return self._undivided[1][..., None], (self._of_values["o"] * self._every(self._values)).sum(-1, keepdim=True)
+
+    def _every(self, t: Tensor) -> Tensor:
+        """For every query head."""
+        return t.repeat_interleave(self.x.q.shape[1] // t.shape[1], 1)
+
+
+def _valued(e: Expr, x: Tensor) -> Tensor:
+    return torch.as_tensor(evaluate(e, {"x": x.float()}, {})).to(x.device).expand(x.shape)
+
+
+def _from_here_on(t: Tensor) -> Tensor:
+    return t.flip(2).cumsum(2).flip(2)
 
 
 def _summed(gradient: Tensor, shape: torch.Size) -> Tensor:

@@ -5,7 +5,8 @@ With r the rows before they are divided, g their gradients and S' the gradient o
     dq = scan(g, v, k)    forwards from S^T          dk = scan(v, g, q)    backwards from S'^T
     dv = scan(k, q, g)    backwards from S'
 
-under the same decays between two rows; a normaliser is one more column of v and of g. The features of an operand are
+under the same decays between two rows (a decay of each channel of a key is one of a value's in the first two, and what
+it gathers are q dq and k dk); a normaliser is one more column of v and of g. The features of an operand are
 printed where it is read, and their slopes where a gradient is written.
 """
 
@@ -35,7 +36,7 @@ class Scan:
     causal: bool = True
     backwards: bool = False  # from the last row on
     before: bool = False
-    decay: str = ""  # "", "rows" or "channels"
+    decay: str = ""  # of "rows", of the "channels" of a key, or of those of a "value"
     logs: bool = False
     sum: bool = False
     eps: float = 0.0
@@ -60,6 +61,8 @@ class Scan:
         return {
             "BACKWARDS": self.backwards,
             "BEFORE": self.before,
+            "BY_ROW": self.decay == "rows",
+            "BY_VALUE": self.decay == "value",
             "CARRIES": bool(self.decay) or self.documents,
             "CHANNELS": self.decay == "channels",
             "DECAYS": bool(self.decay),
