@@ -54,13 +54,13 @@ class Tidal(Mechanism):
                 _restrict(ports.attend, selected)
 
     def _select(self, program: Program, ports: Ports) -> fx.Node:
-        """(B, H, N, M), true where a key is among the top_k of its row."""
+        """(B, H, 1, M), true where a key is among the top_k of the last row: of the only one, where it is asked."""
         attend = ports.attend
         tables = {f"table_{k}": node for k, node in enumerate(attend.args[2])}  # type: ignore[arg-type]
         spec = AttendSpec.of(str(attend.args[3]))
 
         def select(q: Tensor, k: Tensor, **tables: Tensor) -> Tensor:
-            return top_keys(q, k, list(tables.values()), spec, self.top_k, force_last=self.force_last)
+            return top_keys(q[:, :, -1:], k, list(tables.values()), spec, self.top_k, force_last=self.force_last)
 
         inputs = {"q": ports.nodes["q"], "k": ports.nodes["k"], **tables}
         (selected,) = insert(program, attend, select, inputs, like=attend)
@@ -86,6 +86,5 @@ def _restrict(attend: fx.Node, selected: fx.Node) -> None:
     """This site keeps the selected keys only, where a single row is asked (N < 2)."""
     tables = list(attend.args[2])  # type: ignore[arg-type]
     spec = AttendSpec.of(str(attend.args[3]))
-    index = "i" if spec.align == "start" and not spec.q_positions else "i - M + N"
-    keep = spec.keep_expr & (parse(f"t{len(tables)}[b, h, {index}, j]") | (name("N") >= 2))
+    keep = spec.keep_expr & (parse(f"t{len(tables)}[b, h, 0, j]") | (name("N") >= 2))
     attend.args = (attend.args[0], attend.args[1], [*tables, selected], replace(spec, keep=keep.text, empty="").text)
