@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..primitives.attend_spec import AttendSpec
+from ..primitives.attend_spec import CAUSAL, AttendSpec
 from ..symbol_text import parse
 from ..symbols import FALSE, TRUE, Expr, build, const
 from .aliases import nodes_written_in_place, structure_keys
@@ -21,6 +21,7 @@ from .evaluation import Side, disagreement, spec_exprs
 from .families import Families
 from .frame import Frame
 from .index_space import I, simplify_indices
+from .last_row import place_last_rows
 from .reading import Reader, backward_slice, dtype, is_dense, is_tensor, leaf_name
 from .splitting import split
 
@@ -68,6 +69,7 @@ def fold_masks(graph_module: fx.GraphModule) -> tuple[MaskVerdict, ...]:
     if replaced:
         erase_unused(graph_module.graph, replaced)
         graph_module.recompile()
+    place_last_rows(graph_module.graph)
     return tuple(verdicts)
 
 
@@ -185,7 +187,7 @@ def _text(keep: Expr) -> str:
 
 def _from_start(spec: AttendSpec, frame: Frame) -> AttendSpec:
     """The same with i counted from the first query, where nothing else in the spec uses i."""
-    if spec.align == "start" or spec.sink or spec.after:
+    if spec.align == "start" or _counted_elsewhere(spec):
         return spec
     ahead = {"i": I + (frame.space.keys - frame.space.queries)}
     return replace(_shifted(spec, ahead), align="start")
@@ -198,15 +200,21 @@ def _shifted(spec: AttendSpec, index: dict[str, Expr]) -> AttendSpec:
 
 
 def _aligned(spec: AttendSpec, frame: Frame) -> AttendSpec:
-    """The same with i counted so that the last query stands at the last key, if that says it more shortly."""
+    """The same with i counted so that the last query stands at the last key, if it is causal so, or shorter."""
     space = frame.space
-    if spec.align != "start" or space.queries.text == space.keys.text or spec.sink or spec.after:
+    if spec.align != "start" or space.queries.text == space.keys.text or _counted_elsewhere(spec):
         return spec
     shift = build("sub", space.keys, space.queries)
     moved = _shifted(spec, {"i": I - shift})
-    if len(moved.keep) + len(moved.score) >= len(spec.keep) + len(spec.score):
+    longer = len(moved.keep) + len(moved.score) >= len(spec.keep) + len(spec.score)
+    if longer and all(c.text != CAUSAL for c in moved.conjuncts):
         return spec
     return replace(moved, align="end")
+
+
+def _counted_elsewhere(spec: AttendSpec) -> bool:
+    """Whether a sink or an epilogue counts queries too."""
+    return any(text and "i" in parse(text).names for text in (spec.sink, spec.after))
 
 
 def _dense_leaves(spec: AttendSpec) -> list[str]:
