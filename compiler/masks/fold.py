@@ -15,6 +15,7 @@ from ..symbol_text import parse
 from ..symbols import FALSE, TRUE, Expr, build, const
 from .aliases import nodes_written_in_place, structure_keys
 from .arithmetic import pushed, truth
+from .documents import counted, starts
 from .emptiness import has_finite_fill, never_empty
 from .erasing import erase_unused
 from .evaluation import Side, disagreement, spec_exprs
@@ -127,7 +128,7 @@ class _Site:
         same_score = side.score == self.spec.score
         if side.text == self.text or (same_score and (set(tables) == set(self.tables) or _all_dense(side))):
             return "; ".join(reader.reasons()) or "nothing to fold"
-        cut = [reader.leaves[x] for x in nodes if x in reader.leaves]
+        cut = [n for x in nodes if (n := reader.leaves.get(x)) is not None and starts(n) is None]
         after = Side(side, tuple((f"t{k}", t) for k, t in enumerate(tables)))
         wrong, sizes = disagreement(self.old, after, cut, self.q, self.kv[0], self.graph_module, families.beyond)
         if wrong:
@@ -152,7 +153,7 @@ class _Site:
         whole = pushed(self.plain.score_expr.replace(values))
         own = truth(pushed(self.plain.keep_expr.replace(values)))
         low, score = split(whole)
-        keep = simplify_indices(own & low, space)
+        keep = simplify_indices(counted(own & low, nodes | reader.leaves), space)
         spec = replace(self.plain, keep=_text(keep), score=simplify_indices(score, space).text)
         if self.plain.empty_expr is not None:
             whole = pushed(self.plain.empty_expr.replace(values))
