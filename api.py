@@ -19,6 +19,7 @@ from . import codegen as codegen
 from . import passes as passes
 from .codegen.triton.ahead import Compiled
 from .codegen.used import Used, built, calls_of, used
+from .compiler.account import attending_islands, some_found, told
 from .compiler.bench import Bench, measure
 from .compiler.bits import BitPlan, Wish
 from .compiler.bits import plan_bits as choose_bits
@@ -41,7 +42,7 @@ from .compiler.heads.repeats import Repeats
 from .compiler.heads.table import HeadTable
 from .compiler.held_out import as_batch, calibration, held_out
 from .compiler.hosted import about, host, original
-from .compiler.islands import capture_islands, host_islands
+from .compiler.islands import host_islands
 from .compiler.masks import fold_masks
 from .compiler.mechanism import Mechanism
 from .compiler.mechanism import mechanisms as mechanisms
@@ -380,9 +381,9 @@ def explain(model: Any, example_inputs: Inputs = None) -> Explanation:
         return _explained(capture(inner, args, kwargs), notes)
     except Uncapturable as whole:
         must_run(inner, args, kwargs)
-        parts = _islands(inner, whole, args, kwargs)
-        notes = (*notes, f"captured in {len(parts)} islands, not whole: {whole}")
-        return together(_explained(captured, notes, path) for path, captured in parts.items())
+        islands = attending_islands(inner, args, kwargs)
+        parts = [_explained(captured, (), path) for path, captured in islands.found.items()]
+        return together(parts, misses=islands.misses, notes=(*notes, *told(islands, whole)))
 
 
 def kernels(model: Any, recipe: Any, example_inputs: Inputs = None, *, target: str = "cpu") -> tuple[Used, ...]:
@@ -437,21 +438,6 @@ def _explained(captured: Captured, notes: tuple[str, ...], prefix: str = "") -> 
     )
 
 
-def _islands(
-    model: nn.Module, whole: Uncapturable, args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> dict[str, Captured]:
-    """The parts with attention that can be captured; where there is none, why the whole could not be."""
-    try:
-        return capture_islands(model, args, kwargs, _attention_lacking)
-    except Refused as none:
-        raise Refused(f"{whole.found}; {none.found} ({none.fits})", where=whole.where, fits=whole.fits) from None
-
-
-def _attention_lacking(captured: Captured) -> str | None:
-    raised = raise_sites(captured.graph)
-    return None if raised.nodes else "; ".join(shown_misses(raised.misses[:1]))
-
-
 def _in_islands(
     model: nn.Module,
     work: Rewriting,
@@ -461,14 +447,16 @@ def _in_islands(
     limit: int,
 ) -> Any:
     """The model with its largest capturable parts rewritten in place; the report says which, and why not the whole."""
-    paths = _islands(model, whole, args, kwargs)
+    islands = some_found(attending_islands(model, args, kwargs), whole)
+    paths = list(islands.found)
     parts = {path: Rewriting(work.recipes, work.name, path, notes=[f"an island at {path}"]) for path in paths}
-    fast: Any = host_islands(model, list(paths), lambda path: parts[path].program_for, limit=limit)
+    fast: Any = host_islands(model, paths, lambda path: parts[path].program_for, limit=limit)
     with torch.no_grad(), same_statistics(fast):
         fast(*args, **kwargs)
     work.unfaithful = next((part.unfaithful for part in parts.values() if part.unfaithful), "")
     report = joined([part.report for part in parts.values() if part.report is not None])
-    report.notes = (f"captured in {len(paths)} islands, not whole: {whole}", *work.notes, *report.notes)
+    report.misses = (*report.misses, *islands.misses)
+    report.notes = (*told(islands, whole), *work.notes, *report.notes)
     fast.__dict__ |= {"report": report, "sites": SiteList(report.rows)}
     return fast
 

@@ -185,8 +185,8 @@ def export(model: nn.Module, call: Call, attempt: Attempt) -> Captured:
     flat = _flat(model, call, attempt, seen)
     shapes = tuple(dict.fromkeys(sorted(dims), torch.export.Dim.AUTO) or None for dims in attempt.open)
     tensors = tuple(t.detach() for t in attempt.tensors)  # one object passed twice would become one input
-    grad, fused, packs = torch.is_grad_enabled(), may_fuse(model), packing(model)
-    try:
+
+    def exported(draws: AbstractContextManager[Any]) -> tuple[torch.export.ExportedProgram, Any]:
         with (
             torch.no_grad(),
             unchanged(model),
@@ -194,12 +194,21 @@ def export(model: nn.Module, call: Call, attempt: Attempt) -> Captured:
             masks_as_given(),
             quiet(),
             _fakes(attempt),
-            chance.no_unseen_chance(),
+            draws,
             zeros_at_padding(packs),
             plain_calls(model) as leaves,
         ):
             unflagged(model)
-            program = torch.export.export(flat, tensors, dynamic_shapes=(shapes,), strict=False)
+            return torch.export.export(flat, tensors, dynamic_shapes=(shapes,), strict=False), leaves
+
+    grad, fused, packs = torch.is_grad_enabled(), may_fuse(model), packing(model)
+    try:
+        try:
+            program, leaves = exported(chance.no_unseen_chance())
+        except chance.UnseenChance:
+            (program, leaves), *others = [exported(chance.drawing(number)) for number in chance.SAMPLES]
+            if not all(_same_program(program, other) for other, _ in others):
+                raise
     finally:
         torch.set_grad_enabled(grad)
     graph = plain(program, model, [leaf.path for leaf in call.leaves])
@@ -220,6 +229,13 @@ def export(model: nn.Module, call: Call, attempt: Attempt) -> Captured:
             *(f"{name} is not kept as large as a call makes it: every such call makes it anew" for name in grown),
         ),
     )
+
+
+def _same_program(one: torch.export.ExportedProgram, other: torch.export.ExportedProgram) -> bool:
+    """The same operations on the same constants."""
+    alike = str(one.graph) == str(other.graph) and list(one.constants) == list(other.constants)
+    pairs = zip(one.constants.values(), other.constants.values(), strict=True) if alike else ()
+    return alike and all(torch.equal(a, b) if isinstance(a, Tensor) else a is b for a, b in pairs)
 
 
 def _fakes(attempt: Attempt) -> AbstractContextManager[Any]:

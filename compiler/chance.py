@@ -1,6 +1,7 @@
 """Chance that a graph does not see: numbers that a forward draws in Python, and seeds that it sets.
 
-A trace makes constants of what random and numpy drew and leaves seeds out: its graph would answer differently.
+A trace makes constants of what random and numpy drew and leaves seeds out: its graph would answer differently. A draw
+of Python's that decides nothing, as for layers that are dropped in train() alone, is in the graph in no way.
 """
 
 from __future__ import annotations
@@ -39,6 +40,28 @@ def no_unseen_chance() -> Iterator[None]:
         numpy.random.set_state(before[1])
     if moved:
         raise UnseenChance(f"its forward {' and '.join(moved)}, and a graph would repeat that draw")
+
+
+SAMPLES = 0.0, 0.5, 1.0 - 2.0**-53  # a draw is compared with bounds: what all of these leave alone, it leaves alone
+
+
+@contextmanager
+def drawing(number: float) -> Iterator[None]:
+    """What runs inside draws this number, 0 <= number < 1, in Python; raise where it draws in other ways."""
+    tracing, before = threading.get_ident(), (random.random, random.uniform)
+
+    def one() -> float:
+        return number if threading.get_ident() == tracing else before[0]()
+
+    def between(a: float, b: float) -> float:
+        return a + (b - a) * one()
+
+    random.random, random.uniform = one, between
+    try:
+        with no_unseen_chance():
+            yield
+    finally:
+        random.random, random.uniform = before
 
 
 def _seeding(manual_seed: Callable[..., Any]) -> Callable[..., Any]:

@@ -81,17 +81,20 @@ class Explanation:
         return page.part(looking.view_of_sites(self))
 
 
-def together(parts: Iterable[Explanation]) -> Explanation:
-    """One explanation of a model that was captured in parts; sites are counted through."""
+def together(parts: Iterable[Explanation], *, misses: Sequence[str] = (), notes: Sequence[str] = ()) -> Explanation:
+    """One explanation of a model that was captured in parts; sites are counted through.
+
+    misses, notes   what is said of the parts beside these.
+    """
     every = tuple(parts)
     sites = tuple(replace(site, index=k) for k, site in enumerate(site for part in every for site in part.sites))
     return Explanation(
         sites=sites,
-        misses=tuple(m for part in every for m in part.misses),
+        misses=(*(m for part in every for m in part.misses), *misses),
         masks=tuple(m for part in every for m in part.masks),
         specs=tuple(s for part in every for s in part.specs),
         costs=tuple(c for part in every for c in part.costs),
         fits=tuple(f for part in every for f in part.fits),
         analyses=tuple(a for part in every for a in part.analyses),
-        notes=tuple(dict.fromkeys(n for part in every for n in part.notes)),
+        notes=tuple(dict.fromkeys([*notes, *(n for part in every for n in part.notes)])),
     )

@@ -57,8 +57,8 @@ def _site(node: fx.Node, path: str, index: int, ports: Ports, images: Sequence[f
     q, k, v = (ports.nodes[n].meta["val"] for n in "qkv")
     tables = [t.meta["val"] for t in node.args[2]]  # type: ignore[union-attr]
     cross = "x" in ports.nodes and "x_kv" in ports.nodes and ports.nodes["x"] is not ports.nodes["x_kv"]
-    if "x" not in ports.nodes:
-        cross = str(q.shape[2]) != str(k.shape[2]) and spec.align == "start"
+    if spec.align == "start" and not _same_size(q.shape[2], k.shape[2]):
+        cross = True  # rows behind a past count from its end; of others positions say nothing
     causal = any(c.text == CAUSAL for c in spec.conjuncts)
     for port, rows in (("x", q), ("x_kv", k)):
         if port in ports.nodes and not _rows_alike(ports.nodes[port].meta["val"], rows):

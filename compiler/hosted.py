@@ -17,6 +17,7 @@ from .checkpointing import cut_where_asked, run_graph
 from .compiling import make_ready
 from .containers import lay_out_caches
 from .difference import said_frozen, said_limit
+from .encoder import encoding
 from .generating import generating
 from .hooks import hook_numbers, refuse_silent_hooks, silent_hooks
 from .leaves import in_their_places, leaves_of, modules_called, restore_leaves
@@ -50,6 +51,7 @@ class Hosting:
     traces: dict[str, Tensor] = field(default_factory=dict)
     small: dict[Any, bool] = field(default_factory=dict)  # sizes of 0 and 1 at which a graph was asked about
     about: Any = None  # who rewrites: its report and sites are the hosted model's
+    parts: dict[str, Hosting] = field(default_factory=dict)  # of parts that are called alone
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy has had no call: the last one's losses are of the original's history of gradients."""
@@ -70,6 +72,18 @@ def host(model: nn.Module, program_for: ProgramFor, *, limit: int = 8, about: An
         about=about,
     )
     return hosted
+
+
+def view_of(model: nn.Module, path: str, whole: Hosting, work: Any) -> nn.Module:
+    """A part of a hosted model, hosted itself: the same modules and tensors, also when these are replaced or moved."""
+    view: nn.Module = object.__new__(hosted_class(type(model)))  # type: ignore[arg-type]
+    view.__dict__ = {n: v for n, v in model.__dict__.items() if n != "forward"}
+    if path not in whole.parts:
+        whole.parts[path] = Hosting(
+            work.program_for, limit=whole.limit, config=config_values(view), leaves=leaves_of(view), about=work
+        )
+    view.__dict__[_STATE] = whole.parts[path]
+    return view
 
 
 def original(model: nn.Module) -> nn.Module:
@@ -223,6 +237,8 @@ def hosted_class(made_from: type) -> type:
         body["save_pretrained"] = _saving(made_from)
     if hasattr(made_from, "generate"):
         body["generate"] = generating(made_from)
+    if hasattr(made_from, "get_encoder"):
+        body["get_encoder"] = encoding(made_from)
     return type(made_from)(made_from.__name__, (HostedModel, made_from), body)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,23 +18,49 @@ from .signature import Call, forward_signature, rebuild
 from .untouched import unchanged
 
 Given = tuple[tuple[Any, ...], dict[str, Any]]
+Lacking = Callable[[Captured], Sequence[str] | None]
+
+
+@dataclass(frozen=True)
+class Islands:
+    """The parts wanted, by path, and what became of all others that were tried."""
+
+    found: dict[str, Captured] = field(default_factory=dict)
+    near: dict[str, tuple[str, ...]] = field(default_factory=dict)  # captured and not wanted: what comes near in them
+    refused: dict[str, str] = field(default_factory=dict)  # not captured, and nothing in them is wanted: why
+
+    @property
+    def misses(self) -> tuple[str, ...]:
+        """Near misses in parts that are not wanted, by their place in the whole."""
+        return tuple(f"{path}.{said}" for path, every in self.near.items() for said in every)
+
+    def left_out(self) -> tuple[str, ...]:
+        """A line for each reason and the outermost parts that could not be captured for it."""
+        alike: dict[str, list[str]] = {}
+        for path, why in self.refused.items():
+            if not any(path.startswith(f"{other}.") for other in self.refused if self.refused[other] == why):
+                alike.setdefault(why, []).append(path)
+        return tuple(f"left as it is: {_listed(paths)}: {why}" for why, paths in alike.items())
+
+
+def _listed(paths: Sequence[str]) -> str:
+    more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+    return ", ".join(paths[:3]) + more
 
 
 def capture_islands(
-    model: nn.Module,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any] | None,
-    lacking: Callable[[Captured], str | None],
-) -> dict[str, Captured]:
-    """The wanted parts by path, none inside another, each captured on what it was given in one run of the whole.
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any] | None, lacking: Lacking
+) -> Islands:
+    """The wanted parts, none inside another, each captured on what it was given in one run of the whole.
 
-    lacking   why a part is not wanted: None where it is, "" where nothing in it comes near.
+    lacking   what comes near in a part that is not wanted; None where it is wanted.
     """
     calls = _calls(model, tuple(args), dict(kwargs or {}))
     found: dict[str, Captured] = {}
     refusals: dict[str, str] = {}
-    near: dict[str, str] = {}
+    near: dict[str, tuple[str, ...]] = {}
     known: dict[Hashable, str] = {}  # why parts were refused, "" where they are not wanted: their like need no trial
+    first: dict[Hashable, str] = {}  # of parts alike the one that was tried
     waiting = [(name, child) for name, child in model.named_children()]
     while waiting:
         path, module = waiting.pop(0)
@@ -42,26 +69,26 @@ def capture_islands(
             refused = known.get(alike)
             if refused is None:
                 refused = _tried(module, path, calls[path], lacking, found, near)
+            else:
+                near |= {path: near[first[alike]]} if first[alike] in near else {}
             if alike is not None and path not in found:
                 known[alike] = refused
+                first.setdefault(alike, path)
             if not refused:
                 continue  # what is not wanted as a whole has nothing wanted inside
             refusals[path] = refused
         waiting[:0] = [(f"{path}.{name}", child) for name, child in module.named_children()]
-    if not found:
-        what = "no attention found in what can be captured of it" if near else "no part of it can be captured"
-        said = "; ".join(f"{path}: {why}" for path, why in [*near.items(), *refusals.items()][:3])
-        raise Refused(what, where=type(model).__name__, fits=said or "a part with attention")
-    return found
+    without = {p: why for p, why in refusals.items() if not any(f.startswith(f"{p}.") for f in found)}
+    return Islands(found, near, without)
 
 
 def _tried(
     module: nn.Module,
     path: str,
     given: Given,
-    lacking: Callable[[Captured], str | None],
+    lacking: Lacking,
     found: dict[str, Captured],
-    near: dict[str, str],
+    near: dict[str, tuple[str, ...]],
 ) -> str:
     """Capture a part: why that is refused; "" where it is not, and then it is found or not wanted."""
     try:
@@ -76,7 +103,7 @@ def _tried(
         captured.notes = (*captured.notes, f"captured as an island at {path}")
         found[path] = captured
     elif lacks:
-        near[path] = lacks
+        near[path] = tuple(lacks)
     return ""
 
 

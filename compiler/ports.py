@@ -81,7 +81,27 @@ def find_ports(node: fx.Node) -> Ports:
     if ports.padding is not None:
         # the table that says it; what a mechanism gets is `real_keys`
         ports.nodes["key_padding"] = tables[int(_tables_in(ports.padding)[0][1:])]  # type: ignore[index,assignment]
+    documents = (documents_of(c) for c in spec.conjuncts)
+    ids = next((tables[int(name[1:])] for name in documents if name), None)  # type: ignore[index]
+    if ids is not None and monotone(ids):  # type: ignore[arg-type]
+        ports.nodes["documents"] = ids  # type: ignore[assignment]
     return ports
+
+
+def documents_of(condition: Expr) -> str:
+    """The table of a condition that a query and its key are of one document; "" of any other."""
+    if condition.op != "eq" or any(not isinstance(a, Expr) or a.op != "lookup" for a in condition.args):
+        return ""
+    (one, *here), (other, *there) = (a.args for a in condition.args)
+    ends = {here[-1].text, there[-1].text} if here and there else set()
+    same = one == other and [x.text for x in here[:-1]] == [x.text for x in there[:-1]]
+    return str(one) if same and ends == {"i", "j"} else ""
+
+
+def monotone(ids: fx.Node) -> bool:
+    """Whether ids never come back once they have changed: a running sum of conditions, (B, N)."""
+    conditions = ("ne", "eq", "lt", "le", "gt", "ge")
+    return op_name(ids) == "cumsum" and op_name(ids.args[0]) in conditions and _rank(ids) == 2
 
 
 def is_padding(condition: Expr) -> bool:

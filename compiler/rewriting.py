@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -45,6 +45,11 @@ class Settled:
     rolled_back: Mapping[str, str]  # path to reason
     changed: Mapping[str, tuple[str, ...]]  # what stands at each site that computes something else than before
     refused: frozenset[tuple[str, str]] = frozenset()  # (path, mechanism): a site that was left as it was stays so
+
+    def within(self, path: str) -> Settled:
+        """What was decided for the sites of one part."""
+        inside = {p: done for p, done in self.changed.items() if p.startswith(f"{path}.")}
+        return replace(self, changed=inside)
 
 
 @dataclass
@@ -105,6 +110,14 @@ class Rewriting:
         if self.settled is None:
             return self._decide(model, captured, raised, steps, misses, warnings, call)
         return lower(self._again(raised, steps, captured, self.settled).program, captured)
+
+    def part(self, path: str) -> Rewriting | None:
+        """The same decisions for a part of the model that is called alone; None where nothing in it was changed."""
+        place = ".".join(filter(None, (self.prefix, path)))
+        inside = self.settled.within(place) if self.settled is not None else None
+        if inside is None or not inside.changed:
+            return None
+        return replace(self, prefix=place, settled=inside, moved=Moved())
 
     def replay(self, model: nn.Module, call: Call) -> tuple[Captured, Outcome]:
         """What was decided, on a capture of its own: the graph before any rewrite and after, with sites and ports."""
@@ -206,7 +219,8 @@ class Rewriting:
         A site whose rewrite was exact computes the same without it.
         """
         done, now = settled.changed, _changed(outcome)
-        lost = {path for path, mechanisms in done.items() if now.get(path) != mechanisms}
+        ran = _modules_run(captured, self.prefix)
+        lost = {p for p, mechanisms in done.items() if now.get(p) != mechanisms and (p in now or _place(p) in ran)}
         if lost:
             refused = (str(r) for s, r in outcome.refused if s.path in lost)
             other = (f"{' + '.join(done[p])} there, {' + '.join(now[p])} here" for p in sorted(lost) if p in now)
@@ -272,6 +286,17 @@ class Rewriting:
 def _settled(first: Checked) -> Settled:
     refused = {(s.path, s.mechanism.slug) for s, _ in first.outcome.refused if s.mechanism.kind != "exact"}
     return Settled(dict(first.rolled_back), _changed(first.outcome), frozenset(refused))
+
+
+def _modules_run(captured: Captured, prefix: str) -> frozenset[str]:
+    """The modules that a call went through: an encoder is not among them where its outputs are given."""
+    stacks = (n.meta.get("nn_module_stack") or {} for n in captured.graph.graph.nodes)
+    return frozenset(".".join(filter(None, (prefix, str(path)))) for stack in stacks for path, _ in stack.values())
+
+
+def _place(path: str) -> str:
+    """The module of a site."""
+    return path.partition("#")[0]
 
 
 def _changed(outcome: Outcome) -> dict[str, tuple[str, ...]]:

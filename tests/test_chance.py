@@ -48,6 +48,31 @@ def test_chance_that_no_graph_has_is_refused_by_name(how: str) -> None:
     assert "without a seed" in said.value.fits
 
 
+class Dropping(nn.Module):
+    """Draws for every layer, in eval() too, and drops some in train() (MusicGen)."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__()
+        self.rate, self.body = rate, stack(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        drawn = random.uniform(0, 1)
+        return x if self.training and drawn < self.rate else self.body(x)
+
+
+def test_a_draw_that_decides_nothing_is_no_chance() -> None:
+    x, state = torch.randn(2, 5, 32), random.getstate()
+    for model in (Dropping(0.3).eval(), Dropping(0.0).train()):
+        fast = reattend.optimize(model, "exact", (x,), measure=False)
+        torch.testing.assert_close(fast(x), model.body(x))
+        assert "Python's random" not in fast.report.text()
+    random.setstate(state)
+    for draw in (random.uniform, random.random):
+        assert draw.__name__ in ("uniform", "random") and draw.__self__ is random._inst  # type: ignore[attr-defined]
+    with pytest.raises(Refused, match="draws by Python's random"):
+        capture(Dropping(0.3).train(), (x,))
+
+
 def test_draws_in_the_graph_are_as_the_models_own() -> None:
     model = Chance("none").eval()
     fast = reattend.optimize(model, "exact", (torch.randn(2, 5, 32),), measure=False)

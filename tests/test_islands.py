@@ -35,9 +35,9 @@ class Early(nn.Module):
         return self.head(x)
 
 
-def attends(captured: Captured) -> str | None:
+def attends(captured: Captured) -> tuple[str, ...] | None:
     found = any("scaled_dot_product_attention" in str(n.target) for n in captured.graph.graph.nodes)
-    return None if found else ""
+    return None if found else ()
 
 
 def identity(path: str):  # type: ignore[no-untyped-def]
@@ -52,7 +52,7 @@ def test_the_parts_that_can_be_captured_are_found_and_hosted() -> None:
     x = torch.randn(2, 5, 16)
     with pytest.raises(Refused, match="in forward"):
         capture(model, (x,))
-    found = capture_islands(model, (x,), {}, attends)
+    found = capture_islands(model, (x,), {}, attends).found
     assert list(found) == ["layers.0", "layers.1"]
     assert found["layers.0"].notes[-1] == "captured as an island at layers.0"
     fast = host_islands(model, list(found), identity)
@@ -69,8 +69,9 @@ def test_nothing_to_capture_is_refused() -> None:
             return x * 2 if x.sum() > 0 else x
 
     model = nn.Sequential(nn.Sequential(Counts(), nn.ReLU()))
+    assert not capture_islands(model, (torch.randn(2, 3),), {}, attends).found
     with pytest.raises(Refused, match="no part of it can be captured"):
-        capture_islands(model, (torch.randn(2, 3),), {}, attends)
+        reattend.optimize(model, "exact", (torch.randn(2, 3),), measure=False)
 
 
 class Asking(nn.Module):
@@ -99,8 +100,8 @@ def test_layers_alike_are_tried_once_and_a_question_of_values_at_one_size(
 
     monkeypatch.setattr(capture_module, "export", export)
     layers = nn.Sequential(*(Asking(k, width) for k, width in enumerate(widths)))
-    with pytest.raises(Refused, match="0.0: Could not guard"):
-        capture_islands(nn.Sequential(layers), (torch.randn(2, 8),), {}, attends)
+    islands = capture_islands(nn.Sequential(layers), (torch.randn(2, 8),), {}, attends)
+    assert list(islands.refused) == ["0", "0.0", "0.1", "0.2", "0.3"] and "Could not guard" in islands.refused["0.3"]
     assert exported.count("Asking") == tried and exported.count("Sequential") == 1
 
 
@@ -117,8 +118,56 @@ class Chunks(nn.Module):
 
 
 def test_what_comes_near_in_a_part_is_said_before_what_cannot_be_captured() -> None:
-    with pytest.raises(Refused, match=r"no attention found in what can be captured of it.*inner: a softmax"):
-        capture_islands(Chunks(), (torch.randn(2, 5, 16),), {}, lambda captured: "a softmax")
+    with pytest.raises(Refused, match=r"no attention found in what can be captured of it .inner.1: no product of q"):
+        reattend.optimize(Chunks(), "exact", (torch.randn(2, 5, 16),), measure=False)
+
+
+class Mixed(nn.Module):
+    """One layer that attends, two that ask for a value, two that only come near."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attends = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+        self.asks = nn.ModuleList(Asked() for _ in range(2))
+        self.near = nn.ModuleList(nn.Sequential(nn.Linear(16, 16), nn.Softmax(-1)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (self.attends, *self.asks, *self.near):
+            x = layer(x)
+        y: Tensor = x
+        return y if y.sum() > -1e9 else -y
+
+
+class Asked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.linear(x)
+        return y if y.sum() > 0 else -y
+
+
+def test_parts_beside_islands_are_accounted_for() -> None:
+    model, x = Mixed().eval(), torch.randn(2, 5, 16)
+    explained = reattend.explain(model, (x,))
+    report = reattend.optimize(model, "exact", (x,), measure=False).report
+    assert [site.path for site in explained.sites] == ["attends.self_attn"]
+    for misses, notes in ((explained.misses, explained.notes), (report.misses, report.notes)):
+        assert [m.partition(":")[0] for m in misses] == ["near.0.1", "near.1.1"]
+        assert notes[0].startswith("captured in 1 islands, not whole: Mixed: ")
+        assert notes[1].startswith("left as it is: asks.0, asks.1: Could not guard on data-dependent expression")
+
+
+def test_without_islands_explain_gives_the_whole_account() -> None:
+    model, x = Mixed().eval(), torch.randn(2, 5, 16)
+    model.attends = nn.Identity()
+    explained = reattend.explain(model, (x,))
+    assert (
+        not explained.sites and not reattend.sites(model, (x,)) and "near.1.1: no product of queries" in str(explained)
+    )
+    assert explained.notes[0].startswith("not captured whole, and no part of it attends: Mixed: ")
+    assert explained.notes[1].startswith("left as it is: asks.0, asks.1: ")
 
 
 def test_islands_take_as_many_signatures_as_asked() -> None:
@@ -151,7 +200,7 @@ def test_a_graph_that_is_not_the_model_gives_way_to_islands_that_are() -> None:
 
 def test_where_no_island_is_the_model_the_whole_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = nn.Sequential(Shortens(), nn.Linear(16, 16)).eval(), torch.randn(2, 7, 16)
-    monkeypatch.setattr(api, "_islands", none_found)
+    monkeypatch.setattr(api, "attending_islands", none_found)
     fast = reattend.optimize(model, "exact", x, measure=False)
     assert any("the captured graph is not the model" in warning for warning in fast.report.warnings)
     assert any("not in islands either: no parts" in note for note in fast.report.notes)

@@ -241,8 +241,8 @@ def test_scan_refuses_in_words(name: str) -> None:
     how, words = REFUSED[name]
     with pytest.raises(Refused, match=words):
         scan(*_rows(5), **how)
-    with pytest.raises(Refused, match="5 queries, 6 keys"):
-        scan(*_rows(5, 6))
+    with pytest.raises(Refused, match="6 queries, 5 keys"):
+        scan(*_rows(6, 5))
 
 
 # --- prefix -----------------------------------------------------------------------------------------------------------
@@ -367,3 +367,18 @@ def test_no_rows_leave_the_state_as_it_was() -> None:
     o, after = scan(q, q, q, state=state, outputs=("o", "state"))
     assert o.shape == (2, 2, 0, 3) and torch.equal(after, state) and after is not state
     assert prefix("sum", q).shape == q.shape
+
+
+@pytest.mark.parametrize("kind", ["none", "per head", "per head and channel"])
+@pytest.mark.parametrize("n", [1, 3, 9])
+def test_fewer_queries_than_keys_are_the_last_rows(kind: str, n: int) -> None:
+    q, k, v = _rows(9)
+    how: dict[str, Any] = {"feature": lambda x: torch.relu(x) + 1.0, "normaliser": "sum", **DECAYS[kind](9)}
+    how["valid"] = torch.tensor([0, 1, 1, 0, 1, 1, 1, 1, 1])
+    whole, state, norm = scan(q, k, v, outputs=("o", "state", "norm"), **how)
+    o, last, divisor = scan(q[:, :, 9 - n :], k, v, outputs=("o", "state", "norm"), **how)
+    torch.testing.assert_close((o, last, divisor), (whole[:, :, 9 - n :], state, norm[:, :, 9 - n :]))
+    with pytest.raises(Refused, match="at most as many queries as keys"):
+        scan(q, k[:, :, :5], v[:, :, :5])
+    with pytest.raises(Refused, match="a decay of 4 rows, 9 keys"):
+        scan(q[:, :, 5:], k, v, decay=torch.rand(B, H, 4).double())

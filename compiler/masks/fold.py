@@ -10,17 +10,19 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..primitives.attend_spec import AttendSpec
+from ..primitives.attend_spec import CAUSAL, AttendSpec
 from ..symbol_text import parse
 from ..symbols import FALSE, TRUE, Expr, build, const
 from .aliases import nodes_written_in_place, structure_keys
 from .arithmetic import pushed, truth
+from .documents import counted, starts
 from .emptiness import has_finite_fill, never_empty
 from .erasing import erase_unused
 from .evaluation import Side, disagreement, spec_exprs
 from .families import Families
 from .frame import Frame
 from .index_space import I, simplify_indices
+from .last_row import place_last_rows
 from .reading import Reader, backward_slice, dtype, is_dense, is_tensor, leaf_name
 from .splitting import split
 
@@ -68,6 +70,7 @@ def fold_masks(graph_module: fx.GraphModule) -> tuple[MaskVerdict, ...]:
     if replaced:
         erase_unused(graph_module.graph, replaced)
         graph_module.recompile()
+    place_last_rows(graph_module.graph)
     return tuple(verdicts)
 
 
@@ -125,7 +128,7 @@ class _Site:
         same_score = side.score == self.spec.score
         if side.text == self.text or (same_score and (set(tables) == set(self.tables) or _all_dense(side))):
             return "; ".join(reader.reasons()) or "nothing to fold"
-        cut = [reader.leaves[x] for x in nodes if x in reader.leaves]
+        cut = [n for x in nodes if (n := reader.leaves.get(x)) is not None and starts(n) is None]
         after = Side(side, tuple((f"t{k}", t) for k, t in enumerate(tables)))
         wrong, sizes = disagreement(self.old, after, cut, self.q, self.kv[0], self.graph_module, families.beyond)
         if wrong:
@@ -150,7 +153,7 @@ class _Site:
         whole = pushed(self.plain.score_expr.replace(values))
         own = truth(pushed(self.plain.keep_expr.replace(values)))
         low, score = split(whole)
-        keep = simplify_indices(own & low, space)
+        keep = simplify_indices(counted(own & low, nodes | reader.leaves), space)
         spec = replace(self.plain, keep=_text(keep), score=simplify_indices(score, space).text)
         if self.plain.empty_expr is not None:
             whole = pushed(self.plain.empty_expr.replace(values))
@@ -185,7 +188,7 @@ def _text(keep: Expr) -> str:
 
 def _from_start(spec: AttendSpec, frame: Frame) -> AttendSpec:
     """The same with i counted from the first query, where nothing else in the spec uses i."""
-    if spec.align == "start" or spec.sink or spec.after:
+    if spec.align == "start" or _counted_elsewhere(spec):
         return spec
     ahead = {"i": I + (frame.space.keys - frame.space.queries)}
     return replace(_shifted(spec, ahead), align="start")
@@ -198,15 +201,21 @@ def _shifted(spec: AttendSpec, index: dict[str, Expr]) -> AttendSpec:
 
 
 def _aligned(spec: AttendSpec, frame: Frame) -> AttendSpec:
-    """The same with i counted so that the last query stands at the last key, if that says it more shortly."""
+    """The same with i counted so that the last query stands at the last key, if it is causal so, or shorter."""
     space = frame.space
-    if spec.align != "start" or space.queries.text == space.keys.text or spec.sink or spec.after:
+    if spec.align != "start" or space.queries.text == space.keys.text or _counted_elsewhere(spec):
         return spec
     shift = build("sub", space.keys, space.queries)
     moved = _shifted(spec, {"i": I - shift})
-    if len(moved.keep) + len(moved.score) >= len(spec.keep) + len(spec.score):
+    longer = len(moved.keep) + len(moved.score) >= len(spec.keep) + len(spec.score)
+    if longer and all(c.text != CAUSAL for c in moved.conjuncts):
         return spec
     return replace(moved, align="end")
+
+
+def _counted_elsewhere(spec: AttendSpec) -> bool:
+    """Whether a sink or an epilogue counts queries too."""
+    return any(text and "i" in parse(text).names for text in (spec.sink, spec.after))
 
 
 def _dense_leaves(spec: AttendSpec) -> list[str]:

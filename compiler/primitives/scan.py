@@ -3,7 +3,8 @@
     S_t = a_t * S_{t-1} + phi(k_t) v_t^T,   o_t = phi(q_t)^T S_t        (a_t over the rows of S: one number or D)
 
 With normaliser "sum" o_t is divided by phi(q_t) . z_t + eps, z_t being the same recurrence over phi(k_t) alone; it
-travels as one more column of the state. Noncausal rows all read the last state.
+travels as one more column of the state. Noncausal rows all read the last state. Fewer queries than keys, when causal,
+are those of the last rows: what a cache holds comes in front of them.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..refusal import Refused, nearest
 from ..symbols import name
@@ -62,6 +64,9 @@ def scan(
         raise Refused("a decay without an order of the rows", where="scan", fits="causal=True")
     if not causal and read != "after":
         raise Refused(f"read={read!r} without an order of the rows", where="scan", fits="causal=True")
+    ahead = k.shape[2] - q.shape[2] if causal and q.shape[2] != k.shape[2] else None
+    if ahead is not None:
+        q = pad(q, (0, 0, ahead, 0))  # the past has no queries: what these rows read is left out
     tables = Tables()
     features = feature if isinstance(feature, tuple) else (feature, feature)
     spec = ScanSpec(
@@ -79,6 +84,8 @@ def scan(
         outputs=tuple(outputs),
     )
     results = scan_op(q, [k, v], tables.tensors, spec.text)
+    if ahead is not None:
+        results = [t if which == "state" else t[:, :, ahead:] for which, t in zip(spec.outputs, results, strict=True)]
     return results[0] if len(spec.outputs) == 1 else tuple(results)
 
 
@@ -103,6 +110,9 @@ def _as_rows(decay: Tensor, q: Tensor, k: Tensor) -> Tensor:
             fits = "(H,), (H, D), (B, H, N), (B, H, N, D)"
             raise Refused(f"a decay of {decay.ndim} dimensions", where="scan", fits=fits)
     heads, width = rows.shape[1], rows.shape[3]
+    if decay.ndim > 2 and rows.shape[2] != 1 and rows.shape[2] != k.shape[2]:
+        fits = "one of every key's row; rows before these come as `state`"
+        raise Refused(f"a decay of {rows.shape[2]} rows, {k.shape[2]} keys", where="scan", fits=fits)
     if heads not in (1, k.shape[1], q.shape[1]) or width not in (1, q.shape[-1]):
         found = f"a decay of shape {tuple(decay.shape)}"
         raise Refused(found, where="scan", fits=f"H = {q.shape[1]} or {k.shape[1]}, D = {q.shape[-1]}")
@@ -140,8 +150,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, causal: bool, normaliser: str, read:
         raise Refused(found, where="scan", fits="heads must be a multiple of kv_heads")
     if k.shape[2] != v.shape[2]:
         raise Refused(f"{k.shape[2]} keys, {v.shape[2]} values", where="scan", fits="as many of both")
-    if causal and q.shape[2] != k.shape[2]:
-        fits = "as many of both when causal; rows before these come as `state`"
+    if causal and q.shape[2] > k.shape[2]:
+        fits = "at most as many queries as keys when causal; rows before these come as `state`"
         raise Refused(f"{q.shape[2]} queries, {k.shape[2]} keys", where="scan", fits=fits)
     for value, known, kind in ((normaliser, NORMALISERS, "normaliser"), (read, READS, "read")):
         if value not in known:

@@ -45,7 +45,7 @@ class Linear(Mechanism):
 
     part = "core"
     kind = "needs recovery"
-    honours = {"padding"}
+    honours = {"padding", "packed"}
     paper = "arXiv 2006.16236"
     tries = ({}, {"feature_map": "relu", "eps": 1e-3}, {"feature_map": "identity", "normalize": False})
 
@@ -56,10 +56,19 @@ class Linear(Mechanism):
     def fits(self, site: Site) -> str | None:
         if site.causal and not site.self_attention:
             return f"linear keeps a running state with one row per query, this site is {site.pattern}"
+        if "packed" in site.features and "documents" not in site.ports:
+            return "linear starts anew with each document: their ids must be a running count of where one begins"
         return None
 
     def forward(  # type: ignore[override]
-        self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor | None = None
+        self,
+        site: Any,
+        p: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        key_padding: Tensor | None = None,
+        documents: Tensor | None = None,
     ) -> Tensor:
         return scan(
             q,
@@ -69,6 +78,7 @@ class Linear(Mechanism):
             feature=FEATURES[self.feature_map],
             normaliser="sum" if self.normalize else "none",
             eps=self.eps,
+            reset=documents if "packed" in site.features else None,
             valid=key_padding,  # a key that is padding leaves the state as it is
         )
 

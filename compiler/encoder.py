@@ -1,0 +1,33 @@
+"""get_encoder() of a hosted model: what generate() runs alone is rewritten as it is within the whole.
+
+The encoder's own class over the model's own modules and tensors, its forward running graphs of its calls, made by the
+decisions that the whole model's first call took.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+
+def encoding(made_from: Any) -> Callable[..., Any]:
+    """The class's own get_encoder; where sites within what it gives were rewritten, a hosted one."""
+
+    @functools.wraps(made_from.get_encoder)
+    def get_encoder(self: Any, *args: Any, **kwargs: Any) -> Any:
+        found = made_from.get_encoder(self, *args, **kwargs)
+        path = next((name for name, module in self.named_modules() if module is found and name), "")
+        return _hosted(self, path, found) if path else found
+
+    return get_encoder
+
+
+def _hosted(model: nn.Module, path: str, part: nn.Module) -> nn.Module:
+    from .hosted import hosting, view_of  # which reads this for the classes it makes
+
+    state = hosting(model)
+    work = state.about.part(path) if hasattr(state.about, "part") else None
+    return part if work is None else view_of(part, path, state, work)
