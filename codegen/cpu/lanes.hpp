@@ -208,7 +208,8 @@ INLINE vf over(vf a, vf b) { const vf y = about_one_over(b); return a * (y * (2.
 INLINE vf sigmoid_(vf x) { return 1.f / (1.f + exp_(-x)); }
 #else
 INLINE vf over(vf a, vf b) { return a / b; }
-INLINE vf sigmoid_(vf x) { return 1.f / (1.f + exp_(-x)); }
+// Up to 2 ** 127.5, which 1 is too small for to leave a whole float.
+INLINE vf sigmoid_(vf x) { return 1.f / (1.f + power_of_2(within(-1.44269504f * x, -127.f, 127.5f))); }
 #endif
 INLINE vf relu_(vf x) { return select(x < 0.f, all(0.f), x); }
 // A quotient of polynomials, 3e-7 apart at most relative to the value; from 9 on it is 1. For eight bits a shorter one, 5e-5 apart.
