@@ -4,7 +4,7 @@
 
 >>> from .symbol_text import parse
 >>> power(parse("where(0 < s - 1, log(where(0 < s - 1, s - 1, 1.0)) * 15, -inf)"))
-(where(0 < s + -1, s + -1, 0.0), 15)
+(where(0 < s - 1, s - 1, 0.0), 15)
 """
 
 from __future__ import annotations
