@@ -98,6 +98,46 @@ def test_factors_of_weights_and_relative_terms(name: str, halves: str, monkeypat
     same(found, attend_meaning(wide(groups), text), 8e-3 if halves else 2e-6)
 
 
+def _above(y: Any, n: int) -> Any:
+    return torch.where(y > 0, torch.log(torch.where(y > 0, y, 1.0)) * n, -math.inf)
+
+
+POWERS: dict[str, dict[str, Any]] = {  # scores whose weights are powers
+    "of softplus": {"score": lambda s: _above(torch.nn.functional.softplus(s) - 1, 15), "causal": True},
+    "with a sink": {"score": lambda s: _above(s, 3), "sink": lambda h: h - 4.0},
+    "far apart": {"score": lambda s, i, j: _above(s * torch.exp2((i - 2 * j) // 8 * 1.0), 4), "causal": True},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", POWERS)
+def test_scores_that_are_multiples_of_a_logarithm(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = drawn(2, 2, 290, 16), drawn(2, 2, 290, 16), drawn(2, 2, 290, 8)
+    given = POWERS[name] | {"outputs": ("o", "lse")}
+    groups, text = said(monkeypatch, attend_front, "attend_op", lambda: attend(q, k, v, **given))
+    must_build(monkeypatch, attending)
+    assert "POWER = 0;" not in attending.source(text, "")
+    same(attending.run(groups, text), attend_meaning(wide(groups), text), 3e-6)
+
+
+FAR = drawn(2, 300)  # of distances, which move by one from a key to the next or, beyond a table, by none
+LINES: dict[str, dict[str, Any]] = {
+    "upwards": {"score": lambda s, h, i, j: s + table(FAR)[h, j - i + 150]},
+    "downwards, clipped": {"score": lambda s, h, i, j: s + table(FAR[:, :40])[h, i - j]},
+    "there and back, clipped": {"score": lambda s, h, i, j: s + table(FAR[:, :9])[h, abs(i - j)], "align": "end"},
+    "in steps": {"score": lambda s, h, i, j: s * table(FAR)[h, j // 3 + 4] + table(FAR)[h, 2 * (i - j)]},
+    "heads last": {"after": lambda w, h, i, j: w * table(FAR.mT)[i - j + 140, h], "causal": True},
+    "of a key": {"keep": lambda b, i, j: table(torch.arange(2 * 290).view(2, -1) // 17)[b, j] <= i // 9},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LINES)
+def test_what_is_looked_up_along_the_keys(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = drawn(2, 2, 290, 16), drawn(2, 2, 290, 16), drawn(2, 2, 290, 8)
+    groups, text = said(monkeypatch, attend_front, "attend_op", lambda: attend(q, k, v, **LINES[name]))
+    must_build(monkeypatch, attending)
+    same(attending.run(groups, text), attend_meaning(wide(groups), text), 2e-6)
+
+
 SHARED, OWN = drawn(1, 33, D) / 5, drawn(H, 150, D) / 5  # rows that distances ask about, of all heads and of each
 IN_TURN: dict[str, dict[str, Any]] = {
     "clipped distances": {"relative": [Relative(SHARED, lambda i, j: i - j)], "causal": True},

@@ -5,7 +5,7 @@
 // In front of these BM, BN, SEGMENTS, NORMALISER, EPS, SINK, VALUES (o is asked for), AFTER (a weight meets its value times a
 // factor that the sum of weights knows nothing of), STOPS (tiles may be left out once all rows are `spent`), BACK, AHEAD, SINKS;
 // for every segment S
-//   Spec<S> of a row (b, h, i, t): score(s, j), weight(s), factor(j), keep(j); and ::seen(b, h, i0, i1, j0, j1): 0 none, 1 some, 2 all are kept;
+//   Spec<S> of a row (b, h, i, t) and the keys of a tile: score(s, j, n), weight(s), factor(j, n), keep(j, n); and ::seen(b, h, i0, i1, j0, j1): 0 none, 1 some, 2 all are kept;
 // and sink(b, h, i, t); t: the tables that the expressions look up.
 //
 // The last segment comes first.

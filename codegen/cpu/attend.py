@@ -16,6 +16,7 @@ from ...compiler.cost import sizes
 from ...compiler.doctor import cpu_flags
 from ...compiler.factors import carried
 from ...compiler.groups_of_keys import even_groups
+from ...compiler.powers import power
 from ...compiler.primitives.attend_spec import AttendSpec
 from ...compiler.primitives.operator import Groups
 from ...compiler.primitives.rows import repeat_heads
@@ -93,12 +94,15 @@ def source(text: str, tables: str, halves: str = "") -> str:
     spec, bound = AttendSpec.of(text), reach(text)
     _, queries, keys = spec.tiles or ("", *_block(text, halves))
     normaliser = list(_WEIGHTS).index(spec.normaliser)
+    raised = power_of(spec)
     head = [
         f"enum {{ {', '.join(_WEIGHTS).upper()} }};",
         f"constexpr int BM = {queries}, BN = {keys}, SEGMENTS = {len(spec.segments)}, NORMALISER = {normaliser};",
         f"constexpr bool SINK = {_flag(bool(spec.sink))}, VALUES = {_flag('o' in spec.outputs)};",
         f"constexpr bool AFTER = {_flag(bool(spec.after))}, STOPS = {_flag(leftover(text))};",
         f"constexpr float EPS = {spec.eps!r}f;",
+        f"constexpr int POWER = {raised};",
+        f"constexpr float RISE = {2 ** (8 / max(1, raised))!r}f;",
         *([f"constexpr int SIZE = {groups.size};"] if (groups := even_groups(spec.leader)) else []),
         reach_said(bound),
         "template <int S> struct Spec;",
@@ -170,17 +174,23 @@ def reach_said(bound: Reach) -> str:
     return f"constexpr int64_t BACK = {back}, AHEAD = {ahead}, SINKS = {bound.sinks};"
 
 
+def power_of(spec: AttendSpec) -> int:
+    """The power that makes the scores' numbers weights, in every segment the same one; 0 of other scores."""
+    known = {found[1] if (found := power(parse(score))) else 0 for _, score, _ in spec.segments}
+    return known.pop() if spec.normaliser == "softmax" and len(known) == 1 else 0
+
+
 def _segment(number: int, keep: str, score: str, spec: AttendSpec, tables: str) -> str:
     predicate = parse(keep) if keep else TRUE
     functions = {
-        "vf score(vf s, vi j)": (scores(spec, parse(score)), "vf"),
+        "vf score(vf s, vi j, int64_t n)": (_score(spec, parse(score)), "vf"),
         "vf weight(vf s)": (carried(parse(spec.weight or "exp(s)")), "vf"),
-        "vf factor(vi j)": (carried(slope(parse(spec.after or "w"), "w")), "vf"),
-        "vi keep(vi j)": (predicate, "vb"),
+        "vf factor(vi j, int64_t n)": (carried(slope(parse(spec.after or "w"), "w")), "vf"),
+        "vi keep(vi j, int64_t n)": (predicate, "vb"),
     }
     boxes = [seen(predicate)]
     if groups := even_groups(spec.leader):
-        functions["vi alone(vi j)"] = (groups.alone, "vb")
+        functions["vi alone(vi j, int64_t n)"] = (groups.alone, "vb")
         boxes.append(seen(groups.alone, "alone_seen"))
     return "template <> " + of_a_row(f"Spec<{number}>", functions, tables, *boxes)
 
@@ -199,6 +209,12 @@ def _scales(after: Expr) -> bool:
 def scores(spec: AttendSpec, e: Expr) -> Expr:
     """A score as the kernels want it: in powers of 2 where only exponentials and logarithms follow."""
     return carried(e, LOG2E if spec.normaliser in _POWERS else 1.0)
+
+
+def _score(spec: AttendSpec, e: Expr) -> Expr:
+    """The same, or the number of which a weight is a power."""
+    found = power(e) if power_of(spec) else None
+    return carried(found[0]) if found else scores(spec, e)
 
 
 def seen(predicate: Expr, called: str = "seen") -> str:

@@ -48,9 +48,9 @@ def source(text: str, tables: str) -> str:
     predicate = parse(spec.keep) if spec.keep else TRUE
     _, queries, keys = spec.tiles or ("", _ROWS, _KEYS // 2 if leftover(text) else _KEYS)
     functions = {
-        "vf score(vf s, vi j)": (attend.scores(spec, score), "vf"),
-        "vf slope(vf s, vi j)": (carried(slope(score, "s")), "vf"),
-        "vi keep(vi j)": (predicate, "vb"),
+        "vf score(vf s, vi j, int64_t n)": (attend.scores(spec, score), "vf"),
+        "vf slope(vf s, vi j, int64_t n)": (carried(slope(score, "s")), "vf"),
+        "vi keep(vi j, int64_t n)": (predicate, "vb"),
         "vf weight(vf s)": (carried(weight), "vf"),
         "vf weight_slope(vf s)": (carried(slope(weight, "s")), "vf"),
     }

@@ -26,19 +26,21 @@ INLINE void begin_row(const Call& c, Block& x, int64_t r) {
 // Of a tile: products q . k in s become ds, products do . v in w become w.
 template <bool WHOLE> INLINE void weigh(const Call& c, Block& x, int64_t width, int32_t j0) {
     const int64_t lanes = rounded(width, VL);
+    int32_t lines[Spec::LINES * LN + 1];
+    const Keys keys{nullptr, j0, lanes, lines, LN};
     for (int64_t r = 0; r < x.count; r++) {
         float *s = x.s + r * LN, *w = x.w + r * LN;
         if (spent(c, x, r)) {
             memset(s, 0, sizeof(float) * lanes), memset(w, 0, sizeof(float) * lanes);
             continue;
         }
-        const Spec row((int)x.b, (int)x.h, (int)(x.first + r + c.shift), c.t);
+        const Spec row((int)x.b, (int)x.h, (int)(x.first + r + c.shift), c.t, keys);
         float shares[LN], taken[LN];
         for (int64_t n = 0; n < lanes; n += VL) {  // apart from what follows: neither waits for the other
-            const vf y = row.score(load(s + n), count() + (j0 + (int32_t)n)), low = log2_above_1(exp2_between(-absolute(y)));
+            const vf y = row.score(load(s + n), keys.at(n), n), low = log2_above_1(exp2_between(-absolute(y)));
             vf own = least(y, all(0.f)) - low, whole = most(y, all(0.f)) + low;
             if (!WHOLE) {
-                const vi kept = row.keep(count() + (j0 + (int32_t)n)) & (count() + (int32_t)n < (int32_t)width);
+                const vi kept = row.keep(keys.at(n), n) & (count() + (int32_t)n < (int32_t)width);
                 own = select(kept, own, all(-INF)), whole = select(kept, whole, vf{});
             }
             store(shares + n, own), store(taken + n, whole);
@@ -50,7 +52,7 @@ template <bool WHOLE> INLINE void weigh(const Call& c, Block& x, int64_t width, 
             const vf p = select(share < -GONE, vf{}, exp2_between(share)), had = p * load(w + n);
             const vf a = select(own < -GONE, vf{}, exp2_between(own)), before = sums_above(had);
             const vf bound = p * largest, behind = most(-bound, least(bound, a * (rest - before)));
-            vf up = (had - (behind + a * left)) * row.slope(load(s + n), count() + (j0 + (int32_t)n));
+            vf up = (had - (behind + a * left)) * row.slope(load(s + n), keys.at(n), n);
             if (!WHOLE) up = select(own == -INF, vf{}, up);  // a slope may be infinite where no key is kept
             store(w + n, p), store(s + n, up);
             here += all(later[0] + mine[0]), rest -= all(before[0] + had[0]);

@@ -9,18 +9,20 @@ INLINE void begin_row(const Call&, Block&, int64_t) {}
 template <bool WHOLE> INLINE void weigh(const Call& c, Block& x, int64_t width, int32_t j0) {
     const int64_t lanes = rounded(width, VL), at = (x.b * c.H + x.h) * c.N + x.first;
     const int b = (int)x.b, h = (int)x.h;
+    int32_t lines[Spec::LINES * LN + 1];
+    const Keys keys{nullptr, j0, lanes, lines, LN};
     for (int64_t r = 0; r < x.count; r++) {
         float *s = x.s + r * LN, *w = x.w + r * LN;
-        const Spec row(b, h, (int)(x.first + r + c.shift), c.t);
+        const Spec row(b, h, (int)(x.first + r + c.shift), c.t, keys);
         const float L = c.L[at + r], R = c.R[at + r], delta = c.delta[at + r];
         for (int64_t n = 0; n < lanes; n += VL) {
-            const vi j = count() + (j0 + (int32_t)n);
-            const vf raw = load(s + n), y = row.score(raw, j);
+            const vi j = keys.at(n);
+            const vf raw = load(s + n), y = row.score(raw, j, n);
             vf p = SOFTMAX ? exp2_(y - L) : row.weight(y) * R;
             vf up = SOFTMAX ? p : row.weight_slope(y) * R;
-            up *= (load(w + n) - delta) * row.slope(raw, j);
+            up *= (load(w + n) - delta) * row.slope(raw, j, n);
             if (!WHOLE) {
-                const vi kept = row.keep(j) & (count() + (int32_t)n < (int32_t)width);
+                const vi kept = row.keep(j, n) & (count() + (int32_t)n < (int32_t)width);
                 p = select(kept, p, vf{}), up = select(kept, up, vf{});
             }
             if (SOFTMAX && L == -INF) p = vf{}, up = vf{};  // a row that keeps no key

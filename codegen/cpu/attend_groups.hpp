@@ -4,7 +4,7 @@
 //   SIZE           keys of a group; the last of them leads it, if it is there. A tile holds whole groups: what is shared out among
 //                  followers is known before the next tile
 //
-// Spec<S> of a row says besides: alone(j), a key that leads itself wherever it stands; ::alone_seen of a box, as seen.
+// Spec<S> of a row says besides: alone(j, n), a key that leads itself wherever it stands; ::alone_seen of a box, as seen.
 
 constexpr int64_t GROUPS = BN / SIZE;
 constexpr float SLACK = 8.f;  // by how many powers of 2 a weight may be above 1 before the others are made smaller
@@ -52,8 +52,8 @@ template <int S, bool WHOLE> INLINE bool weigh_near(const Spec<S>& row, Block& x
         int64_t n = 0;
         const auto next = [&] {
             const vi j = count() + (j0 + (int32_t)(first + n));
-            y = row.score(load(s + first + n), j);
-            if (!WHOLE) y = select(row.keep(j), y, all(-INF));
+            y = row.score(load(s + first + n), j, first + n);
+            if (!WHOLE) y = select(row.keep(j, first + n), y, all(-INF));
             const vf by = y - near;
             return select(by < -126.f, vf{}, exp2_between(by));
         };
@@ -71,7 +71,7 @@ template <int S, bool WHOLE> INLINE bool weigh_near(const Spec<S>& row, Block& x
         const float factor = led[first / SIZE] / whole[first / SIZE];
         for (int64_t n = 0; n < SIZE; n += VL) {
             vf w = load(share + first + n) * factor;
-            if (AFTER) w *= row.factor(count() + (j0 + (int32_t)(first + n)));
+            if (AFTER) w *= row.factor(count() + (j0 + (int32_t)(first + n)), first + n);
             if (AFTER && !WHOLE) w = select(count() + (int32_t)(first + n) < (int32_t)width, w, vf{});
             store(p + first + n, SIZE % VL == 0 ? w : select(count() + (int32_t)n < (int32_t)SIZE, w, load(p + first + n)));
         }
@@ -88,11 +88,11 @@ template <int S, bool WHOLE, bool ALONE> INLINE void weigh_row(const Spec<S>& ro
     vf high = all(-INF), sum{};
     for (int64_t n = 0; n < lanes; n += VL) {
         const vi j = count() + (j0 + (int32_t)n);
-        vf y = row.score(load(s + n), j);
-        if (!WHOLE) y = select(row.keep(j) & (count() + (int32_t)n < (int32_t)width), y, all(-INF));
+        vf y = row.score(load(s + n), j, n);
+        if (!WHOLE) y = select(row.keep(j, n) & (count() + (int32_t)n < (int32_t)width), y, all(-INF));
         store(s + n, y);
         if (ALONE) {
-            const vi own = row.alone(j);
+            const vi own = row.alone(j, n);
             *(vi*)(lone + n) = own, high = most(high, select(own, y, all(-INF)));
         }
     }
@@ -124,7 +124,7 @@ template <int S, bool WHOLE, bool ALONE> INLINE void weigh_row(const Spec<S>& ro
                 const vf alone = select(own, exp2_(y - from), vf{});
                 w = select(own, alone, w), sum += alone;
             }
-            if (AFTER) w *= row.factor(at + (j0 + (int32_t)first));
+            if (AFTER) w *= row.factor(at + (j0 + (int32_t)first), first + n);
             if (!WHOLE) w = select(at + (int32_t)first < (int32_t)width, w, vf{});
             store(p + first + n, SIZE % VL == 0 ? w : select(at < (int32_t)SIZE, w, load(p + first + n)));
         }
@@ -135,8 +135,10 @@ template <int S, bool WHOLE, bool ALONE> INLINE void weigh_row(const Spec<S>& ro
 // Scores of a block against one tile become weights; m, l and o follow. WHOLE: all keys of a tile, and no row leaves one out.
 template <int S, bool WHOLE> INLINE void weigh(const Call& c, Block& x, const int32_t*, int64_t width, int32_t j0) {
     const bool alone = Spec<S>::alone_seen((int)x.b, (int)x.h, x.i0, x.i1, j0, j0 + (int32_t)width - 1) != 0;
+    int32_t lines[Spec<S>::LINES * (LN + VL) + 1];  // groups begin anywhere in a vector
+    const Keys keys{nullptr, j0, rounded(width, VL) + (SIZE % VL ? VL : 0), lines, LN + VL};
     for (int64_t r = 0; r < x.count; r++) {
-        const Spec<S> row((int)x.b, (int)x.h, x.i[r], c.t);
+        const Spec<S> row((int)x.b, (int)x.h, x.i[r], c.t, keys);
         if (alone) weigh_row<S, WHOLE, true>(row, x, r, width, j0);
         else if (!weigh_near<S, WHOLE>(row, x, r, width, j0)) weigh_row<S, WHOLE, false>(row, x, r, width, j0);
         if (!WHOLE && DEEP > 1) memset(x.p + r * LN + width, 0, sizeof(cell) * (rounded(width, DEEP) - width));

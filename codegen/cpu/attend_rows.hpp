@@ -1,7 +1,7 @@
 // What gradients of `attend` are made from: a head's keys and values in tiles, a block of query rows and their gradients.
 //
-// In front of this text stand BM, BN, SOFTMAX, BACK, AHEAD, SINKS, and Spec of a row (b, h, i, t): score(s, j) (in powers of 2 where
-// only exponentials and logarithms follow), slope(s, j) = d score / ds, weight(s), weight_slope(s), keep(j); ::seen of a box.
+// In front of this text stand BM, BN, SOFTMAX, BACK, AHEAD, SINKS, and Spec of a row (b, h, i, t) and the keys of a tile: score(s, j, n) (in powers of 2 where
+// only exponentials and logarithms follow), slope(s, j, n) = d score / ds, weight(s), weight_slope(s), keep(j, n); ::seen of a box.
 
 constexpr int64_t LN = (BN + VL - 1) / VL * VL;  // from one row of a tile to the next
 struct Rows { float* data; int64_t b, h, n, d; };  // strides in elements

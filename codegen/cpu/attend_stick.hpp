@@ -14,6 +14,8 @@ INLINE void begin_row(const Call&, Block& x, int64_t r) { x.m[r] = 0.f, x.l[r * 
 // Scores of a block against one tile become weights; m follows. WHOLE: all keys of a tile, and no row leaves one out.
 template <int S, bool WHOLE> INLINE void weigh(const Call& c, Block& x, const int32_t* place, int64_t width, int32_t j0) {
     const int64_t lanes = WHOLE ? BN : rounded(width, VL), end = WHOLE ? BN : rounded(width, DEEP);
+    int32_t lines[Spec<S>::LINES * LN + 1];
+    const Keys keys{place, j0, lanes, lines, LN};
     for (int64_t r = 0; r < x.count; r++) {
         float* s = x.s + r * LN;
         cell* p = x.p + r * LN;
@@ -21,15 +23,14 @@ template <int S, bool WHOLE> INLINE void weigh(const Call& c, Block& x, const in
             memset(p, 0, sizeof(cell) * larger(lanes, end));
             continue;
         }
-        const Spec<S> row((int)x.b, (int)x.h, x.i[r], c.t);
-        const auto key = [=](int64_t n) { return place ? *(const vi*)(place + n) : count() + (j0 + (int32_t)n); };
+        const Spec<S> row((int)x.b, (int)x.h, x.i[r], c.t, keys);
         float taken[LN + VL];
         for (int64_t n = 0; n < lanes; n += VL) {  // apart from what follows: neither waits for the other
-            const vi j = key(n);
-            const vf y = row.score(load(s + n), j), low = log2_above_1(exp2_between(-absolute(y)));
+            const vi j = keys.at(n);
+            const vf y = row.score(load(s + n), j, n), low = log2_above_1(exp2_between(-absolute(y)));
             vf own = least(y, all(0.f)) - low, all_of_it = most(y, all(0.f)) + low;
             if (!WHOLE) {
-                vi kept = row.keep(j) & (count() + (int32_t)n < (int32_t)width);
+                vi kept = row.keep(j, n) & (count() + (int32_t)n < (int32_t)width);
                 if (place) kept &= j != NOWHERE;
                 own = select(kept, own, all(-INF)), all_of_it = select(kept, all_of_it, vf{});
             }
@@ -40,7 +41,7 @@ template <int S, bool WHOLE> INLINE void weigh(const Call& c, Block& x, const in
             const vf mine = load(taken + n);
             const vf later = sums_above(mine), share = load(s + n) - (x.m[r] + (here + later));
             vf w = select(share < -GONE, vf{}, exp2_between(share));
-            if (AFTER) w = WHOLE ? w * row.factor(key(n)) : select(count() + (int32_t)n < (int32_t)width, w * row.factor(key(n)), vf{});
+            if (AFTER) w = WHOLE ? w * row.factor(keys.at(n), n) : select(count() + (int32_t)n < (int32_t)width, w * row.factor(keys.at(n), n), vf{});
             store(p + n, w);
             here += all(later[0] + mine[0]);
         }

@@ -35,6 +35,7 @@ INLINE vi all(int32_t x) { return x - vi{}; }
 INLINE vf load(const float* p) { return *(const vf*)p; }
 INLINE vi load(const int32_t* p) { return *(const vi*)p; }
 INLINE void store(float* p, vf x) { *(vf*)p = x; }
+INLINE void store(int32_t* p, vi x) { *(vi*)p = x; }
 INLINE vi wholes(vh x) { return __builtin_convertvector(x, vi); }
 INLINE vf load(const half* p) { return (vf)(wholes(*(const vh*)p) << 16); }
 INLINE vi count() { vi x; for (int l = 0; l < VL; l++) x[l] = l; return x; }
@@ -67,6 +68,7 @@ INLINE vi most(vi a, vi b) { return select(a > b, a, b); }
 INLINE vi minimum_(vi a, vi b) { return least(a, b); }
 INLINE vi maximum_(vi a, vi b) { return most(a, b); }
 INLINE vf absolute(vf x) { return (vf)((vi)x & 0x7fffffff); }
+INLINE int32_t absolute(int32_t x) { return x < 0 ? -x : x; }
 INLINE vi absolute(vi x) { return select(x < 0, -x, x); }
 #ifdef __clang__
 template <class V> INLINE V turned(V x, int by) { V y; for (int l = 0; l < VL; l++) y[l] = x[(l + by) & (VL - 1)]; return y; }
@@ -182,7 +184,7 @@ INLINE vf power_of_2(vf x) {  // within [-127, 128): below -126 there is nothing
     return (vf)((vi)p + (ints(whole) << 23));
 }
 // For what is known to be below 127, in fewer steps, as weights against a score among the highest are.
-INLINE vf exp2_below(vf x) { return power_of_2(select(x < -127.f, all(-127.f), x)); }
+INLINE vf exp2_below(vf x) { return power_of_2(most(all(-127.f), x)); }
 INLINE vf exp2_(vf x) {
     const vf scaled = power_of_2(within(x, -126.f, 127.5f));
     return lasting(x, select(x < -126.f, all(0.f), select(x >= 128.f, all(INF), scaled)));
@@ -206,7 +208,8 @@ INLINE vf over(vf a, vf b) { const vf y = about_one_over(b); return a * (y * (2.
 INLINE vf sigmoid_(vf x) { return 1.f / (1.f + exp_(-x)); }
 #else
 INLINE vf over(vf a, vf b) { return a / b; }
-INLINE vf sigmoid_(vf x) { return 1.f / (1.f + exp_(-x)); }
+// Up to 2 ** 127.5, which 1 is too small for to leave a whole float.
+INLINE vf sigmoid_(vf x) { return 1.f / (1.f + power_of_2(within(-1.44269504f * x, -127.f, 127.5f))); }
 #endif
 INLINE vf relu_(vf x) { return select(x < 0.f, all(0.f), x); }
 // A quotient of polynomials, 3e-7 apart at most relative to the value; from 9 on it is 1. For eight bits a shorter one, 5e-5 apart.
@@ -264,12 +267,7 @@ INLINE vf log2_above_1(vf t) {
     p = p * t + 1.442694992f;
     return p * t;
 }
-INLINE vf softplus_(vf x) {
-    const vf t = exp_(-absolute(x));  // in [0, 1]: half of 1 + t where that is beyond sqrt(2)
-    const vi high = t > 0.41421356f;
-    const vf y = log_near_1(select(high, 0.5f * t - 0.5f, t));
-    return relu_(x) + lasting(x, y + select(high, all(0.69314718f), all(0.f)));
-}
+INLINE vf softplus_(vf x) { return relu_(x) + 0.69314718f * log2_above_1(exp2_below(-1.44269504f * absolute(x))); }
 INLINE vf elu_(vf x) { return select(x > 0.f, x, exp_(x) - 1.f); }
 INLINE vf pow_(vf x, vf y) { vf z; for (int l = 0; l < VL; l++) z[l] = powf(x[l], y[l]); return z; }
 // Python's // and %, which round down.
@@ -279,23 +277,6 @@ INLINE vi floordiv(vi a, vi b) { const vi q = a / b; return q + ((q * b != a) & 
 INLINE vi mod(vi a, vi b) { return a - floordiv(a, b) * b; }
 INLINE vf floordiv(vf a, vf b) { return floor_(a / b); }
 INLINE vf mod(vf a, vf b) { return a - floordiv(a, b) * b; }
-
-// A tensor that an expression looks up (float or int32): element strides, indices clamped to the sizes.
-struct Table { const void* data; int64_t size[4], stride[4]; };
-INLINE int64_t clamped(int64_t x, int64_t size) { return x < 0 ? 0 : x < size ? x : size - 1; }
-INLINE vi clamped(vi x, int64_t size) { return least(most(x, all(0)), all((int32_t)(size - 1))); }
-// Loaded at once where they follow one another, upwards or downwards, or all are one: what distances do, and clipped ones.
-template <class V, class T> INLINE V gathered(const T* from, vi at) {
-    const vi step = at - all(at[0]);
-    if (same(step, count())) return load(from + at[0]);
-    if (same(step, -count())) return backwards(load(from + at[VL - 1]));
-    if (same(step, vi{})) return all(from[at[0]]);
-    V x;
-    for (int l = 0; l < VL; l++) x[l] = from[at[l]];
-    return x;
-}
-INLINE vf gathered(const float* from, vi at) { return gathered<vf, float>(from, at); }
-INLINE vi gathered(const int32_t* from, vi at) { return gathered<vi, int32_t>(from, at); }
 
 // C (R x NR VL) {=, +=} A (R x K) B (K x NR VL): the accumulators stay in registers; A has a stride of rows and of columns.
 template <int R, int C, bool ADD>

@@ -11,9 +11,12 @@ A printer that keeps what depends on the row alone prints a name for it: a struc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from ...compiler.boxes import everywhere, nowhere
+from ...compiler.index_steps import steps
 from ...compiler.refusal import Refused
 from ...compiler.symbols import CORNER_NAMES, Expr
 
@@ -23,9 +26,26 @@ _COMPARE = {"le": "<=", "lt": "<", "eq": "==", "ne": "!="}
 _CALLS = ("exp", "exp2", "log", "tanh", "sigmoid", "softplus", "relu", "elu", "sqrt", "floor", "sin", "cos")
 
 
-def cpp(e: Expr, wanted: str, tables: str = "", row: dict[str, str] | None = None) -> str:
+class Line(NamedTuple):
+    """Numbers of a table for the keys of a tile: their places, of one key and of a vector of them."""
+
+    table: str
+    one: str
+    several: str
+    one_way: bool  # places never go down and up again
+
+
+@dataclass
+class Row:
+    """What is computed once for a row and the keys of a tile, with types, in the order of its names."""
+
+    once: dict[str, str] = field(default_factory=dict)  # c0, c1, ...: what the row decides
+    lines: dict[Line, str] = field(default_factory=dict)  # l0, l1, ...: what is looked up along the keys
+
+
+def cpp(e: Expr, wanted: str, tables: str = "", row: Row | None = None) -> str:
     """The expression as C++ of a type ("vf", "vi", "vb", "si", ...); `tables` says "f" or "i" of each table, `row`
-    gathers what the row decides, which is c0, c1, ... in the text, and the types of these.
+    gathers what the text then has names for.
     """
     return _Printer(tables, row).of(e, wanted)
 
@@ -36,8 +56,8 @@ def box(predicate: Expr) -> str:
 
 
 class _Printer:
-    def __init__(self, tables: str, row: dict[str, str] | None = None) -> None:
-        self.tables, self.row = tables, row
+    def __init__(self, tables: str, row: Row | None = None, names: Mapping[str, str] = _NAMES) -> None:
+        self.tables, self.row, self.names = tables, row, names
 
     def of(self, e: Expr, wanted: str) -> str:
         text, kind = self.printed(e)
@@ -53,17 +73,17 @@ class _Printer:
         """A name for what the row decides, where such are kept."""
         if self.row is None:
             return text
-        self.row.setdefault(text, kind)
-        return f"c{list(self.row).index(text)}"
+        self.row.once.setdefault(text, kind)
+        return f"c{list(self.row.once).index(text)}"
 
     def printed(self, e: Expr) -> tuple[str, str]:
         match e.op:
             case "const":
                 return _constant(e.args[0])
             case "name":
-                if e.args[0] not in _NAMES:
-                    raise Refused(f"`{e.args[0]}` in a kernel", fits=f"known: {', '.join(_NAMES)}")
-                return str(e.args[0]), _NAMES[e.args[0]]
+                if e.args[0] not in self.names:
+                    raise Refused(f"`{e.args[0]}` in a kernel", fits=f"known: {', '.join(self.names)}")
+                return str(e.args[0]), self.names[e.args[0]]
             case "lookup":
                 return self._lookup(e)
             case "and" | "or" | "not":
@@ -116,6 +136,8 @@ class _Printer:
             return f"{e.op}_({left}, {right})", kind
         if e.op == "abs":
             text, kind = parts[0]
+            if kind == "si":
+                return f"absolute({text})", kind
             kind = "v" + ("f" if kind[1] == "f" else "i")
             return f"absolute({self.converted(*parts[0], kind)})", kind
         if e.op in _CALLS:
@@ -158,7 +180,22 @@ class _Printer:
         data = f"(({pointer}){table}.data + {' + '.join(plain) or '0'})"
         if not moving:
             return f"{data}[0]", f"s{kind}"
-        return f"gathered({self.once(data, pointer)}, {' + '.join(moving)})", f"v{kind}"
+        data, at = self.once(data, pointer), " + ".join(moving)
+        line = self._line(e, table, data, at) if len(moving) == 1 else None
+        if line is None or self.row is None:
+            return f"gathered({data}, {at})", f"v{kind}"
+        self.row.lines.setdefault(line, pointer)
+        return f"load(l{list(self.row.lines).index(line)} + n)", f"v{kind}"
+
+    def _line(self, e: Expr, table: str, data: str, at: str) -> Line | None:
+        """What is looked up by an index that moves along the keys by at most one at a time; None of another one."""
+        for axis, index in enumerate(e.args[1:]):
+            low, high = steps(index)
+            one, kind = _Printer(self.tables, names={**_NAMES, "j": "si"}).printed(index)
+            if "j" in index.names and low >= -1 and high <= 1 and kind == "si":
+                place = f"clamped({one}, {table}.size[{axis}]) * {table}.stride[{axis}]"
+                return Line(data, place, at, one_way=low >= 0 or high <= 0)
+        return None
 
 
 def _constant(value: object) -> tuple[str, str]:

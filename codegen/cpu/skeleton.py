@@ -7,7 +7,7 @@ from functools import lru_cache
 from importlib import resources
 
 from ...compiler.symbols import Expr
-from .printer import cpp
+from .printer import Row, cpp
 
 
 def skeleton(*names: str, said: Sequence[str], halves: str = "") -> str:
@@ -18,7 +18,7 @@ def skeleton(*names: str, said: Sequence[str], halves: str = "") -> str:
     chosen = ["#define HALVES"] if halves else []
     chosen += [f"#define {halves.upper()}"] if halves in ("emulated", "dots") else []
     products = {"units": ["units.hpp"], "emulated": ["units.hpp"], "dots": ["dots.hpp"]}.get(halves, [])
-    parts = [*chosen, *map(_text, ("lanes.hpp", *products))]
+    parts = [*chosen, *map(_text, ("lanes.hpp", "lookups.hpp", *products))]
     return "\n".join([*parts, *said, *map(_text, names)])
 
 
@@ -33,21 +33,29 @@ def function(signature: str, e: Expr, kind: str, tables: str = "") -> str:
 
 
 def of_a_row(name: str, functions: Mapping[str, tuple[Expr, str]], tables: str, *more: str) -> str:
-    """A struct made for a row (b, h, i): functions by signature, what the row decides for them computed once."""
-    row: dict[str, str] = {}
+    """A struct made for a row (b, h, i) and the keys of a tile: functions by signature, of j, a key's position, and n,
+    its number in the tile; what the row decides is computed once, what is looked up along the keys lies in lines.
+    """
+    row = Row()
     said = [
         f"    MEMBER {signature} const {{ return {cpp(e, kind, tables, row)}; }}"
         for signature, (e, kind) in functions.items()
     ]
-    once = [f"c{n}({text})" for n, text in enumerate(row)]
+    members = {f"c{n}": made for n, made in enumerate(row.once.items())}
+    for n, (line, kind) in enumerate(row.lines.items()):
+        places = f"[=](int32_t j) {{ return {line.one}; }}, [=](vi j) {{ return {line.several}; }}"
+        way = "true" if line.one_way else "false"
+        members[f"l{n}"] = f"looked_up<{way}>({line.table}, keys, {n}, {places})", kind
+    given = ["b(b)", "h(h)", "i(i)", "t(t)"]
     return "\n".join(
         [
             f"struct {name} {{",
+            f"    static constexpr int LINES = {len(row.lines)};",
             "    const int b, h, i;",
             "    const Table* t;",
-            *(f"    {kind} c{n};" for n, kind in enumerate(row.values())),
-            f"    MEMBER {name.partition('<')[0]}(int b, int h, int i, const Table* t)",
-            f"        : {', '.join(['b(b)', 'h(h)', 'i(i)', 't(t)', *once])} {{}}",
+            *(f"    {kind} {member};" for member, (_, kind) in members.items()),
+            f"    MEMBER {name.partition('<')[0]}(int b, int h, int i, const Table* t, const Keys& keys = {{}})",
+            f"        : {', '.join([*given, *(f'{member}({text})' for member, (text, _) in members.items())])} {{}}",
             *said,
             *(f"    {line}" for line in more),
             "};",

@@ -58,7 +58,7 @@ class Net:
     def descent(self, row: Tensor, k: Tensor, v: Tensor, theta: Tensor) -> Tensor:
         """The gradient of sum_n theta_n mean_d (M(k_n; W) - v_n)^2 at the weights, as a row: k, v (..., L, D)."""
         gamma, weights = self.parts(row)
-        found, inner, normed, deviation = self._steps(row, k)
+        found, inner, active, normed, deviation = self._steps(row, k)
         grad = (found - v) * (theta * (2.0 / self.dim)).unsqueeze(-1)
         grad_gamma = None
         if gamma is not None and normed is not None and deviation is not None:
@@ -67,25 +67,25 @@ class Net:
             grad = (grad - grad.mean(-1, keepdim=True) - normed * (grad * normed).mean(-1, keepdim=True)) / deviation
         made: list[Tensor] = []
         for number in reversed(range(len(weights))):
-            before = inner[number]
-            made.insert(0, (gelu(before) if number else before).mT @ grad)
+            made.insert(0, active[number].mT @ grad)
             if number:
-                grad = (grad @ weights[number].mT) * _slope(before)
+                grad = torch.ops.aten.gelu_backward(grad @ weights[number].mT, inner[number])
         return self.row(grad_gamma, made)
 
-    def _steps(self, row: Tensor, x: Tensor) -> tuple[Tensor, list[Tensor], Tensor | None, Tensor | None]:
-        """M(x), what stands before each matrix (and its GELU), LN(f) and the deviation it divides by."""
+    def _steps(self, row: Tensor, x: Tensor) -> tuple[Tensor, list[Tensor], list[Tensor], Tensor | None, Tensor | None]:
+        """M(x), what stands before each matrix without and with its GELU, LN(f) and the deviation it divides by."""
         gamma, weights = self.parts(row)
-        inner, y = [], x
+        inner, active, y = [], list[Tensor](), x
         for number, weight in enumerate(weights):
             inner.append(y)
-            y = (gelu(y) if number else y) @ weight
+            active.append(gelu(y) if number else y)
+            y = active[-1] @ weight
         if gamma is None:
-            return y, inner, None, None
+            return y, inner, active, None, None
         centred = y - y.mean(-1, keepdim=True)
         deviation = (centred.square().mean(-1, keepdim=True) + self.eps).sqrt()
         normed = centred / deviation
-        return x + (gamma + 1).unsqueeze(-2) * normed, inner, normed, deviation
+        return x + (gamma + 1).unsqueeze(-2) * normed, inner, active, normed, deviation
 
 
 @dataclass(frozen=True)
@@ -246,8 +246,3 @@ def _xavier(sizes: int) -> Start:
     """Uniform within sqrt(6 / (rows + columns))."""
     bound = math.sqrt(6 / sizes)
     return lambda t: t.uniform_(-bound, bound)
-
-
-def _slope(x: Tensor) -> Tensor:
-    """The derivative of GELU."""
-    return 0.5 * (1 + torch.erf(x * 0.5**0.5)) + x * torch.exp(-0.5 * x * x) * (2 * math.pi) ** -0.5
