@@ -357,6 +357,13 @@ def test_only_the_tensors_that_nothing_else_needs_are_removed() -> None:
         ("i < M", "i <= M - 1"),
         ("j < 0", "False"),
         ("t0[b, j] >= 0", "0 <= t0[b, j]"),
+        ("t0[b, i] - t0[b, j] == 0", "t0[b, i] == t0[b, j]"),
+        ("t0[b, j] - t0[b, i] != 0", "t0[b, i] != t0[b, j]"),
+        ("t0[b, i] - t0[b, j] == 1", "1 == t0[b, i] - t0[b, j]"),
+        ("(i <= j + 2) | (j <= i)", "True"),
+        ("(i <= j + 2) | (j + 4 <= i)", "(i <= j + 2) | (j <= i - 4)"),
+        ("(i <= j - 1) & (j <= i - 3)", "False"),
+        ("(t0[b, j] == 2) & (j != 0) | (t0[b, j] != 2) | (j == 0)", "True"),
     ],
 )
 def test_conditions_that_indices_decide(text: str, simple: str) -> None:

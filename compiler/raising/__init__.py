@@ -48,6 +48,7 @@ def raise_sites(graph_module: fx.GraphModule) -> Raised:
     forget_likeness(graph)
     erase_idle(graph)
     normalise_first(graph)
+    erase_idle(graph)
     made: list[fx.Node] = []
     misses: list[NearMiss] = []
     hidden = dict(attention_in_regions(graph_module))

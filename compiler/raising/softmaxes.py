@@ -12,7 +12,7 @@ from .axes import Groups, aligned
 from .constants import constant
 from .layout import CASTS, KEEPING, VIEWS, argument, back, op_name, tensor_of
 from .near import Unraised
-from .totals import Change, Total, is_constant_along, through, total_of
+from .totals import Change, Total, inversion, is_constant_along, through, total_of
 
 EXPONENTIALS = frozenset({"exp", "exp2"})
 FUSED = frozenset({"softmax", "_softmax", "_safe_softmax", "special_softmax"})
@@ -97,17 +97,17 @@ def _divided_by_sum(node: fx.Node) -> Softmax | None:
     for top, bottom in (given[:2], given[1::-1])[: 2 if op_name(node) == "mul" else 1]:
         if tensor_of(top) is None or tensor_of(bottom) is None or argument(node, 2, "rounding_mode"):
             continue
-        over = through(bottom)
+        over = inversion(bottom) if op_name(node) == "mul" else [through(bottom)]
+        if not over:
+            continue
         if op_name(node) == "mul":
-            if op_name(over) != "reciprocal" and not (op_name(over) == "pow" and over.args[1] == -1):
-                continue
-            bottom = over.args[0]
+            bottom = over[-1].args[0]
         found = _exponential(top)
         total = total_of(bottom, top, "sum") if found is not None else None
         if found is not None and total is not None and _same(total.node.args[0], top):
             scores, inside, kept = found
             sink = _sink_of(node, scores, total, masked=bool(kept))
-            inside |= {over, *_within(total), through(total.node.args[0])}
+            inside |= {*over, *_within(total), through(total.node.args[0])}
             factor = math.log(2.0) if any(op_name(n) == "exp2" for n in inside) else 1.0
             return Softmax(node, scores, total.dim, frozenset(inside), factor, kept, sink, total.axes)
     return None
