@@ -276,6 +276,40 @@ def test_what_is_said_once_for_a_batch_stays_one_where_the_batch_is_open() -> No
         torch.testing.assert_close(run(captured, model, x, bias), model(x, bias))
 
 
+@pytest.mark.parametrize(
+    ("shape", "batch"),
+    [
+        ("b n n", 1),
+        ("b n n", 2),
+        ("n n", 1),
+        ("n n", 2),
+        ("b 1 n n", 1),
+        ("b 1 n n", 2),
+        ("1 1 n n", 2),
+        ("1 h n n", 2),
+    ],
+)
+@pytest.mark.parametrize("boolean", [True, False])
+def test_a_mask_over_pairs_grows_with_the_tokens_whatever_it_is_called(shape: str, batch: int, boolean: bool) -> None:
+    class Masked(nn.Module):
+        def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+            q = x.unflatten(-1, (2, -1)).transpose(1, 2)
+            over = bias[:, None] if bias.ndim == 3 else bias
+            scores = (q @ q.mT).masked_fill(over, -1e9) if bias.dtype == torch.bool else q @ q.mT + over
+            return (scores.softmax(-1) @ q).transpose(1, 2).flatten(2)
+
+    def call(b: int, n: int) -> tuple[Tensor, Tensor]:
+        sizes = {"b": b, "n": n, "h": 2, "1": 1}
+        over = torch.randn([sizes[letter] for letter in shape.split()])
+        return torch.randn(b, n, 8), over > 1 if boolean else over
+
+    captured = capture(Masked(), call(batch, 5))
+    assert not captured.notes, captured.notes
+    for b, n in ((batch, 7), (3, 4), (2, 5)):
+        x, over = call(b, n)
+        torch.testing.assert_close(run(captured, Masked(), x, over), Masked()(x, over))
+
+
 def test_what_cannot_be_dynamic_is_static_and_said() -> None:
     class Positions(nn.Module):
         def __init__(self) -> None:

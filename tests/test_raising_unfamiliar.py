@@ -93,6 +93,16 @@ def one_over_the_sum(m: M, q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tens
     return (e * (1 / e.sum(-1, keepdim=True))) @ v
 
 
+def exponentials_of_a_triangle(m: M, q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
+    e = torch.ones(q.shape[2], q.shape[2]).tril() * torch.exp(q @ k.mT)
+    return e / e.sum(-1, keepdim=True) @ v
+
+
+def renormalised(m: M, q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
+    w = (q @ k.mT).softmax(-1) * (1 - torch.ones(q.shape[2], q.shape[2]).triu(1))
+    return (w / w.sum(-1, keepdim=True)) @ v
+
+
 def log_sum_exp(m: M, q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
     s = torch.einsum("zyxw,zyuw->zyxu", q, k)
     return torch.einsum("zyxu,zyuw->zyxw", (s - s.logsumexp(-1, keepdim=True)).exp(), v)
@@ -375,6 +385,7 @@ FORMS = [
     Form(new_triangle, "j <= i"), Form(lightly_added, "0 < t0[b, j]"), Form(every_second, "(i - j) % 2 == 0"),
     Form(outer_padding, "(0 < t0[b, i]) & (0 < t0[b, j])"), Form(column_times_row, "(0 < t0[b, i]) & (0 < t0[b, j])"),
     Form(documents_by_difference, "(j <= i) & (t0[b, i] == t0[b, j])"), Form(log_sum_exp),
+    Form(exponentials_of_a_triangle, "j <= i"), Form(renormalised, "j <= i"),
     Form(log_softmax), Form(keys_by_queries), Form(float64_softmax),
     Form(loop_over_heads, sites=H), Form(heads_in_chunks, sites=2), Form(nested), Form(added_to_nothing),
     Form(under_autocast), Form(cast_as_scores, "j <= i"), Form(with_dropout), Form(one_head),
