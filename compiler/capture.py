@@ -17,6 +17,7 @@ from . import chance
 from .attempts import Attempt, attempts, filled
 from .checkpointing import unflagged
 from .containers import MUTABLE, Layout, Leaf, absorb, lay_out_caches, put_together, take_apart
+from .data_read import DataAsDetached
 from .fused_layers import cast_as_fused, masks_as_given, may_fuse
 from .graph_state import graph_from, state_of
 from .inside import inside
@@ -192,6 +193,7 @@ def export(model: nn.Module, call: Call, attempt: Attempt) -> Captured:
             unchanged(model),
             cast_as_fused(model, fused=fused),
             masks_as_given(),
+            DataAsDetached(),
             quiet(),
             _fakes(attempt),
             chance.no_unseen_chance(),

@@ -399,6 +399,29 @@ def test_tensors_kept_on_a_module_are_not_kept_and_said() -> None:
     torch.testing.assert_close(run(captured, model, x[:, :3]), x[:, :3] * 2 + 1)
 
 
+def test_data_of_a_tensor_is_read_without_its_gradient() -> None:
+    """As the annotated transformer makes its masks."""
+
+    class OldStyle(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            mask = torch.ones(x.shape[0], 1).type_as((x > 0).data)
+            return self.layer(x) * self.layer.weight.data.sum() * mask
+
+    model = OldStyle()
+    captured = capture(model, (torch.randn(3, 4),))
+    assert not captured.notes
+    for rows in (3, 5):
+        x = torch.randn(rows, 4)
+        found, wanted = run(captured, model, x), model(x)
+        same(found, wanted)
+        ours, theirs = (torch.autograd.grad(y.sum(), model.layer.weight)[0] for y in (found, wanted))
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_hooks_that_a_library_puts_on_at_the_first_run_are_not_left_half_done() -> None:
     model = FAMILIES["bert"].make().eval()
     other = copy.deepcopy(model)
