@@ -29,7 +29,9 @@ def as_batch(given: Any) -> Batch:
 def held_out(recipe: Recipe, data: Iterable[Any] | None) -> tuple[tuple[Batch, ...], str]:
     """The batches, and how the report names them; none where neither the caller nor the recipe gives any."""
     if isinstance(data, str | bytes) or (data is not None and not isinstance(data, Iterable)):
-        raise Refused(f"data {repr(data)[:40]}", where="optimize", fits="an iterable of calls; a file stands in the recipe")
+        raise Refused(
+            f"data {repr(data)[:40]}", where="optimize", fits="an iterable of calls; a file stands in the recipe"
+        )
     if data is not None:
         batches = tuple(as_batch(batch) for batch in data)
         if not batches:

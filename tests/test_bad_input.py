@@ -420,6 +420,10 @@ def test_no_kind_of_call_at_all_is_refused(count: int) -> None:
     in_order(refusal(lambda: optimized(stack(1), max_signatures=count)), f"max_signatures={count}", "at least 1")
 
 
+def test_sizes_below_nothing_are_refused() -> None:
+    in_order(refusal(lambda: reattend.preview(stack(1), "exact", X, tokens=-5)), "inputs: ", "length -5", "0 leaves")
+
+
 def test_a_number_that_no_tensor_holds_is_no_knob() -> None:
     in_order(refusal(lambda: optimized(stack(1), everywhere({"window": {"window": 10**23}}))), "window", "whole number")
 

@@ -341,6 +341,22 @@ def test_what_cannot_be_read_is_recognised_by_its_values() -> None:
     assert verdict.proof == "evaluated"
 
 
+@pytest.mark.parametrize(
+    ("dropped", "keep"),
+    [
+        (lambda i, j: (j - i).sign() > 0, "j <= i"),
+        (lambda i, j: (i - j).sign() > 0, "i <= j"),
+        (lambda i, j: torch.ones(i.shape[0], i.shape[0]).triu(1).to(torch.uint8) == 1, "j <= i"),
+    ],
+)
+def test_what_leaves_out_all_later_keys_has_no_second_bound(
+    dropped: Callable[[Tensor, Tensor], Tensor], keep: str
+) -> None:
+    """At nine tokens `i < j` is `i < j <= i + 8` as well."""
+    verdict, spec, tables, _ = folded(lambda q: dropped(*square(q)), spec=replace(BOOLEAN, keep=f"~({BOOLEAN.keep})"))
+    assert (spec.keep, tables) == (keep, []), verdict
+
+
 def test_only_the_tensors_that_nothing_else_needs_are_removed() -> None:
     _, _, _, graph_module = folded(causal)
     assert not [n for n in graph_module.graph.nodes if "arange" in n.name or "le" in n.name.split("_")]
