@@ -124,10 +124,10 @@ def recover(
     save: Annotated[Path | None, typer.Option(help="write the recovered model to this folder")] = None,
     folder: Annotated[Path | None, typer.Option(help="checkpoints: the same command goes on where it stopped")] = None,
     train: Annotated[str, typer.Option(help="new, lora, sites or all; empty: as the recipe says")] = "",
-    steps: Annotated[int, typer.Option(help="optimizer steps; 0: as the recipe says")] = 0,
+    steps: Annotated[int, typer.Option(min=0, help="optimizer steps; 0: as the recipe says")] = 0,
     lr: Annotated[float, typer.Option(help="learning rate; 0: as the recipe says")] = 0.0,
-    rank: Annotated[int, typer.Option(help="of low-rank deltas; 0: as the recipe says")] = 0,
-    batch: Annotated[int, typer.Option(help="lines stacked into one call; 0: as the recipe says")] = 0,
+    rank: Annotated[int, typer.Option(min=0, help="of low-rank deltas; 0: as the recipe says")] = 0,
+    batch: Annotated[int, typer.Option(min=0, help="lines stacked into one call; 0: as the recipe says")] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Rewrite a model and train back what that lost, the original as the teacher."""
@@ -156,10 +156,10 @@ def bench(
     model: ModelName,
     recipe: RecipeName,
     compiled: Annotated[bool, typer.Option("--compiled", help="both sides through torch.compile")] = False,
-    batch: Annotated[int, typer.Option(help="rows of the inputs; 0: as they come")] = 0,
-    length: Annotated[int, typer.Option(help="tokens of the inputs; 0: as they come")] = 0,
+    batch: Annotated[int, typer.Option(min=0, help="rows of the inputs; 0: as they come")] = 0,
+    length: Annotated[int, typer.Option(min=0, help="tokens of the inputs; 0: as they come")] = 0,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16; empty: the model's own")] = "",
-    runs: Annotated[int, typer.Option(help="interleaved pairs of runs, at most")] = 15,
+    runs: Annotated[int, typer.Option(min=1, help="interleaved pairs of runs, at most")] = 15,
     as_json: AsJson = False,
 ) -> None:
     """A model before and after a recipe: deviation first, then time, rate, peak memory, and where the time goes."""
@@ -206,8 +206,8 @@ def quality(
 def preview(
     model: ModelName,
     recipe: RecipeName,
-    tokens: Annotated[int, typer.Option(help="length of the inputs; 0: as they come")] = 0,
-    batch: Annotated[int, typer.Option(help="rows of the inputs")] = 1,
+    tokens: Annotated[int, typer.Option(min=0, help="length of the inputs; 0: as they come")] = 0,
+    batch: Annotated[int, typer.Option(min=1, help="rows of the inputs")] = 1,
     device: Annotated[str, typer.Option(help="h100, a100 or cpu")] = "h100",
     dtype: Annotated[str, typer.Option(help="float32, bfloat16, float16; empty: the model's own")] = "",
     as_json: AsJson = False,

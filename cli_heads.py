@@ -14,7 +14,7 @@ from .compiler.refusal import Refused
 
 Measures = Annotated[str, typer.Option(help="names with commas: entropy,sink,distance,induction,echo,influence ...")]
 Task = Annotated[str, typer.Option(help="inputs with known sources, for retrieval: passkey, pairs or copying")]
-Length = Annotated[int, typer.Option(help="bytes of a task's inputs")]
+Length = Annotated[int, typer.Option(min=1, help="bytes of a task's inputs")]
 
 
 def heads(

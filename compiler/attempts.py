@@ -120,7 +120,11 @@ def _resized(leaf: Leaf, ahead: int, batch: int, queries: int, past: int) -> Ten
 
 def attempts(call: Call, example: tuple[Tensor, ...]) -> list[Attempt]:
     """From everything open to nothing; sizes of 1 doubled first, since torch.export takes them as constants."""
-    both = _without_broadcast(call, example, [_open(leaf, t) for leaf, t in zip(call.leaves, example, strict=True)])
+    pairs = [_over_pairs(k, call, example) for k in range(len(example))]
+    opened = [p or _open(leaf, t) for leaf, t, p in zip(call.leaves, example, pairs, strict=True)]
+    matrix = [bool(p) and t.ndim == 2 for t, p in zip(example, pairs, strict=True)]  # whose first size is no batch
+    batched = [0 in o and not leaf.cached and not m for leaf, o, m in zip(call.leaves, opened, matrix, strict=True)]
+    both = _without_broadcast(example, opened, batched)
     batch = tuple(o & {0} for o in both)
     as_given = AS_GIVEN.get()
     doubled = example if as_given else _doubled(example, both)
@@ -131,14 +135,28 @@ def attempts(call: Call, example: tuple[Tensor, ...]) -> list[Attempt]:
 
 
 def _without_broadcast(
-    call: Call, example: tuple[Tensor, ...], opened: list[frozenset[int]]
+    example: tuple[Tensor, ...], opened: list[frozenset[int]], asked: list[bool]
 ) -> tuple[frozenset[int], ...]:
     """A first size of 1 beside larger ones is said for all rows of a batch: it stays 1 where the batch is open."""
-    asked = [0 in o and not leaf.cached for leaf, o in zip(call.leaves, opened, strict=True)]
     if all(t.shape[0] <= 1 for t, first in zip(example, asked, strict=True) if first):
         return tuple(opened)
     alone = [first and t.shape[0] == 1 for t, first in zip(example, asked, strict=True)]
     return tuple(o - {0} if one else o for o, one in zip(opened, alone, strict=True))
+
+
+def _over_pairs(k: int, call: Call, example: tuple[Tensor, ...]) -> frozenset[int]:
+    """The open sizes of a mask or bias over queries and keys, whatever it is called: two lengths of other tensors."""
+    tensor, path = example[k], call.leaves[k].path
+    if call.leaves[k].cached or not 2 <= tensor.ndim <= 4:
+        return frozenset()
+    others = [t for n, t in enumerate(example) if n != k and not call.leaves[n].cached]
+    hidden = [t for t in others if t.ndim == 3 and t.is_floating_point() and t.shape[1] != t.shape[2]]
+    lengths = {t.shape[1] for t in hidden} | {t.shape[1] for t in others if t.ndim == 2 and not t.is_floating_point()}
+    named = any(word in path for word in ("mask", "bias"))
+    sure = tensor.dtype == torch.bool or named or (tensor.ndim < 4 and bool(hidden))
+    if not sure or not set(tensor.shape[-2:]) <= lengths:
+        return frozenset()
+    return frozenset({0, tensor.ndim - 2, tensor.ndim - 1})
 
 
 def _alike(one: Attempt, other: Attempt) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
-from . import chance
+from . import chance, data_read
 from .attempts import Attempt, attempts, filled
 from .checkpointing import unflagged
 from .containers import MUTABLE, Layout, Leaf, absorb, lay_out_caches, put_together, take_apart
@@ -192,6 +192,7 @@ def export(model: nn.Module, call: Call, attempt: Attempt) -> Captured:
             unchanged(model),
             cast_as_fused(model, fused=fused),
             masks_as_given(),
+            data_read.DataAsDetached(),
             quiet(),
             _fakes(attempt),
             draws,
@@ -345,7 +346,11 @@ def _reason(error: Exception) -> str:
     trace = error.__traceback__
     while trace is not None:
         name = trace.tb_frame.f_code.co_filename
-        if "/torch/" not in name and not name.startswith("<") and name not in (__file__, chance.__file__):
+        if (
+            "/torch/" not in name
+            and not name.startswith("<")
+            and name not in (__file__, chance.__file__, data_read.__file__)
+        ):
             place = f" ({name.rsplit('/', 1)[-1]}:{trace.tb_lineno}, in {trace.tb_frame.f_code.co_name})"
         trace = trace.tb_next
     return f"{said[:200]}{place}"

@@ -145,7 +145,8 @@ def _unmatched(rule: Rule, sites: Sequence[SiteLike], places: Sequence[Position]
     if not alone:
         return f"no site meets all of {rule.match}"
     key, values = alone[0]
-    return f"no site has {key} {' or '.join(values)} ({_there_is(key, values, sites, places)})"
+    what = {"has": "has", "without": "is without"}.get(key, f"has {key}")
+    return f"no site {what} {' or '.join(values)} ({_there_is(key, values, sites, places)})"
 
 
 def _there_is(key: str, values: Sequence[str], sites: Sequence[SiteLike], places: Sequence[Position]) -> str:

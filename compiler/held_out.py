@@ -28,10 +28,14 @@ def as_batch(given: Any) -> Batch:
 
 def held_out(recipe: Recipe, data: Iterable[Any] | None) -> tuple[tuple[Batch, ...], str]:
     """The batches, and how the report names them; none where neither the caller nor the recipe gives any."""
-    if isinstance(data, str | bytes):
-        raise Refused(f"data {data[:40]!r}", where="optimize", fits="an iterable of calls; a file stands in the recipe")
+    if isinstance(data, str | bytes) or (data is not None and not isinstance(data, Iterable)):
+        raise Refused(
+            f"data {repr(data)[:40]}", where="optimize", fits="an iterable of calls; a file stands in the recipe"
+        )
     if data is not None:
         batches = tuple(as_batch(batch) for batch in data)
+        if not batches:
+            raise Refused("data without a call", where="optimize", fits="calls like example_inputs, or no data at all")
         return batches, f"{len(batches)} batches given"
     if recipe.data.verify is None:
         return (), ""

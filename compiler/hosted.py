@@ -60,6 +60,10 @@ class Hosting:
 
 def host(model: nn.Module, program_for: ProgramFor, *, limit: int = 8, about: Any = None) -> nn.Module:
     """A twin of the model whose forward runs the graph that `program_for` makes for each call signature."""
+    if limit < 1:
+        raise Refused(
+            f"max_signatures={limit}", where="optimize", fits="at least 1: how many kinds of calls get a graph"
+        )
     hosted = twin(original(model))
     hosted.__class__ = hosted_class(type(hosted))  # type: ignore[arg-type]
     hosted.__dict__.pop("forward", None)

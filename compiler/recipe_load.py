@@ -221,7 +221,8 @@ class _Loader:
         home = self.vocabulary.key_of(name)
         if home and home != key:
             part = self.vocabulary.mechanisms[name].part
-            return Refused(f"{name!r} is a {part} mechanism", where=place, fits=f"it stands under `{home}`")
+            an = "an" if part[0] in "aeiou" else "a"
+            return Refused(f"{name!r} is {an} {part} mechanism", where=place, fits=f"it stands under `{home}`")
         if home:
             return Refused(f"{name!r} is no core mechanism", where=place, fits="only cores are split over heads")
         kind = f"{key} takes keep or"
@@ -401,7 +402,9 @@ def _locate(source: str | Path, folder: Path) -> Path:
         found = "no file name"
     beside = sorted(p.name for p in path.parent.glob("[!.]*.y*ml"))[:20] if found == "no such file" else []
     hint = nearest(text, [*shipped(), *beside], kind="shipped and here")
-    raise Refused(found, where=text[:200], fits=f"{hint}; a YAML text holds a newline")
+    raise Refused(
+        found if text else "an empty text", where=text[:200] or "recipe", fits=f"{hint}; a YAML text holds a newline"
+    )
 
 
 def _bytes(path: Path) -> bytes:

@@ -22,6 +22,8 @@ def sized(
     tensor([[1, 2, 3, 1, 2],
             [1, 2, 3, 1, 2]])
     """
+    if batch < 0 or length < 0:
+        raise Refused(f"batch {batch}, length {length}", where="inputs", fits="whole numbers; 0 leaves one as it is")
     tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
     old = _length(tensors)
     if length and old is None:

@@ -402,14 +402,26 @@ def test_the_original_and_grad_mode_are_as_before(recipe: Any, inputs: Tensor, t
     ("data", "says"),
     [
         ("calls.jsonl", ("data 'calls.jsonl'", "an iterable of calls")),
+        (3, ("data 3", "an iterable of calls")),
+        ((), ("data without a call", "calls like example_inputs")),
+        (iter(()), ("data without a call", "calls like example_inputs")),
         ([3], ("data[0]", "not tensors", "example_inputs")),
         ([X, {"y": X}], ("data[1]", "missing a required argument: 'x'")),
         ([X[..., :5]], ("data[0]", "dim 2 is 5")),
     ],
-    ids=["text", "number", "name", "width"],
+    ids=["text", "no calls", "none", "read before", "number", "name", "width"],
 )
 def test_data_that_are_no_calls_of_the_model(data: Any, says: tuple[str, ...]) -> None:
     in_order(refusal(lambda: optimized(stack(1), everywhere(WINDOW), data=data)), *says)
+
+
+@pytest.mark.parametrize("count", [0, -1])
+def test_no_kind_of_call_at_all_is_refused(count: int) -> None:
+    in_order(refusal(lambda: optimized(stack(1), max_signatures=count)), f"max_signatures={count}", "at least 1")
+
+
+def test_sizes_below_nothing_are_refused() -> None:
+    in_order(refusal(lambda: reattend.preview(stack(1), "exact", X, tokens=-5)), "inputs: ", "length -5", "0 leaves")
 
 
 def test_a_number_that_no_tensor_holds_is_no_knob() -> None:

@@ -276,6 +276,40 @@ def test_what_is_said_once_for_a_batch_stays_one_where_the_batch_is_open() -> No
         torch.testing.assert_close(run(captured, model, x, bias), model(x, bias))
 
 
+@pytest.mark.parametrize(
+    ("shape", "batch"),
+    [
+        ("b n n", 1),
+        ("b n n", 2),
+        ("n n", 1),
+        ("n n", 2),
+        ("b 1 n n", 1),
+        ("b 1 n n", 2),
+        ("1 1 n n", 2),
+        ("1 h n n", 2),
+    ],
+)
+@pytest.mark.parametrize("boolean", [True, False])
+def test_a_mask_over_pairs_grows_with_the_tokens_whatever_it_is_called(shape: str, batch: int, boolean: bool) -> None:
+    class Masked(nn.Module):
+        def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+            q = x.unflatten(-1, (2, -1)).transpose(1, 2)
+            over = bias[:, None] if bias.ndim == 3 else bias
+            scores = (q @ q.mT).masked_fill(over, -1e9) if bias.dtype == torch.bool else q @ q.mT + over
+            return (scores.softmax(-1) @ q).transpose(1, 2).flatten(2)
+
+    def call(b: int, n: int) -> tuple[Tensor, Tensor]:
+        sizes = {"b": b, "n": n, "h": 2, "1": 1}
+        over = torch.randn([sizes[letter] for letter in shape.split()])
+        return torch.randn(b, n, 8), over > 1 if boolean else over
+
+    captured = capture(Masked(), call(batch, 5))
+    assert not captured.notes, captured.notes
+    for b, n in ((batch, 7), (3, 4), (2, 5)):
+        x, over = call(b, n)
+        torch.testing.assert_close(run(captured, Masked(), x, over), Masked()(x, over))
+
+
 def test_what_cannot_be_dynamic_is_static_and_said() -> None:
     class Positions(nn.Module):
         def __init__(self) -> None:
@@ -363,6 +397,29 @@ def test_tensors_kept_on_a_module_are_not_kept_and_said() -> None:
     assert model.seen is None and captured.notes == ("seen is not set by the captured forward",)
     x = torch.randn(4, 5)
     torch.testing.assert_close(run(captured, model, x[:, :3]), x[:, :3] * 2 + 1)
+
+
+def test_data_of_a_tensor_is_read_without_its_gradient() -> None:
+    """As the annotated transformer makes its masks."""
+
+    class OldStyle(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            mask = torch.ones(x.shape[0], 1).type_as((x > 0).data)
+            return self.layer(x) * self.layer.weight.data.sum() * mask
+
+    model = OldStyle()
+    captured = capture(model, (torch.randn(3, 4),))
+    assert not captured.notes
+    for rows in (3, 5):
+        x = torch.randn(rows, 4)
+        found, wanted = run(captured, model, x), model(x)
+        same(found, wanted)
+        ours, theirs = (torch.autograd.grad(y.sum(), model.layer.weight)[0] for y in (found, wanted))
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_hooks_that_a_library_puts_on_at_the_first_run_are_not_left_half_done() -> None:

@@ -62,6 +62,23 @@ def test_words_that_are_no_command_are_a_mistake_of_the_caller(words: list[str])
 
 
 @pytest.mark.parametrize(
+    "words",
+    [
+        ["preview", "byte_lm", "window", "--tokens", "-5"],
+        ["preview", "byte_lm", "window", "--batch", "0"],
+        ["bench", "byte_lm", "window", "--runs", "0"],
+        ["bench", "byte_lm", "window", "--length", "-1"],
+        ["recover", "byte_lm", "window", "--steps", "-1"],
+        ["heads", "byte_lm", "--length", "0"],
+    ],
+    ids=" ".join,
+)
+def test_numbers_that_count_nothing_are_a_mistake_of_the_caller(words: list[str]) -> None:
+    answer = CliRunner().invoke(app, words)
+    assert answer.exit_code == 1 and "should be greater than or equal to" in answer.stderr
+
+
+@pytest.mark.parametrize(
     ("model", "says"),
     [
         ("py:strangers_module:needs", "TypeError: needs() missing 1 required positional argument: 'x'"),

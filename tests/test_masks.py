@@ -341,6 +341,22 @@ def test_what_cannot_be_read_is_recognised_by_its_values() -> None:
     assert verdict.proof == "evaluated"
 
 
+@pytest.mark.parametrize(
+    ("dropped", "keep"),
+    [
+        (lambda i, j: (j - i).sign() > 0, "j <= i"),
+        (lambda i, j: (i - j).sign() > 0, "i <= j"),
+        (lambda i, j: torch.ones(i.shape[0], i.shape[0]).triu(1).to(torch.uint8) == 1, "j <= i"),
+    ],
+)
+def test_what_leaves_out_all_later_keys_has_no_second_bound(
+    dropped: Callable[[Tensor, Tensor], Tensor], keep: str
+) -> None:
+    """At nine tokens `i < j` is `i < j <= i + 8` as well."""
+    verdict, spec, tables, _ = folded(lambda q: dropped(*square(q)), spec=replace(BOOLEAN, keep=f"~({BOOLEAN.keep})"))
+    assert (spec.keep, tables) == (keep, []), verdict
+
+
 def test_only_the_tensors_that_nothing_else_needs_are_removed() -> None:
     _, _, _, graph_module = folded(causal)
     assert not [n for n in graph_module.graph.nodes if "arange" in n.name or "le" in n.name.split("_")]
@@ -357,6 +373,13 @@ def test_only_the_tensors_that_nothing_else_needs_are_removed() -> None:
         ("i < M", "i <= M - 1"),
         ("j < 0", "False"),
         ("t0[b, j] >= 0", "0 <= t0[b, j]"),
+        ("t0[b, i] - t0[b, j] == 0", "t0[b, i] == t0[b, j]"),
+        ("t0[b, j] - t0[b, i] != 0", "t0[b, i] != t0[b, j]"),
+        ("t0[b, i] - t0[b, j] == 1", "1 == t0[b, i] - t0[b, j]"),
+        ("(i <= j + 2) | (j <= i)", "True"),
+        ("(i <= j + 2) | (j + 4 <= i)", "(i <= j + 2) | (j <= i - 4)"),
+        ("(i <= j - 1) & (j <= i - 3)", "False"),
+        ("(t0[b, j] == 2) & (j != 0) | (t0[b, j] != 2) | (j == 0)", "True"),
     ],
 )
 def test_conditions_that_indices_decide(text: str, simple: str) -> None:

@@ -313,6 +313,12 @@ def normalised_twice(m: Projections, x: Tensor) -> Tensor:
     return m.merged((w / w.sum(-2, keepdim=True)) @ v)
 
 
+def renormalised_with_a_remainder(m: Projections, x: Tensor) -> Tensor:
+    q, k, v = m.qkv(x)
+    w = (q @ k.mT).softmax(-1) * torch.ones(x.shape[1], x.shape[1]).tril()
+    return m.merged((w / (w.sum(-1, keepdim=True) + 0.1)) @ v)
+
+
 def hard(m: Projections, x: Tensor) -> Tensor:
     q, k, v = m.qkv(x)
     w = (q @ k.mT).softmax(-1)
@@ -352,6 +358,7 @@ LOOK_ALIKES = [
     LookAlike("centred over heads", centred_over_heads, ("the scores are also used by %mean",)),
     LookAlike("shifted beside a sink", shifted_beside_a_sink, ("the scores are also used by %amax",)),
     LookAlike("divided by other rows", divided_by_other_rows, ("they are not divided by their sum",)),
+    LookAlike("masked, by more than the sum", renormalised_with_a_remainder, ("something else than their sum",)),
     LookAlike("squared weights", squared, ("the weights meet %pow",)),
     LookAlike("running sum of scores", running_sum, ("stands %cumsum",)),
     LookAlike("exponentials by their norm", normed, ("they are not divided by their sum",)),

@@ -77,6 +77,32 @@ def exp_and_sum(m: M, q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
     return e @ v / e.sum(-1, keepdim=True)
 
 
+def divided_with_tokens_first(m: M, q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
+    e = torch.exp(torch.einsum("bhqd,bhkd->bhqk", q, k))
+    o = torch.einsum("bhqk,bhkd->bqhd", e, v) / e.sum(-1).transpose(1, 2)[..., None]
+    return o.transpose(1, 2)
+
+
+def multiplied_with_one_over_the_sum(m: M, q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
+    e = torch.exp(k @ q.mT - (k @ q.mT).amax(-2, keepdim=True))
+    return ((e.mT @ v).transpose(1, 2) * (1 / (e.sum(2) + 1e-20)).transpose(1, 2)[..., None]).transpose(1, 2)
+
+
+def one_over_the_sum(m: M, q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
+    e = torch.exp(q @ k.mT)
+    return (e * (1 / e.sum(-1, keepdim=True))) @ v
+
+
+def exponentials_of_a_triangle(m: M, q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
+    e = torch.ones(q.shape[2], q.shape[2]).tril() * torch.exp(q @ k.mT)
+    return e / e.sum(-1, keepdim=True) @ v
+
+
+def renormalised(m: M, q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
+    w = (q @ k.mT).softmax(-1) * (1 - torch.ones(q.shape[2], q.shape[2]).triu(1))
+    return (w / w.sum(-1, keepdim=True)) @ v
+
+
 def log_sum_exp(m: M, q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
     s = torch.einsum("zyxw,zyuw->zyxu", q, k)
     return torch.einsum("zyxu,zyuw->zyxw", (s - s.logsumexp(-1, keepdim=True)).exp(), v)
@@ -238,6 +264,37 @@ def filled_like(m: M, q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
     )
 
 
+def new_triangle(m: M, q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
+    s = q @ k.mT
+    return (s + torch.triu(s.new_full((q.shape[2], q.shape[2]), -math.inf), 1) + s.new_zeros(1)).softmax(-1) @ v
+
+
+def lightly_added(m: M, q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
+    """As BERT first wrote it."""
+    return (q @ k.mT + (1.0 - (ids > 0).float())[:, None, None, :] * -10000.0).softmax(-1) @ v
+
+
+def every_second(m: M, q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
+    i, j = count(q)
+    return (q @ k.mT + torch.where((i - j).remainder(2) == 0, 0.0, -1e4)).softmax(-1) @ v
+
+
+def outer_padding(m: M, q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
+    real = (ids > 0).float()
+    return (q @ k.mT).masked_fill(torch.einsum("bi,bj->bij", real, real)[:, None] == 0, -1e9).softmax(-1) @ v
+
+
+def column_times_row(m: M, q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
+    real = (ids > 0).float()[:, None]
+    return (q @ k.mT).masked_fill((real.mT @ real)[:, None] == 0, -1e9).softmax(-1) @ v
+
+
+def documents_by_difference(m: M, q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
+    marks = (ids == 1).cumsum(-1)
+    apart = marks[:, None, :, None] - marks[:, None, None, :]
+    return (q @ k.mT).masked_fill((apart != 0) | torch.ones_like(apart).triu(1).bool(), -math.inf).softmax(-1) @ v
+
+
 def slice_written(m: M, q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
     s = q @ k.mT
     s[..., 0:1] = s[..., 0:1] * 2.0
@@ -324,7 +381,12 @@ def causal_twice(m: M, q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
 
 
 FORMS = [
-    Form(exp_and_sum), Form(log_sum_exp), Form(log_softmax), Form(keys_by_queries), Form(float64_softmax),
+    Form(exp_and_sum), Form(divided_with_tokens_first), Form(multiplied_with_one_over_the_sum), Form(one_over_the_sum),
+    Form(new_triangle, "j <= i"), Form(lightly_added, "0 < t0[b, j]"), Form(every_second, "(i - j) % 2 == 0"),
+    Form(outer_padding, "(0 < t0[b, i]) & (0 < t0[b, j])"), Form(column_times_row, "(0 < t0[b, i]) & (0 < t0[b, j])"),
+    Form(documents_by_difference, "(j <= i) & (t0[b, i] == t0[b, j])"), Form(log_sum_exp),
+    Form(exponentials_of_a_triangle, "j <= i"), Form(renormalised, "j <= i"),
+    Form(log_softmax), Form(keys_by_queries), Form(float64_softmax),
     Form(loop_over_heads, sites=H), Form(heads_in_chunks, sites=2), Form(nested), Form(added_to_nothing),
     Form(under_autocast), Form(cast_as_scores, "j <= i"), Form(with_dropout), Form(one_head),
     Form(blocks_of_three, dynamic=False), Form(one_key_head, kv_heads=1), Form(repeated_heads, kv_heads=2),

@@ -410,7 +410,7 @@ sites:
         ("encoder.*", "no site has path encoder.* (paths are like model.layers.0.self_attn)"),
         ("{kind: cross}", "no site has kind cross (there are causal-self)"),
         ("{heads: '>8'}", "no site has heads >8 (there are 8)"),
-        ("{has: bias}", "no site has has bias (features here: none)"),
+        ("{has: bias}", "no site has bias (features here: none)"),
         ("{part: vision}", "no site has part vision (paths are like"),
         ("{layer: 0, index: 5}", "no site meets all of {index: 5, layer: 0}"),
         ("{layer: 0-1}", "recipe:4: decides nothing: its 2 sites are taken by recipe:3"),

@@ -12,15 +12,14 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from ..primitives.attend_spec import AttendSpec
+from ..primitives.attend_spec import FAINT, AttendSpec
 from ..symbol_eval import evaluate
 from ..symbols import Expr
 from .aliases import shares_memory
 from .frame import formula
 from .reading import attribute, backward_slice
 
-LOW = -5e8  # a logit below this has no weight;
-LOW_HALF = -3e4  # where the mask is a float16 tensor, whose lowest number is -65504
+LOW = FAINT / 2  # a logit below this has no weight
 ELEMENTS = 1 << 22  # compared at a time
 EXAMPLE = 1 << 18  # elements of a mask at which the example's own sizes are given up for smaller ones
 ENOUGH = 2  # sizes at which the comparison must have been possible
@@ -248,15 +247,13 @@ def _differs(
     values = compute([n for side in sides for _, n in side], sizes, known, gm, style)
     before = {name: value for (name, _), value in zip(sides[0], values, strict=False)}
     after = {name: value for (name, _), value in zip(sides[1], values[len(sides[0]) :], strict=True)}
-    low = LOW_HALF if any(t.dtype == torch.float16 for t in before.values()) else LOW
     batch, heads, n, m = grid
     rows = max(1, ELEMENTS // max(1, batch * heads * m))
     for start in range(0, n, rows):
         block = torch.arange(start, min(n, start + rows))
         products = torch.randn(batch, heads, len(block), m, generator=torch.Generator().manual_seed(start))
         (a, fill_a), (b, fill_b) = (
-            _logits(spec, tables, products, block, grid, low)
-            for spec, tables in ((old.spec, before), (new.spec, after))
+            _logits(spec, tables, products, block, grid) for spec, tables in ((old.spec, before), (new.spec, after))
         )
         if not torch.equal(a == -math.inf, b == -math.inf):
             return f"{int(((a == -math.inf) != (b == -math.inf)).sum())} positions differ"
@@ -274,7 +271,7 @@ def _weights(fill: Tensor) -> Tensor:
 
 
 def _logits(
-    spec: AttendSpec, tables: dict[str, Tensor], products: Tensor, rows: Tensor, grid: tuple[int, ...], low: float
+    spec: AttendSpec, tables: dict[str, Tensor], products: Tensor, rows: Tensor, grid: tuple[int, ...]
 ) -> tuple[Tensor, Tensor]:
     """The logits, minus infinity where they have no weight; and the scores of the rows in which none has."""
     batch, heads, n, m = grid
@@ -291,7 +288,7 @@ def _logits(
     keep = evaluate(spec.keep_expr, names, tables) if spec.keep else torch.tensor(True)
     keep = keep if keep.dtype == torch.bool else keep != 0
     score = torch.where(keep, score.to(torch.float32), -math.inf).expand(products.shape)
-    logits = torch.where(score > low, score, -math.inf)
+    logits = torch.where(score > LOW, score, -math.inf)
     none = (logits == -math.inf).all(-1)
     if spec.empty_expr is not None:
         score = evaluate(spec.empty_expr, names, tables).to(torch.float32).expand(products.shape)

@@ -49,10 +49,11 @@ class Families:
         if any(_is_random(n) for n in behind):
             return None
         numbers = [a for n in behind for a in n.args if isinstance(a, int) and 1 < a < WIDEST]
-        self.beyond, self.fill = 2 * max(numbers, default=0) + 3, -math.inf
+        wide, self.fill = 2 * max(numbers, default=0) + 3, -math.inf
+        self.beyond = max(self.beyond, wide)
         fills: set[float] = set()
         try:
-            every = self._masks(node, behind, data, fills)
+            every = self._masks(node, behind, data, fills, wide)
         except Unknown:
             return None
         if len(fills) > 1:
@@ -61,17 +62,18 @@ class Families:
         structure = _structure([(plain, sizes) for plain, _, sizes in every if plain is not None])
         if structure is None:
             return None
+        self.beyond = max(self.beyond, 2 * _largest_number(structure) + 3)  # where a bound shows that it is one
         if not data:
             return structure
         return next((c for c in _with_data(structure, data) if all(self._agrees(c, t, s) for _, t, s in every)), None)
 
     def _masks(
-        self, node: fx.Node, behind: list[fx.Node], data: list[fx.Node], fills: set[float]
+        self, node: fx.Node, behind: list[fx.Node], data: list[fx.Node], fills: set[float], wide: int
     ) -> list[tuple[Any, Any, Sizes]]:
         """At each size: the mask for data of ones, and pairs of (data, mask) in every style."""
         values = [n.meta.get("val") for n in behind] + [self.q.meta["val"], self.k.meta["val"]]
         found = []
-        for sizes in choose_sizes(values, node.meta["val"].shape, self.beyond):
+        for sizes in choose_sizes(values, node.meta["val"].shape, wide):
             ones = {n: torch.ones(sizes.shape(n.meta["val"]), dtype=n.meta["val"].dtype) for n in data}
             try:
                 plain = _as_mask(compute([node], sizes, dict(ones), self.graph_module, 0)[0], fills)
@@ -141,6 +143,10 @@ def _structure(masks: list[tuple[Tensor, Sizes]]) -> Expr | None:
     return None
 
 
+def _largest_number(formula: Expr) -> int:
+    return max((abs(e.args[0]) for e in formula.walk() if e.op == "const"), default=0)
+
+
 def _candidates(plain: Tensor) -> Iterator[Expr]:
     """Formulas with the constants that the values suggest."""
     rows, columns = plain.shape
@@ -152,8 +158,8 @@ def _candidates(plain: Tensor) -> Iterator[Expr]:
             low, high = int(offsets[plain].min()), int(offsets[plain].max())
             below, above = base + low <= COLUMN, base + high >= COLUMN
             yield above
-            yield below & above
             yield below
+            yield below & above
         causal = base >= COLUMN
         first = int(plain[0].long().sum())
         for count in {first, int(plain[:, 0].long().sum())} - {0}:

@@ -55,6 +55,8 @@ def simplify_indices(e: Expr, space: IndexSpace = ANYWHERE) -> Expr:
     e = _rebuild(e, tuple(simplify_indices(a, space) if isinstance(a, Expr) else a for a in e.args))
     if e.op == "le" and _is_index(e):
         return _decide(e, space)
+    if e.op in ("eq", "ne"):
+        return _compared(e)
     if e.op in ("floordiv", "mod"):
         return _divided(e, space)
     if e.op == "add":
@@ -64,14 +66,24 @@ def simplify_indices(e: Expr, space: IndexSpace = ANYWHERE) -> Expr:
     return e
 
 
+def _compared(e: Expr) -> Expr:
+    """`x - y == 0` is `x == y`."""
+    for zero, other in (e.args, e.args[::-1]):
+        if zero.op == "const" and zero.args[0] == 0 and other.op == "add" and len(other.args) == 2:
+            for x, y in (other.args, other.args[::-1]):
+                if y.op == "mul" and len(y.args) == 2 and y.args[1].op == "const" and y.args[1].args[0] == -1:
+                    return build(e.op, *sorted((x, y.args[0]), key=lambda side: side.text))
+    return e
+
+
 def _absorbed(e: Expr) -> Expr:
-    """`a | (~a & b)` is `a | b`, and the same with both signs turned."""
-    dual = "or" if e.op == "and" else "and"
+    """`a | (~a & b)` is `a | b`, `a | b | (~a & ~b)` is true, and the same with both signs turned."""
+    dual, whole = ("or", FALSE) if e.op == "and" else ("and", TRUE)
     opposite = {(~part).text for part in e.args}
-    parts = [
-        build(dual, *kept) if part.op == dual and (kept := [a for a in part.args if a.text not in opposite]) else part
-        for part in e.args
-    ]
+    parts = []
+    for part in e.args:
+        kept = [a for a in part.args if a.text not in opposite] if part.op == dual else [part]
+        parts.append(build(dual, *kept) if len(kept) > 1 else kept[0] if kept else whole)
     return build(e.op, *parts)
 
 
@@ -112,7 +124,7 @@ def _divided_and_joined(e: Expr) -> Expr:
 
 
 def _without_implied(e: Expr) -> Expr:
-    """Of `x <= y + 3` and `x <= y + 5`, `and` needs the first and `or` the second."""
+    """Of `x <= y + 3` and `x <= y + 5`, `and` needs the first, `or` the second; `x <= y + 3 | y <= x` always holds."""
     if e.op not in ("and", "or"):
         return e
     best: dict[tuple[tuple[str, Any], ...], tuple[Any, Expr]] = {}
@@ -126,6 +138,10 @@ def _without_implied(e: Expr) -> Expr:
         tighter = key not in best or (affine[1] > best[key][0]) == (e.op == "and")
         if tighter:
             best[key] = (affine[1], part)
+    for key, (above, _) in best.items():  # x + above <= 0, and -x + below <= 0
+        below = best.get(tuple((name, -factor) for name, factor in key), (None, None))[0]
+        if below is not None and (above + below > 0 if e.op == "and" else above + below <= 1):
+            return FALSE if e.op == "and" else TRUE
     return build(e.op, *rest, *(part for _, part in best.values()))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..raising.einsums import terms_of
 from ..symbols import Expr, build, const
 from .arithmetic import choose, combine, number, same, truth
 from .frame import Unreadable
@@ -66,7 +67,7 @@ def cast(e: Expr, old: torch.dtype, new: torch.dtype) -> Expr:
     wider = new in (torch.float32, torch.float64) and (e.is_integer or old in (torch.float16, torch.bfloat16))
     if old == new or wider:
         return e
-    if e.op == "where" and new.is_floating_point and all(a.op == "const" for a in e.args[1:]):
+    if e.op == "where" and all(a.op == "const" for a in e.args[1:]):
         return choose(e.args[0], cast(e.args[1], old, new), cast(e.args[2], old, new))
     if not new.is_floating_point and not old.is_floating_point:
         if new.itemsize >= 4:
@@ -261,6 +262,43 @@ def _reduced(reader: Reader, node: fx.Node, index: Index) -> Expr:
     return e
 
 
+def _outer(reader: Reader, node: fx.Node, index: Index) -> Expr:
+    return _times(node, [(node.args[0], index[:1]), (node.args[1], index[1:])], reader)
+
+
+def _einsum(reader: Reader, node: fx.Node, index: Index) -> Expr:
+    """Nothing is summed: 'bi,bj->bij' is a product of elements."""
+    found = terms_of(node)
+    if found is None:
+        raise Unreadable("a diagonal")
+    terms, out = found
+    known = dict(zip(out, index, strict=True))
+    for term in terms:
+        known |= {x: const(0) for x, size in zip(term.labels, shape(term.node), strict=True) if is_one(size)}
+    if any(label not in known for term in terms for label in term.labels):
+        raise Unreadable("a sum over data")
+    return _times(node, [(t.node, tuple(known[x] for x in t.labels)) for t in terms], reader)
+
+
+def _matmul(reader: Reader, node: fx.Node, index: Index) -> Expr:
+    """A column times a row."""
+    left, right = node.args[:2]
+    a, b = shape(left), shape(right)
+    if len(a) < 2 or len(b) < 2 or not is_one(a[-1]):
+        raise Unreadable("a sum over data")
+    lead, row, column = index[:-2], index[-2], index[-1]
+    places = [(*lead[len(lead) - len(a) + 2 :], row, const(0)), (*lead[len(lead) - len(b) + 2 :], const(0), column)]
+    return _times(node, list(zip((left, right), places, strict=True)), reader)
+
+
+def _times(node: fx.Node, elements: list[tuple[Any, Index]], reader: Reader) -> Expr:
+    kind = torch.float32 if dtype(node).is_floating_point else torch.int64
+    first, *rest = (_as_number(reader.at(n, place), dtype(n), kind) for n, place in elements)
+    for other in rest:
+        first = combine("mul", first, other)
+    return first
+
+
 _SCALAR_FORMS = ("Tensor", "Scalar", "default")
 
 
@@ -320,6 +358,9 @@ OPERATORS: dict[str, Handler] = {
     **_forms("div divide", _divide, ("Tensor", "Scalar", "Tensor_mode", "Scalar_mode")),
     **_forms("floor_divide", _divide),
     **_forms("remainder", _remainder),
+    **_forms("outer ger", _outer, ("default",)),
+    "einsum.default": _einsum,
+    **_forms("matmul bmm mm", _matmul, ("default",)),
     "cumsum.default": _cumsum,
     "diff.default": _diff,
     **_forms("all", _reduced, ("default", "dim", "dims")),

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+from ..primitives.attend_spec import FAINT
 from ..symbols import FALSE, TRUE, Expr, build, const
 from .arithmetic import choose
-
-NOTHING = -1e9  # added to a logit, this leaves no weight
 
 
 def split(score: Expr) -> tuple[Expr, Expr]:
     """(keep, score): where keep is false the score was so low that its key has no weight."""
     if score.op == "const":
         value = score.args[0]
-        return (FALSE, const(0)) if not isinstance(value, bool) and value <= NOTHING else (TRUE, score)
+        return (FALSE, const(0)) if not isinstance(value, bool) and value <= FAINT else (TRUE, score)
     if score.op == "add":
         keep, parts = TRUE, []
         for part in score.args:

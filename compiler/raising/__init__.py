@@ -48,8 +48,10 @@ def raise_sites(graph_module: fx.GraphModule) -> Raised:
     forget_likeness(graph)
     erase_idle(graph)
     normalise_first(graph)
+    erase_idle(graph)
     made: list[fx.Node] = []
     misses: list[NearMiss] = []
+    unraised: list[tuple[fx.Node, NearMiss]] = []
     hidden = dict(attention_in_regions(graph_module))
     misses.extend(NearMiss(module_path(node), node.name, reason) for node, reason in hidden.items())
     for node in list(graph.nodes):
@@ -60,8 +62,9 @@ def raise_sites(graph_module: fx.GraphModule) -> Raised:
             if place is not None:
                 made.append(_written(place))
         except Unraised as reason:
-            misses.append(NearMiss(module_path(node), reason.node.name, reason.reason))
+            unraised.append((node, NearMiss(module_path(node), reason.node.name, reason.reason)))
     erase_idle(graph)
+    misses.extend(miss for node, miss in unraised if not node._erased)  # others were part of what was raised
     erase_block_masks(graph)
     misses.extend(_unnormalised(graph))
     graph.lint()

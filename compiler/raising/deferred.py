@@ -2,52 +2,132 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 from torch import fx
 
+from .axes import Groups, aligned, all_leaves, extents, fresh, fresh_groups, leaves
 from .build import Builder, aten
-from .layout import argument, data_users, op_name, tensor_of
-from .products import product_of
+from .layout import KEEPING, TURNS, VIEWS, ahead, argument, back, data_users, op_name, tensor_of
+from .near import Unraised
+from .products import Product, product_of
 from .softmaxes import is_exponential
-from .totals import through, total_of
+from .totals import inversion, through, total_among
+
+LIMIT = 6  # views between a product and its division
+
+
+@dataclass(frozen=True)
+class _Weighted:
+    """A product of exponentials with values, the views around it, and where the axes of both are in the end."""
+
+    exponentials: fx.Node
+    rows: Groups
+    steps: tuple[fx.Node, ...]  # from the exponentials to what is divided
+    out: Groups
 
 
 def normalise_first(graph: fx.Graph) -> None:
     """Move every such division in front of its product."""
     for node in list(graph.nodes):
         if op_name(node) == "div" and not argument(node, 2, "rounding_mode"):
-            _move(node)
+            _move(node, node.args[0], node.args[1])
+        elif op_name(node) == "mul" and not _move(node, *node.args[:2]):
+            _move(node, *node.args[1::-1])
 
 
-def _move(node: fx.Node) -> None:
-    given: tuple[Any, ...] = node.args
-    total = given[1]
-    product = product_of(given[0]) if tensor_of(given[0]) is not None else None
-    if (
-        product is None
-        or product.inside
-        or data_users(product.node) != [node]
-        or not is_exponential(product.operands[0])
-    ):
-        return
-    weights = product.operands[0]
-    rows = product.labels[0][:-1] == product.out[:-1] and product.labels[0][-1] in product.summed
-    if not rows or tensor_of(total) is None or not _is_row_sum(total, weights):
-        return
-    builder = Builder(node, [])
-    divided = builder.call(aten.div.Tensor, weights, total)
-    moved = fx.node.map_arg(product.node.args, lambda n: divided if n is weights else n)
-    again = builder.call(product.node.target, *moved, **product.node.kwargs)  # type: ignore[arg-type]
-    node.replace_all_uses_with(again)
-    node.graph.erase_node(node)
-    node.graph.erase_node(product.node)
-
-
-def _is_row_sum(total: fx.Node, weights: fx.Node) -> bool:
-    """The sum of each row, standing as a column."""
-    rank = tensor_of(weights).ndim
-    found = total_of(total, weights, "sum") if tensor_of(total).ndim == rank else None
-    if found is None or through(found.node.args[0]) is not through(weights):
+def _move(node: fx.Node, top: Any, below: Any) -> bool:
+    found = _weighted(node, top) if tensor_of(top) is not None and tensor_of(below) is not None else None
+    divisor = _divisor(node, below, found.out) if found is not None else None
+    if found is None or divisor is None:
         return False
-    return found.dim == rank - 1 and bool(tensor_of(total).shape[-1] == 1)
+    total = total_among(*divisor, found.rows, "sum")
+    if total is None or through(total.node.args[0]) is not through(found.exponentials):
+        return False
+    if set(leaves(found.rows[total.dim])) & set(all_leaves(found.out)):
+        return False
+    column = tuple(() if d == total.dim else group for d, group in enumerate(found.rows))
+    builder = Builder(node, [found.exponentials])
+    try:
+        by = builder.arranged(*divisor, column)
+    except Unraised:
+        return False
+    now = builder.call(aten.div.Tensor, found.exponentials, by)
+    was = found.exponentials
+    for step in found.steps:
+        was, now = step, builder.call(step.target, *_instead(step.args, was, now), **step.kwargs)  # type: ignore[arg-type]
+    node.replace_all_uses_with(now)
+    node.graph.erase_node(node)
+    for step in reversed(found.steps):
+        if not step.users:
+            node.graph.erase_node(step)
+    return True
+
+
+def _instead(args: Any, was: fx.Node, now: fx.Node) -> Any:
+    return fx.node.map_arg(args, lambda n: now if n is was else n)
+
+
+def _weighted(node: fx.Node, top: fx.Node) -> _Weighted | None:
+    """What stands behind a product of exponentials, both perhaps behind views; nobody else reads what is divided."""
+    if extents(tensor_of(node)) != extents(tensor_of(top)):
+        return None
+    behind = _views(top, lambda n: product_of(n) is not None)
+    read_once = all(data_users(a) == [b] for a, b in pairwise([*reversed(behind), node])) if behind else False
+    product = product_of(behind[-1]) if read_once else None
+    if product is None or product.inside:
+        return None
+    for side, operand in enumerate(product.operands):
+        before = _views(operand, is_exponential)
+        if before:
+            rows = fresh_groups(tensor_of(before[-1]))
+            weights = _followed(reversed(before[:-1]), rows)
+            out = _followed(reversed(behind[:-1]), _product_groups(product, side, weights)) if weights else None
+            steps = (*reversed(before[:-1]), *reversed(behind))
+            return _Weighted(before[-1], rows, steps, out) if out is not None else None
+    return None
+
+
+def _views(node: fx.Node, wanted: Callable[[fx.Node], bool]) -> list[fx.Node]:
+    """The nodes from here back through views to what is wanted; none where that is not reached."""
+    found = [node]
+    while not wanted(node):
+        moved = back(node, fresh_groups(tensor_of(node))) if op_name(node) in VIEWS | TURNS | KEEPING else None
+        if moved is None or len(found) > LIMIT:
+            return []
+        node = moved[0]
+        found.append(node)
+    return found
+
+
+def _followed(views: Iterable[fx.Node], groups: Groups) -> Groups | None:
+    for view in views:
+        moved = ahead(view, groups)
+        if moved is None:
+            return None
+        groups = moved
+    return groups
+
+
+def _product_groups(product: Product, side: int, groups: Groups) -> Groups:
+    """The axes of a product from those of one operand; what only the other one has is new."""
+    known = dict(zip(product.labels[side], groups))
+    for label, size in zip(product.labels[1 - side], tensor_of(product.operands[1 - side]).shape):
+        known[label] = known.get(label) or fresh(size)
+    return tuple(known[label] for label in product.out)
+
+
+def _divisor(node: fx.Node, below: fx.Node, out: Groups) -> tuple[fx.Node, Groups] | None:
+    """What divides, with its axes: as it stands under the line, or inside the reciprocal that is multiplied with."""
+    groups = aligned(tensor_of(below), out)
+    if op_name(node) == "div":
+        return below, groups
+    while not (over := inversion(below)):
+        moved = back(below, groups)
+        if moved is None:
+            return None
+        below, groups = moved
+    return over[-1].args[0], groups  # type: ignore[return-value]

@@ -15,6 +15,7 @@ from .scores import carries_scores
 
 FILLED = {"zeros_like": 0, "ones_like": 1, "empty_like": 0}
 RESHAPED = {"expand_as": aten.expand.default, "view_as": aten.reshape.default, "reshape_as": aten.reshape.default}
+MADE = {"new_zeros": 0, "new_ones": 1, "new_empty": 0, "new_full": None}  # of a size that is given
 
 
 def forget_likeness(graph: fx.Graph) -> None:
@@ -25,6 +26,8 @@ def forget_likeness(graph: fx.Graph) -> None:
             node.target, node.args = aten.to.dtype, (node.args[0], tensor_of(node.args[1]).dtype)
         elif name in RESHAPED and _scores(node.args[1]):
             _replace(node, lambda b, n, sizes: b.call(RESHAPED[op_name(n)], n.args[0], sizes), node.args[1])
+        elif name in MADE and _scores(node.args[0]):
+            _made(node)
         elif name in (*FILLED, "full_like") and _scores(node.args[0]):
             _replace(node, _filled, node.args[0])
 
@@ -39,6 +42,18 @@ def _filled(builder: Builder, node: fx.Node, sizes: list[Any]) -> fx.Node:
     value = tensor_of(node)
     fill = FILLED.get(op_name(node), node.args[-1])
     return builder.call(aten.full.default, sizes, fill, dtype=value.dtype, device=value.device)
+
+
+def _made(node: fx.Node) -> None:
+    value, fill = tensor_of(node), MADE[op_name(node)]
+    with node.graph.inserting_before(node):
+        options = {"dtype": value.dtype, "device": value.device}
+        new = node.graph.call_function(
+            aten.full.default, (node.args[1], node.args[2] if fill is None else fill), options
+        )
+    new.meta = dict(node.meta)
+    node.replace_all_uses_with(new)
+    node.graph.erase_node(node)
 
 
 def _replace(node: fx.Node, make: Any, like: Any) -> None:

@@ -108,6 +108,7 @@ def read_scores(softmax: Softmax) -> Scores:
         value = value.moved(lambda e: build("mul", e, softmax.factor))
     for mask, sense in softmax.kept:
         found = reader.leaf(mask, aligned(tensor_of(mask), groups))
+        found = found if tensor_of(mask).dtype == torch.bool else build("ne", found, 0)
         value = reader.masked(value, found if sense else ~found, const(-math.inf))
     return reader.scores(value, columns, shape, frozenset(inside), sink, sink_at)
 

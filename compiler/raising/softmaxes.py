@@ -6,13 +6,15 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx
 
 from .axes import Groups, aligned
 from .constants import constant
 from .layout import CASTS, KEEPING, VIEWS, argument, back, op_name, tensor_of
 from .near import Unraised
-from .totals import Change, Total, is_constant_along, through, total_of
+from .totals import Change, Total, inversion, is_constant_along, through, total_of
+from .zero_one import is_zero_one
 
 EXPONENTIALS = frozenset({"exp", "exp2"})
 FUSED = frozenset({"softmax", "_softmax", "_safe_softmax", "special_softmax"})
@@ -97,17 +99,20 @@ def _divided_by_sum(node: fx.Node) -> Softmax | None:
     for top, bottom in (given[:2], given[1::-1])[: 2 if op_name(node) == "mul" else 1]:
         if tensor_of(top) is None or tensor_of(bottom) is None or argument(node, 2, "rounding_mode"):
             continue
-        over = through(bottom)
+        over = inversion(bottom) if op_name(node) == "mul" else [through(bottom)]
+        if not over:
+            continue
         if op_name(node) == "mul":
-            if op_name(over) != "reciprocal" and not (op_name(over) == "pow" and over.args[1] == -1):
-                continue
-            bottom = over.args[0]
+            bottom = over[-1].args[0]
         found = _exponential(top)
         total = total_of(bottom, top, "sum") if found is not None else None
         if found is not None and total is not None and _same(total.node.args[0], top):
             scores, inside, kept = found
+            fused = next((n for n in inside if op_name(n) in FUSED), None)
+            if fused is not None and (total.changes or total.dim != _dim(fused, fused.args[1])):
+                raise Unraised(node, "masked weights are divided by something else than their sum")
             sink = _sink_of(node, scores, total, masked=bool(kept))
-            inside |= {over, *_within(total), through(total.node.args[0])}
+            inside |= {*over, *_within(total), through(total.node.args[0])}
             factor = math.log(2.0) if any(op_name(n) == "exp2" for n in inside) else 1.0
             return Softmax(node, scores, total.dim, frozenset(inside), factor, kept, sink, total.axes)
     return None
@@ -199,21 +204,36 @@ def _exponential(top: fx.Node) -> tuple[fx.Node, set[fx.Node], tuple[tuple[fx.No
         elif op_name(node) == "masked_fill" and node.args[2] == 0:
             kept.append((node.args[1], False))  # type: ignore[arg-type]
             node = node.args[0]  # type: ignore[assignment]
-        elif op_name(node) == "mul" and _truth(node.args[1]) is not None:
-            kept.append((_truth(node.args[1]), True))  # type: ignore[arg-type]
-            node = node.args[0]  # type: ignore[assignment]
+        elif op_name(node) == "mul" and _factor(node) is not None:
+            rest, mask = _factor(node)  # type: ignore[misc]
+            kept.append((mask, True))
+            node = rest
+        elif kept and op_name(node) in FUSED:
+            break  # the exponential of scores less their logsumexp
         else:
             return None
     return node.args[0], inside | {node}, tuple(kept)  # type: ignore[return-value]
 
 
+def _factor(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """What is multiplied with zeros and ones, and these."""
+    given: tuple[Any, ...] = node.args
+    for rest, factor in (given[:2], given[1::-1]):
+        mask = _truth(factor) if tensor_of(rest) is not None else None
+        if mask is not None and tensor_of(rest).shape == tensor_of(node).shape:
+            return rest, mask
+    return None
+
+
 def _truth(node: object) -> fx.Node | None:
-    """The boolean tensor that a factor is made of."""
-    value = tensor_of(node)
+    """The boolean tensor that a factor is made of, or the factor itself where it is zeros and ones."""
+    value, factor = tensor_of(node), node
     while value is not None and op_name(node) in CASTS and value.dtype.is_floating_point:
         node = node.args[0]  # type: ignore[attr-defined]
         value = tensor_of(node)
-    return node if value is not None and str(value.dtype) == "torch.bool" else None  # type: ignore[return-value]
+    if value is not None and value.dtype == torch.bool:
+        return node  # type: ignore[return-value]
+    return factor if is_zero_one(factor) else None  # type: ignore[return-value]
 
 
 def shift_of(node: fx.Node, dim: int) -> Shift | None:

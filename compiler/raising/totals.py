@@ -40,7 +40,11 @@ class Total:
 def total_of(beside: Any, rows: Any, kind: str) -> Total | None:
     """What stands beside the rows, read back to a reduction of that kind that gives each row its own number."""
     axes = fresh_groups(tensor_of(rows))
-    node, groups = beside, aligned(tensor_of(beside), axes)
+    return total_among(beside, aligned(tensor_of(beside), axes), axes, kind)
+
+
+def total_among(node: fx.Node, groups: Groups, axes: Groups, kind: str) -> Total | None:
+    """The same of a node whose axes are known, among those of the rows."""
     inside: set[fx.Node] = set()
     changes: list[Change] = []
     while len(inside) < LIMIT:
@@ -97,6 +101,15 @@ def is_constant_along(beside: Any, rows: Any, dim: int) -> bool:
             return False
         node, groups = moved
     return True
+
+
+def inversion(node: Any) -> list[fx.Node]:
+    """The nodes from 1 / x back to its reciprocal, which torch multiplies by 1; none where this is something else."""
+    passed = [node]
+    while op_name(node) in CASTS | KEEPING or (op_name(node) == "mul" and node.args[1] == 1):
+        node = node.args[0]
+        passed.append(node)
+    return passed if op_name(node) == "reciprocal" or (op_name(node) == "pow" and node.args[1] == -1) else []
 
 
 def through(node: Any, *, views: bool = False) -> fx.Node:
