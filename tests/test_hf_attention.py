@@ -252,9 +252,13 @@ def test_what_the_interface_does_not_carry_is_refused_by_name() -> None:
         model.set_attn_implementation(f"reattend:{slug}")
         with pytest.raises(Refused, match=says):
             model(ids())
+
+
+def test_a_running_sum_goes_on_from_the_kept_keys() -> None:
+    model = llama()
     model.set_attn_implementation("reattend:linear")
-    with pytest.raises(Refused, match="scan"):  # its state is not in transformers' cache
-        model.generate(ids(), max_new_tokens=3)
+    how = {"max_new_tokens": 5, "do_sample": False}
+    assert torch.equal(model.generate(ids(), **how), model.generate(ids(), use_cache=False, **how))
 
 
 def test_a_mask_is_no_tensor() -> None:
