@@ -116,7 +116,8 @@ def test_scores_that_are_multiples_of_a_logarithm(name: str, monkeypatch: pytest
     groups, text = said(monkeypatch, attend_front, "attend_op", lambda: attend(q, k, v, **given))
     must_build(monkeypatch, attending)
     assert "POWER = 0;" not in attending.source(text, "")
-    same(attending.run(groups, text), attend_meaning(wide(groups), text), 3e-6)
+    near = 3e-6 if "sink" in given else 2e-6  # a sink is its root to the n-th power: n times the root's rounding
+    same(attending.run(groups, text), attend_meaning(wide(groups), text), near)
 
 
 FAR = drawn(2, 300)  # of distances, which move by one from a key to the next or, beyond a table, by none

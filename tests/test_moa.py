@@ -169,6 +169,7 @@ def test_a_layer_can_share_a_rule_and_influence_be_a_share() -> None:
         torch.allclose(h.sum((1, 2)), torch.ones(3).double()) and float(h.sum()) == pytest.approx(3) for h in heads
     )
     assert all(float(one.sum()) == pytest.approx(1) for one in layers)
+    assert torch.equal(weighed(found[0] * 0, by_head=True, by_layer=True), found[0] * 0)
     assert torch.equal(weighed(found[0], together=True), found[0].sum(0, keepdim=True))
     plan = moa_search(
         llama(), {8: [{"input_ids": ids(1, 8)}]}, lambda out: out.logits.log_softmax(-1)[..., 0].mean(), densities=0.6,

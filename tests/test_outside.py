@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
 from small_models import stack
+from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import reattend
@@ -217,3 +220,33 @@ def test_a_scaffold_overwrites_nothing(tmp_path: Path) -> None:
     (tmp_path / "passes" / "__init__.py").write_text("")
     with pytest.raises(Refused, match="family 'sparse'"):
         new_mechanism("near_far", family="sparse", folder=tmp_path)
+
+
+# --- one that does not fit --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Added(reattend.Mechanism):
+    """Each row gets its own value, of which there must be as many."""
+
+    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
+        return reattend.attend(q, k, v, site=site) + v
+
+
+class MemoryInFront(nn.Module):
+    """Three more keys than queries."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory = nn.Parameter(torch.randn(1, 2, 3, 8))
+
+    def forward(self, x: Tensor) -> Tensor:  # (B, N, 16)
+        q = x.unflatten(2, (2, 8)).transpose(1, 2)
+        k = torch.cat((self.memory.expand(x.shape[0], -1, -1, -1), q), 2)
+        return nn.functional.scaled_dot_product_attention(q, k, k).transpose(1, 2).flatten(2)
+
+
+def test_a_mechanism_that_fails_at_a_sites_sizes_is_refused_there() -> None:
+    reattend.register("added")(Added)
+    with pytest.raises(Refused, match="added: its forward fails at this site's sizes: The size of tensor"):
+        reattend.optimize(MemoryInFront().eval(), "added", torch.randn(2, 9, 16), measure=False)

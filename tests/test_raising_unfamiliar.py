@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import pytest
 import torch
@@ -486,19 +485,3 @@ def test_a_hidden_state_with_tokens_first_is_no_port() -> None:
     assert not {"x", "x_kv"} & set(row.site.ports) and row.site.self_attention
     with pytest.raises(reattend.Refused, match="moh asks for port x, which this site does not have"):
         reattend.optimize(model, "moh", x, measure=False)
-
-
-@dataclass(frozen=True)
-class Added(reattend.Mechanism):
-    """Each row gets its own value, of which there must be as many."""
-
-    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
-        return reattend.attend(q, k, v, site=site) + v
-
-
-@pytest.mark.usefixtures("notebook")
-def test_a_mechanism_that_fails_at_a_sites_sizes_is_refused_there() -> None:
-    reattend.register("added")(Added)
-    model = Unfamiliar(Form(memory_in_front)).eval()  # three more keys than queries
-    with pytest.raises(reattend.Refused, match="added: its forward fails at this site's sizes: The size of tensor"):
-        reattend.optimize(model, "added", call(2, 9), measure=False)

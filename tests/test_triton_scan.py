@@ -45,16 +45,6 @@ MORE: dict[str, dict[str, Any]] = {
         "state": drawn(B, H, D, Dv),
         "outputs": ("o", "state"),
     },
-    "channels with everything": {
-        "log_decay": -drawn(B, 2, N, D).abs(),
-        "feature": (torch.exp, torch.sigmoid),
-        "normaliser": "sum",
-        "eps": 1e-3,
-        "reset": whole(0, 2, B, N).cumsum(-1) // 12,
-        "valid": whole(0, 4, B, N),
-        "state": drawn(B, H, D, Dv + 1).exp(),
-        "outputs": ("o", "state", "norm"),
-    },
     "channels read before": {
         "log_decay": -drawn(B, H, N, D).abs(),
         "feature": torch.exp,
@@ -65,6 +55,7 @@ MORE: dict[str, dict[str, Any]] = {
     },
     "factors that end a state": {"log_decay": torch.where(whole(0, 5, B, H, N) > 0, -0.1, -torch.inf)},
 }
+MORE["channels with everything"] = MORE["everything"] | {"log_decay": -drawn(B, 2, N, D).abs()}
 CALLS = SCANS | MORE
 
 

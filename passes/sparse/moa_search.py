@@ -115,8 +115,10 @@ def _blocks(found: Tensor, size: int) -> Tensor:
 
 def weighed(found: Tensor, *, by_head: bool = False, by_layer: bool = False, together: bool = False) -> Tensor:
     """The influence (heads, blocks, blocks) of a layer, as shares of each head's or the layer's, summed over heads."""
-    found = found / found.sum((-1, -2), keepdim=True) if by_head else found
-    found = found / found.sum() if by_layer else found
+    for asked, axes in ((by_head, (-1, -2)), (by_layer, (-1, -2, -3))):
+        if asked:
+            total = found.sum(axes, keepdim=True)
+            found = found / torch.where(total == 0, 1.0, total)  # a head without any keeps none
     return found.sum(0, keepdim=True) if together else found
 
 
