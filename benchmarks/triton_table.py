@@ -22,7 +22,8 @@ import triton
 
 from reattend.codegen.triton import NAME, ahead
 from reattend.codegen.used import Call, calls_of
-from reattend.compiler.primitives.attend import attend
+from reattend.compiler.primitives.attend import attend, run
+from reattend.compiler.primitives.attend_spec import AttendSpec
 from reattend.compiler.primitives.merge import merge
 from reattend.compiler.primitives.operator import PRIMITIVES
 from reattend.compiler.primitives.packed_rows import RowSpec
@@ -65,6 +66,13 @@ def stored(dim: int, bits: int, queries: int, heads: int, keys: int) -> object:
     return attend(drawn(1, heads, queries, dim), rows, rows, stored=(spec, spec), causal=True, align="end")
 
 
+def grouped(dim: int) -> object:
+    """Windows of 64 tokens that see 64 more around them, the rows read where they lie."""
+    q, k, v = drawn(TOKENS // 64, HEADS, 64, dim), drawn(1, HEADS, TOKENS, dim), drawn(1, HEADS, TOKENS, dim)
+    rows = torch.zeros(TOKENS // 64, 128, dtype=torch.long)
+    return run(q, [k, v], [rows], AttendSpec(f"s * {dim**-0.5}", group_rows="t0"))
+
+
 def scanned(dim: int, decay: tuple[int, ...], **how: Any) -> object:
     q, k, v = (drawn(1, HEADS, TOKENS, dim) for _ in range(3))
     return scan(q, k, v, log_decay=drawn(*decay, dtype=torch.float32), **how)
@@ -94,6 +102,7 @@ OTHERS: dict[str, Callable[[int], object]] = {
     "one token of 32,768 in 4 bits": lambda dim: stored(dim, 4, 1, 4 * HEADS, KEYS),
     "keys and values in 8 bits": lambda dim: stored(dim, 8, TOKENS, HEADS, TOKENS),
     "keys and values in 4 bits": lambda dim: stored(dim, 4, TOKENS, HEADS, TOKENS),
+    "rows of groups": grouped,
     "int8 and int8, 16 rows": lambda group: linear(group, 16, "int8", "int8"),
     "int8 and int8, 2,048 rows": lambda group: linear(group, 2048, "int8", "int8"),
     "two levels and int8, 16 rows": lambda group: linear(group, 16, "qoq", "int8"),
@@ -156,16 +165,17 @@ def asked(case: str, dim: int) -> object:
 
 def both_ways(call: Call) -> Callable[[], object]:
     """The results, and the gradients of q, k, v where there are such kernels; of a token none are wanted."""
-    kernel = next(k for k in PRIMITIVES[call.primitive].kernels["cuda"] if k.name == NAME)
+    primitive = PRIMITIVES[call.primitive]
+    kernel = next(k for k in primitive.kernels["cuda"] if k.name == NAME)
     reason = kernel.refuses(call.groups, call.text)
     assert reason is None, reason
 
-    def run() -> None:
+    def both() -> None:
         results = kernel.run(call.groups, call.text)
-        if kernel.gradients is not None and call.groups[0][0].shape[2] > 1 and "stored" not in call.text:
+        if kernel.gradients is not None and call.groups[0][0].shape[2] > 1 and not primitive.stored(call.text):
             kernel.gradients(call.groups, call.text, results, {0: results[0]}, (0, 1, 2))
 
-    return run
+    return both
 
 
 def key(row: dict[str, Any]) -> tuple[Any, ...]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import fx
 
+from .grouped_loads import read_in_groups
 from .ports import ATTEND, RESHAPING, aten, op_name
 from .primitives.attend import attend_op
 from .primitives.attend_stored import read_as_stored
@@ -23,7 +24,9 @@ def lower_calls(graph_module: fx.GraphModule, target: str = "auto") -> int:
     otherwise: `eager` has every primitive as it is meant, `cpu` and `triton` leave all to their kernels.
     """
     count, made = 0, dict[Any, fx.Node]()
-    attends = [n for n in graph_module.graph.find_nodes(op="call_function", target=ATTEND) if not _of_bytes(n, target)]
+    attends = [
+        n for n in graph_module.graph.find_nodes(op="call_function", target=ATTEND) if not _as_it_lies(n, target)
+    ]
     for node in attends if target == "auto" else ():
         count += any(_replaced(node, way(node, made)) for way in attend_op.in_torch)
     for node in list(graph_module.graph.nodes) if target == "eager" else ():
@@ -40,10 +43,11 @@ def lower_calls(graph_module: fx.GraphModule, target: str = "auto") -> int:
     return count
 
 
-def _of_bytes(attend: fx.Node, target: str) -> bool:
-    """Whether a GPU's kernel reads what this call attends as it is stored; torch's own attention cannot."""
+def _as_it_lies(attend: fx.Node, target: str) -> bool:
+    """Whether a GPU's kernel reads what this call attends as it is stored, or where groups have it from; torch's own
+    attention cannot."""
     if target == "triton" or attend.args[0].meta["val"].device.type == "cuda":  # type: ignore[union-attr]
-        return read_as_stored(attend)
+        return read_as_stored(attend) or read_in_groups(attend)
     return False
 
 

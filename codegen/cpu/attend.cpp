@@ -26,7 +26,7 @@ template <int S> static void tile(const Call& c, Block& x, const Packed& keys, i
     if (seen == 2 && width == BN && BN % VL == 0) weigh<S, true>(c, x, place, width, (int32_t)first);
     else weigh<S, false>(c, x, place, width, (int32_t)first);
     if (!VALUES) return;
-    const cell* v = keys.v ? keys.v + first * x.ldo : s.v.data + x.b * s.v.b + x.h / (c.H / s.Hk) * s.v.h + first * s.v.n;
+    const cell* v = keys.v ? keys.v + first * x.ldo : s.v.data + x.b * s.v.b + x.h / (c.H / s.Hk) / s.lie * s.v.h + first * s.v.n;
     product<true>(rows, x.ldo, rounded(width, DEEP), x.p, LN, v, keys.v ? stride(BN, x.ldo) : s.v.n, x.o, x.ldo);
 }
 

@@ -19,7 +19,6 @@ from ...compiler.groups_of_keys import even_groups
 from ...compiler.powers import power
 from ...compiler.primitives.attend_spec import AttendSpec
 from ...compiler.primitives.operator import Groups
-from ...compiler.primitives.rows import repeat_heads
 from ...compiler.reach import Reach, reach
 from ...compiler.refusal import Refused
 from ...compiler.symbol_slope import slope
@@ -47,7 +46,7 @@ _LONG = 1 << 23  # scores from which on these loops are ahead of torch's one cal
 
 
 class Source(ctypes.Structure):
-    _fields_ = [("k", Rows), ("v", Rows), ("Hk", ctypes.c_int64), ("keys", ctypes.c_int64),
+    _fields_ = [("k", Rows), ("v", Rows), ("Hk", ctypes.c_int64), ("keys", ctypes.c_int64), ("lie", ctypes.c_int64),
                 ("at", ctypes.c_void_p), ("at_b", ctypes.c_int64),
                 ("at_h", ctypes.c_int64), ("place", ctypes.c_void_p), ("place_b", ctypes.c_int64),
                 ("place_h", ctypes.c_int64)]  # fmt: skip
@@ -336,19 +335,14 @@ def _source(
     kept: list[Tensor],
 ) -> Source:
     rows, places = named.get(spec.rows_of(number)), named.get(spec.segments[number][2])
-    k, v = (_heads(t, q, named.get(spec.kv_heads), rows, places) for t in (k, v))
+    if spec.kv_heads:
+        k, v = (t.index_select(1, named[spec.kv_heads].long()) for t in (k, v))
     k, v = (as_dtype(t.expand(q.shape[0], *t.shape[1:]), dtype, kept) for t in (k, v))
-    found = Source(k=Rows.of(k), v=Rows.of(v), Hk=k.shape[1], keys=k.shape[2])
+    own = any(i is not None and i.ndim == 3 and i.shape[1] not in (1, k.shape[1]) for i in (rows, places))
+    shared = q.shape[1] // k.shape[1] if own else 1  # an index of its own for each query head: keys of its own as well
+    found = Source(k=Rows.of(k), v=Rows.of(v), Hk=k.shape[1] * shared, keys=k.shape[2], lie=shared)
     if rows is not None:
         found.keys = rows.shape[-1]
         found.at, found.at_b, found.at_h = index_of(torch.where(rows < k.shape[2], rows, -1), kept)
     found.place, found.place_b, found.place_h = index_of(places, kept)
     return found
-
-
-def _heads(t: Tensor, q: Tensor, table: Tensor | None, *indices: Tensor | None) -> Tensor:
-    """Key heads as they are; one for every query head where a table says which, or an index has one of its own."""
-    if table is not None:
-        return t.index_select(1, table.long())
-    own = any(i is not None and i.ndim == 3 and i.shape[1] not in (1, t.shape[1]) for i in indices)
-    return repeat_heads(t, q) if own else t

@@ -18,7 +18,7 @@ template <class T> struct Of { T* data; int64_t b, h, n, d; };  // strides in el
 typedef Of<cell> Rows;
 struct Source {
     Rows k, v;
-    int64_t Hk, keys;                       // key heads; how many places keys stand at
+    int64_t Hk, keys, lie;                  // key heads; how many places keys stand at; heads in a row that read the same k, v
     const int32_t *at; int64_t at_b, at_h;  // the row of k, v at each place (B|1, Hk|1, keys), -1 for none; or null: in order
     const int32_t *place; int64_t place_b, place_h;  // the position j of each row, or null: 0, 1, ...
 };
@@ -85,6 +85,14 @@ INLINE void put_values(const cell* const* rows, int64_t count, int64_t step, int
 }
 #endif
 
+// Whether the rows at VL places from one on lie behind each other.
+INLINE bool in_order(const Source& s, int64_t b, int64_t h, int64_t place) {
+    if (!s.at) return true;
+    const int32_t* at = s.at + b * s.at_b + h * s.at_h + place;
+    for (int64_t n = 1; n < VL; n++) if (at[n] != at[0] + n) return false;
+    return at[0] >= 0;
+}
+
 static void pack(const Call& c, const Source& s, int64_t b, int64_t h, int64_t tile, const Packed& to) {
     const int64_t deep = rounded(c.D, DEEP), wide = rounded(c.Dv, WIDE), first = tile * BN;
     const int64_t count = smaller<int64_t>(BN, s.keys - first);
@@ -96,11 +104,11 @@ static void pack(const Call& c, const Source& s, int64_t b, int64_t h, int64_t t
     for (int64_t n = 0; n < count; n++) {
         const int64_t row = s.at ? s.at[b * s.at_b + h * s.at_h + first + n] : first + n, from = row < 0 ? 0 : row;
         to.j[first + n] = row < 0 ? NOWHERE : s.place ? s.place[b * s.place_b + h * s.place_h + row] : (int32_t)row;
-        const cell* key = s.k.data + b * s.k.b + h * s.k.h + from * s.k.n;
-        if (n % VL == 0) turned = s.at || s.k.d != 1 || n + VL > count ? 0 : put_keys(key, s.k.n, c.D, deep, k, n);
+        const cell* key = s.k.data + b * s.k.b + h / s.lie * s.k.h + from * s.k.n;
+        if (n % VL == 0) turned = s.k.d != 1 || n + VL > count || !in_order(s, b, h, first + n) ? 0 : put_keys(key, s.k.n, c.D, deep, k, n);
         put_key(key, s.k.d, turned, c.D, deep, k, n);
         if (!to.v) continue;
-        rows[n % 2] = s.v.data + b * s.v.b + h * s.v.h + from * s.v.n;
+        rows[n % 2] = s.v.data + b * s.v.b + h / s.lie * s.v.h + from * s.v.n;
         if (n % 2 || n + 1 == count) put_values(rows, 1 + n % 2, s.v.d, c.Dv, v, n / 2 * 2, wide);
     }
 }
@@ -120,7 +128,7 @@ static int32_t largest(const Call& c, const Source& s, int64_t b, int64_t h, int
     vi top{};
     for (int64_t n = first; n < first + count; n++) {
         const int64_t row = s.at ? s.at[b * s.at_b + h * s.at_h + n] : n;
-        const cell* v = s.v.data + b * s.v.b + h * s.v.h + (row < 0 ? 0 : row) * s.v.n;
+        const cell* v = s.v.data + b * s.v.b + h / s.lie * s.v.h + (row < 0 ? 0 : row) * s.v.n;
         int64_t d = 0;
         if (s.v.d == 1) for (; d + VL <= c.Dv; d += VL) top = most(top, (vi)absolute(load(v + d)));
         for (; d < c.Dv; d++) {

@@ -70,6 +70,7 @@ class Attend:
         """Arguments of a segment that its tiles read."""
         found = ["k_n", "k_d", "v_n", "v_d"]
         found += ["row_k", "row_k_n"] if self.spec.rows_of(segment) else []
+        found += ["group", "group_n", "LAST"] if self.spec.group_rows else []
         return found + (["at_k", "at_k_n"] if self.spec.segments[segment][2] else [])
 
     def of_keys(self, segment: int) -> list[str]:
@@ -79,6 +80,7 @@ class Attend:
         for index in ("row_k", "at_k"):
             if index in self.own(segment):
                 found += [f"{index}{segment}{step}" for step in ("", "_b", "_h", "_n")]
+        found += ["group", "group_b", "group_n", "GROUPS", "TABLED", "LAST"] if self.spec.group_rows else []
         return found
 
     @property
@@ -121,6 +123,7 @@ class Attend:
         flags = {
             "NARROW": bool(self.spec.tiles) and segment == 0,
             "GATHERED": bool(self.spec.rows_of(segment)),
+            "GROUPED": bool(self.spec.group_rows),
             "MOVED": bool(self.spec.segments[segment][2]),
             "HIDDEN": self.folding.hidden,
             "LAZY": bool(self.folding.lazy),
@@ -148,7 +151,8 @@ class Attend:
         """The rows of a tile: numbers, or what their bytes stand for."""
         rows = row_spec(self.spec.stored[place]) if self.spec.stored else None
         if rows is None:
-            return f"rows({port}, {port}_rows, here, {port}_d, {size}, {size}P, MASKED)"
+            here, masked = ("held", "True") if self.spec.group_rows else ("here", "MASKED")
+            return f"rows({port}, {port}_rows, {here}, {port}_d, {size}, {size}P, {masked})"
         lies = f"{rows.bits}, {rows.codes}, {rows.groups}, {1 if self.singly else aligned(rows)}"
         return f"stored({port}, {port}_rows, here, {size}, {size}P, {lies}, MASKED).to(q.dtype)"
 
@@ -235,8 +239,11 @@ class Attend:
         """Where the keys of this block's head lie."""
         if not (self.packed or self.spec.kv_heads):
             yield f"hk = h // G{segment}"
-        for port in "KV":
-            yield f"{port.lower()} = {port}{segment} + b_ * {port}{segment}_b + hk.to(tl.int64) * {port}{segment}_h"
+        sample = "b_ // GROUPS" if self.spec.group_rows else "b_"
+        for port in (f"K{segment}", f"V{segment}"):
+            yield f"{port[0].lower()} = {port} + {sample} * {port}_b + hk.to(tl.int64) * {port}_h"
+        if self.spec.group_rows:
+            yield "of_group = group + b % TABLED * group_b"
         for index in ("row_k", "at_k"):
             if index in self.own(segment):
                 name, head = f"{index}{segment}", "hk" if self.packed else "h"
@@ -245,6 +252,7 @@ class Attend:
     def named(self, segment: int) -> list[str]:
         """A tile's own arguments as the whole kernel calls them."""
         names = {"row_k": "row_k", "at_k": "at_k", "row_k_n": f"row_k{segment}_n", "at_k_n": f"at_k{segment}_n"}
+        names |= {"group": "of_group", "group_n": "group_n", "LAST": "LAST"}
         return [names.get(a, f"{a[0].upper()}{segment}{a[1:]}") for a in self.own(segment)]
 
     def _reached(self, segment: int) -> tuple[Reached, ...]:

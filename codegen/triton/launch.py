@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...compiler.primitives.attend_grouped import groups_of, table_of
 from ...compiler.primitives.attend_meaning import attend_meaning
 from ...compiler.primitives.attend_spec import AttendSpec
 from ...compiler.primitives.attend_stored import rows_of, widths
@@ -183,10 +184,15 @@ def _results(kernel: Attend, q: Tensor, E: int) -> Arguments:
 
 def _segment(kernel: Attend, number: int, k: Tensor, v: Tensor, q: Tensor, tables: Any) -> Arguments:
     spec = kernel.spec
-    k, v = (t.expand(q.shape[0], *t.shape[1:]) for t in (k, v))
+    table = None if number else table_of(spec, list(tables.values()))
+    if table is None:
+        k, v = (t.expand(q.shape[0], *t.shape[1:]) for t in (k, v))
     rows, places = tables.get(spec.rows_of(number)), tables.get(spec.segments[number][2])
     given: Arguments = {**port(f"K{number}", k), **port(f"V{number}", v), f"M{number}": k.shape[2]}
     given |= {} if kernel.packed or spec.kv_heads else {f"G{number}": q.shape[1] // k.shape[1]}
+    if table is not None:
+        given |= {"group": table, "group_b": table.stride(0), "group_n": table.stride(1), "TABLED": table.shape[0]}
+        given |= {"GROUPS": groups_of(q, k), "LAST": k.shape[2], f"M{number}": table.shape[1]}
     if rows is not None:
         rows = torch.where(rows < k.shape[2], rows, -1)
         given |= {

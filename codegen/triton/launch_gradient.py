@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ...compiler.primitives.attend_grouped import added_back, copied_out, table_of
 from ...compiler.primitives.attend_spec import AttendSpec
 from ...compiler.primitives.operator import Groups
 from .. import relative
@@ -28,6 +29,8 @@ def gradients(
     spec = AttendSpec.of(text)
     if spec.relative:
         return _through_products(groups, text, results, given, wanted)
+    if spec.group_rows:
+        return _through_groups(groups, text, results, given, wanted)
     first_table = 1 + len(kv)
     learned = tuple(k - first_table for k in wanted if k >= first_table)
     kernel = Attend(text, kinds(tables))
@@ -65,6 +68,19 @@ def _through_products(
     more = relative.passed_on(groups, text, of_products)
     own = [g if g is not None else torch.zeros_like(tensors[n]) for n, g in zip(wanted, found)]
     return [g + more[n] if n in more else g for n, g in zip(wanted, own)]
+
+
+def _through_groups(
+    groups: Groups, text: str, results: Sequence[Tensor], given: Mapping[int, Tensor], wanted: Sequence[int]
+) -> Sequence[Tensor | None] | None:
+    """The gradient of what groups read goes on to the rows that they read it from."""
+    _, kv, tables = groups
+    found = gradients(*copied_out(groups, text), results, given, wanted)
+    table = table_of(AttendSpec.of(text), tables)
+    if found is None or table is None:
+        return None
+    own = {1: kv[0], 2: kv[1]}
+    return [added_back(g, own[n], table) if n in own and g is not None else g for n, g in zip(wanted, found)]
 
 
 def _summed(

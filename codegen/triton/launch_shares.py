@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...compiler.cost import density
+from ...compiler.primitives.attend_grouped import keys_of
 from ...compiler.primitives.attend_spec import AttendSpec
 from ...compiler.primitives.attend_stored import widths
 from ...compiler.primitives.operator import Groups
@@ -21,10 +22,10 @@ from .roofline import best_shares, forward_work
 
 def shares_of(groups: Groups, text: str, blocks: Blocks, rows: int) -> int:
     """How many programs should share the keys of a head whose `rows` rows are one block; 1: none do."""
-    (q,), kv, _ = groups
+    (q,), kv, tables = groups
     if rows > blocks.rows or why_not_shared(text):
         return 1
-    keys = max(k.shape[2] for k in kv[::2])
+    keys = max(keys_of(kv[0], AttendSpec.of(text), tables), *(k.shape[2] for k in kv[2::2]), 1)
     sizes = (
         *q.shape,
         widths(kv, AttendSpec.of(text))[1],

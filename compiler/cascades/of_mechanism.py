@@ -60,7 +60,9 @@ def _arities(spec: AttendSpec) -> list[int]:
     placed = {"q_positions": spec.q_positions, **{f"k{n}": s[2] for n, s in enumerate(spec.segments)}}
     for name in filter(None, placed.values()):
         found.setdefault(int(name[1:]), 1)
-    for name in filter(None, (*spec.rows, *(r[0] for r in spec.relative), *spec.tiles[:1], spec.kv_heads)):
+    for name in filter(
+        None, (*spec.rows, *(r[0] for r in spec.relative), *spec.tiles[:1], spec.kv_heads, spec.group_rows)
+    ):
         found.setdefault(int(str(name)[1:]), 3)
     return [found.get(n, 1) for n in range(max(found, default=-1) + 1)]
 

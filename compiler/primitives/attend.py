@@ -286,7 +286,7 @@ def _check_tensors(q: Tensor, kv: Sequence[Tensor], spec: AttendSpec) -> None:
             raise Refused(f"rows of {t.dtype}", where="attend", fits=", ".join(map(str, _KINDS)))
         if t.shape[1] == 0:
             raise Refused(f"rows of shape {tuple(t.shape)}", where="attend", fits="at least one head")
-        if t.shape[0] != q.shape[0] and t.shape[0] != 1:
+        if t.shape[0] != q.shape[0] and t.shape[0] != 1 and not (spec.group_rows and q.shape[0] % t.shape[0] == 0):
             found = f"q of a batch of {q.shape[0]}, keys or values of {t.shape[0]}"
             raise Refused(found, where="attend", fits=f"{q.shape[0]} or 1")
 
@@ -297,6 +297,7 @@ def _tables_of(spec: AttendSpec) -> list[tuple[str, str, tuple[int, ...]]]:
     named += [("rows", rows, (3, 4)) for rows in spec.rows]
     named += [("a relative table", term[0], (3,)) for term in spec.relative]
     named += [("tiles", spec.tiles[0], (4,))] if spec.tiles else []
+    named += [("group_rows", spec.group_rows, (2,))]
     return [entry for entry in named if entry[1]]
 
 

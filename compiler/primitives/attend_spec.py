@@ -38,6 +38,7 @@ class AttendSpec(Spec):
     leader: str = ""  # of key j, for "grouped": the position of the key that speaks for its group
     empty: str = ""  # the score of all keys for a query that keeps none above FAINT; without it such a query gives 0
     stored: tuple[tuple[int | str, ...], ...] = ()  # of every k and v: bits, dim, group, dtype of rows of bytes, or ()
+    group_rows: str = ""  # name of a table (G, S) of rows: a sample of q is a group of rows of k, v (attend_grouped)
     outputs: tuple[str, ...] = ("o",)
 
     @cached_property

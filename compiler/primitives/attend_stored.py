@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, fx
 
+from .attend_grouped import copied_out
 from .attend_spec import AttendSpec
 from .operator import Groups
 from .packed_rows import RowSpec, unpack_op
@@ -28,7 +29,8 @@ def described(rows: Sequence[RowSpec | None]) -> tuple[About, ...]:
 
 
 def is_stored(text: str) -> bool:
-    return bool(AttendSpec.of(text).stored)
+    spec = AttendSpec.of(text)
+    return bool(spec.stored or spec.group_rows)
 
 
 def widths(kv: Sequence[Tensor], spec: AttendSpec) -> list[int]:
@@ -41,7 +43,8 @@ def rows_of(kv: Sequence[Tensor], spec: AttendSpec) -> list[RowSpec | None]:
 
 
 def in_numbers(groups: Groups, text: str) -> tuple[Groups, str]:
-    """The same call on the numbers that rows of bytes stand for."""
+    """The same call on the numbers that rows of bytes stand for, on the rows of each group."""
+    groups, text = copied_out(groups, text)
     spec = AttendSpec.of(text)
     if not spec.stored:
         return groups, text

@@ -49,7 +49,7 @@ class Kernel:
     plain: bool = False  # made of torch operations without looking at sizes or values, so that it can be traced
     differentiable: bool = False  # made of differentiable torch operations, so that its own gradient can be taken
     gradients: Gradients | None = None  # its own, where it has some for what is wanted
-    reads_stored: bool = False  # takes tensors whose rows are bytes
+    reads_stored: bool = False  # takes tensors as they lie: rows of bytes, rows that groups are made of
     source: Callable[[str], str] | None = None  # the text it is built from, of a spec; "" where it cannot say that
     # what it takes of the devices named, which it is then compiled for, and of those that it was compiled for before
     footprints: Callable[[Groups, str, Sequence[str]], tuple[Footprint, ...]] | None = None
@@ -92,8 +92,8 @@ class Primitive:
     kernels: dict[str, list[Kernel]] = field(default_factory=dict)
     in_torch: list[InTorch] = field(default_factory=list)
     frugal: Meaning | None = None  # the meaning piece by piece, where the whole would hold much at once
-    stored: Callable[[str], bool] = lambda spec: False  # whether tensors of a call are rows of bytes
-    in_numbers: Callable[[Groups, str], tuple[Groups, str]] = lambda groups, spec: (groups, spec)
+    stored: Callable[[str], bool] = lambda spec: False  # whether tensors of a call are read as they lie
+    in_numbers: Callable[[Groups, str], tuple[Groups, str]] = lambda groups, spec: (groups, spec)  # made of them
 
     def __post_init__(self) -> None:
         PRIMITIVES[self.name] = self
@@ -132,7 +132,7 @@ class Primitive:
             if only is not None and not only(kernel):
                 continue
             unread = self.stored(spec) and not kernel.reads_stored
-            reason = "rows of bytes" if unread else kernel.refuses(groups, spec)
+            reason = "rows as they lie" if unread else kernel.refuses(groups, spec)
             if reason is None:
                 return kernel, refused
             refused.append((kernel.name, reason))
