@@ -11,6 +11,7 @@ from torch import fx
 
 from .ports import ATTEND, Ports, find_ports, is_padding, op_name
 from .primitives.attend_spec import CAUSAL, AttendSpec
+from .same_rows import same_rows
 from .site import Grid, Site
 from .symbols import Expr, name
 
@@ -56,7 +57,9 @@ def _site(node: fx.Node, path: str, index: int, ports: Ports, images: Sequence[f
     spec = AttendSpec.of(str(node.args[3]))
     q, k, v = (ports.nodes[n].meta["val"] for n in "qkv")
     tables = [t.meta["val"] for t in node.args[2]]  # type: ignore[union-attr]
-    cross = "x" in ports.nodes and "x_kv" in ports.nodes and ports.nodes["x"] is not ports.nodes["x_kv"]
+    x, x_kv = ports.nodes.get("x"), ports.nodes.get("x_kv")
+    apart = x is not None and x_kv is not None and x is not x_kv
+    cross = apart and not same_rows(x, x_kv, behind_past=spec.align == "end")  # type: ignore[arg-type]
     if spec.align == "start" and not _same_size(q.shape[2], k.shape[2]):
         cross = True  # rows behind a past count from its end; of others positions say nothing
     causal = any(c.text == CAUSAL for c in spec.conjuncts)
@@ -116,8 +119,8 @@ def features(spec: AttendSpec, tables: Sequence[torch.Tensor] = ()) -> frozenset
             sides = [a.names & {"i", "j"} for a in condition.args] if condition.op == "eq" else []
             document = sides in ([{"i"}, {"j"}], [{"j"}, {"i"}])
             found.add("padding" if is_padding(condition) else "packed" if document else "mask")
-        elif condition.text != CAUSAL and _offset(condition) is None:
-            found.add("mask")
+        elif condition.text != CAUSAL:
+            found.add("mask" if _offset(condition) is None else "window")
     return frozenset(found)
 
 

@@ -7,6 +7,7 @@ unions by `|` and Optional. Whatever else a field says is left to the mechanism 
 from __future__ import annotations
 
 import ast
+import math
 import types
 import typing
 from abc import ABC, abstractmethod
@@ -271,9 +272,12 @@ def _is_number(value: Any) -> bool:
 
 def _float(value: float) -> float:
     try:
-        return float(value)
+        found = float(value)
     except OverflowError:
         raise Misfit from None
+    if not math.isfinite(found):  # what it is multiplied with would be no number
+        raise Misfit
+    return found
 
 
 def _length(count: int) -> dict[str, Any]:

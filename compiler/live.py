@@ -15,7 +15,7 @@ from .symbol_read import read
 from .symbol_text import parse
 from .symbols import TRUE, Expr, name
 
-KEPT = frozenset({"bias", "softcap", "sinks", "padding", "packed", "mask", "dropout"})  # by attend(site=...)
+KEPT = frozenset({"bias", "softcap", "sinks", "padding", "packed", "mask", "window", "dropout"})  # by attend(site=...)
 _INDICES = {n: name(n) for n in ("b", "h", "i", "j", "N", "M")}
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from . import announced
+from .knob_types import Misfit, knob_type
 from .refusal import Refused, nearest
 from .site import Site
 from .vocabulary import WORDS
@@ -221,7 +222,18 @@ def mechanism(slug: str, /, **knobs: Any) -> Mechanism:
     for knob in knobs:
         if knob not in cls.knobs():
             raise Refused(f"knob {knob!r}", where=slug, fits=nearest(knob, cls.knobs(), kind="its knobs"))
+        _check_kind(slug, knob, cls.knobs()[knob][0], knobs[knob])
     return cls(**knobs)
+
+
+def _check_kind(slug: str, knob: str, annotation: Any, value: Any) -> None:
+    """A plain value is one that its knob's annotation admits; of others the mechanism itself speaks."""
+    if value is None or isinstance(value, int | float | str):
+        known = knob_type(annotation)
+        try:
+            known.admit(value)
+        except Misfit:
+            raise Refused(f"{knob}={value!r}", where=slug, fits=known.says) from None
 
 
 def _load(slug: str) -> None:

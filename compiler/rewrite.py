@@ -13,7 +13,7 @@ from .algebra.projections import projections
 from .facts import features
 from .inserting import OnStream, on_stream, stream_at
 from .mechanism import Mechanism
-from .ports import is_padding, real_keys
+from .ports import real_keys
 from .primitives.attend_spec import AttendSpec
 from .program import Change, Program, get_attr, insert_before, mount, tensor_name
 from .refusal import Refused
@@ -36,7 +36,8 @@ def put(program: Program, path: str, mechanism: Mechanism, *, dropped: frozenset
         raise Refused(reason, where=str(site))
     attend = ports.attend
     spec = without(AttendSpec.of(str(attend.args[3])), dropped)
-    setting = Setting(replace(site, features=site.features - dropped), spec)
+    window = None if "window" in dropped else site.window
+    setting = Setting(replace(site, features=site.features - dropped, window=window), spec)
     before = _behind(anchor) if mechanism.part in ("gate", "insert") else anchor  # these read the value they replace
     inputs = _inputs(program, site, mechanism, attend, anchor, before)
     fragment = _fragment(program, mechanism, setting, inputs)
@@ -95,9 +96,8 @@ def without(spec: AttendSpec, dropped: frozenset[str]) -> AttendSpec:
         return spec
     keep = TRUE
     for condition in spec.conjuncts:
-        gone = "padding" if is_padding(condition) else "mask"
         own = features(AttendSpec(score="s", keep=condition.text))
-        if not (own and gone in dropped):
+        if not own & dropped:
             keep = keep & condition
     scale = spec.scale if spec.scale is not None else 1.0
     plain = {"bias", "softcap"} & dropped

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 PATTERNS = ("causal-self", "noncausal-self", "causal-cross", "noncausal-cross")
-FEATURES = ("bias", "softcap", "sinks", "padding", "dropout", "packed", "rope", "mask")
+FEATURES = ("bias", "softcap", "sinks", "padding", "dropout", "packed", "rope", "window", "mask")
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,8 @@ class Site:
         kv = f" kv={self.kv_heads}" if self.kv_heads != self.heads else ""
         dv = f" dv={self.v_dim}" if self.v_dim != self.dim else ""
         window = f" window={self.window}" if self.window else ""
-        extra = f" {'+'.join(sorted(self.features))}" if self.features else ""
+        told = self.features - {"window"} if window else self.features
+        extra = f" {'+'.join(sorted(told))}" if told else ""
         return f"{self.path}: attention[{self.pattern} h={self.heads}{kv} d={self.dim}{dv}{window}{extra}]"
 
     def _repr_html_(self) -> str:

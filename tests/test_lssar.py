@@ -93,7 +93,8 @@ def test_decoding_keeps_what_softmax_keeps() -> None:
 
 
 def test_a_windowed_site_is_refused() -> None:
-    site = Site("layer", 0, heads=4, kv_heads=4, dim=8, v_dim=8, scale=1.0, pattern="causal-self", window=4)
+    site = Site("layer", 0, heads=4, kv_heads=4, dim=8, v_dim=8, scale=1.0, pattern="causal-self",
+                features=frozenset({"window"}), window=4)  # fmt: skip
     assert "window" in (Lssar().refuses(site) or "")
     with pytest.raises(Refused, match="p >= 1"):
         Lssar(p=0.5)

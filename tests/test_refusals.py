@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -11,7 +12,9 @@ import reattend.passes  # noqa: F401 - fills the registry
 from reattend.compiler.functional import attention
 from reattend.compiler.layers import module
 from reattend.compiler.problem import hidden, problem
+from reattend.compiler.recipe_load import load_recipe
 from reattend.compiler.refusal import Refused
+from reattend.compiler.steps import vocabulary
 
 NONCAUSAL = {
     "agent": {}, "agent_sd": {}, "inline": {"local_kernel": 0}, "slab": {}, "gpsa": {}, "biformer": {}, "hilo": {},
@@ -26,6 +29,28 @@ def test_noncausal_only_on_a_causal_site(slug: str) -> None:
     q, k, v = problem(6)
     with pytest.raises(Refused, match="causal"):
         attention(q, k, v, slug.partition("-")[0], causal=True, grid=(2, 3), ports={"x": hidden(6)}, **NONCAUSAL[slug])
+
+
+@pytest.mark.parametrize(
+    ("slug", "knob", "value", "fits"),
+    [
+        ("window", "window", "a", "a whole number"), ("window", "sinks", 2.5, "a whole number"),
+        ("window", "window", None, "a whole number"), ("window", "window", True, "a whole number"),
+        ("based", "eps", math.inf, "a number"), ("sigmoid", "softmax_scale", math.nan, "a number or null"),
+        ("sigmoid", "bias", -math.inf, "a number or a text"), ("linear", "normalize", 2, "true or false"),
+    ],
+)  # fmt: skip
+def test_a_knob_of_another_kind(slug: str, knob: str, value: Any, fits: str) -> None:
+    q, k, v = problem(6)
+    with pytest.raises(Refused, match=f"{knob}={value!r}.*{fits}"):
+        attention(q, k, v, slug, causal=True, **{knob: value})
+
+
+def test_a_number_without_end_is_no_knob_of_a_recipe() -> None:
+    with pytest.raises(Refused, match="scale"):
+        load_recipe(
+            {"version": 1, "sites": [{"match": "*", "attention": {"aaren": {"scale": math.inf}}}]}, vocabulary()
+        )
 
 
 @pytest.mark.parametrize("slug", ORDERED)

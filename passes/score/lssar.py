@@ -59,9 +59,6 @@ class Lssar(Mechanism):
         if self.p < 1 or self.eps < 0:
             raise Refused(f"p={self.p}, eps={self.eps}", where="lssar", fits="p >= 1, eps >= 0")
 
-    def fits(self, site: Site) -> str | None:
-        return "lssar counts the keys of a row, and does not know a window's" if site.window else None
-
     def forward(  # type: ignore[override]
         self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor | None = None
     ) -> Tensor:

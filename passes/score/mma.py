@@ -50,9 +50,8 @@ class Mma(Mechanism):
             raise Refused(found, where="mma", fits="0 <= image_start <= image_end <= text_end")
 
     def fits(self, site: Site) -> str | None:
-        if site.pattern != "causal-self" or site.window:
-            window = f" with a window of {site.window}" if site.window else ""
-            return f"mma widens plain causal self-attention, this site is {site.pattern}{window}"
+        if site.pattern != "causal-self":
+            return f"mma widens plain causal self-attention, this site is {site.pattern}"
         if site.keys.isdigit() and int(site.keys) < self.text_end:
             return f"text_end={self.text_end}, this site has {site.keys} tokens"
         return None

@@ -46,7 +46,7 @@ class RetNetGMM(Mechanism):
 
     part = "core"
     kind = "approximate"
-    honours = {"padding", "bias", "mask", "dropout"}
+    honours = {"padding", "bias", "mask", "window", "dropout"}
     paper = "arXiv 2309.05375"
     tries = ({}, {"num_kernels": 1, "compat_underflow": True})
 
