@@ -26,7 +26,7 @@ from ..compiler.symbol_eval import evaluate
 from ..compiler.symbol_text import parse
 from ..compiler.symbols import Expr, as_expr, build, name
 
-_AT_ONCE = 1 << 20  # numbers of all tables of some query rows
+_AT_ONCE = 1 << 22  # numbers of all tables of some query rows: fewer, and long rows of keys are read anew too often
 _FEWEST = 192  # rows for which keys are worth being read anew
 
 
@@ -76,7 +76,7 @@ def _products(q: Tensor, k: Tensor, tables: object, spec: AttendSpec) -> list[Te
 
 
 def rows_at_once(groups: Groups, text: str) -> int:
-    """How many query rows have tables that a near cache holds; all rows where they cannot be made in turn."""
+    """How many query rows have tables that a last cache holds; all rows where they cannot be made in turn."""
     (q,), _, tables = groups
     spec, rows = AttendSpec.of(text), q.shape[2]
     if spec.align != "start" or spec.tiles or any(side != "q" for _, _, side in spec.relative):
