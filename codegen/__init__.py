@@ -1,5 +1,6 @@
 """What becomes a kernel: implementations registered for the primitives, per device; no mechanism is known here."""
 
+from . import chosen as chosen
 from . import cpu as cpu
 from . import sdpa as sdpa
 from . import sdpa_call as sdpa_call

@@ -9,7 +9,7 @@ some rows at a time. Its gradient is that of a learned table, and goes on from t
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from itertools import product
@@ -19,14 +19,14 @@ from torch import Tensor
 
 from ..compiler.boxes import bounds
 from ..compiler.primitives.attend_spec import AttendSpec
-from ..compiler.primitives.operator import Groups
+from ..compiler.primitives.operator import Gradients, Groups
 from ..compiler.primitives.rows import repeat_heads
 from ..compiler.reach import reach
 from ..compiler.symbol_eval import evaluate
 from ..compiler.symbol_text import parse
 from ..compiler.symbols import Expr, as_expr, build, name
 
-_AT_ONCE = 1 << 20  # numbers of all tables of some query rows
+_AT_ONCE = 1 << 22  # numbers of all tables of some query rows: fewer, and long rows of keys are read anew too often
 _FEWEST = 192  # rows for which keys are worth being read anew
 
 
@@ -76,7 +76,7 @@ def _products(q: Tensor, k: Tensor, tables: object, spec: AttendSpec) -> list[Te
 
 
 def rows_at_once(groups: Groups, text: str) -> int:
-    """How many query rows have tables that a near cache holds; all rows where they cannot be made in turn."""
+    """How many query rows have tables that a last cache holds; all rows where they cannot be made in turn."""
     (q,), _, tables = groups
     spec, rows = AttendSpec.of(text), q.shape[2]
     if spec.align != "start" or spec.tiles or any(side != "q" for _, _, side in spec.relative):
@@ -125,6 +125,27 @@ def elements(groups: Groups, spec: AttendSpec, rows_q: int | None = None) -> int
     rows = {"q": q.shape[2] if rows_q is None else rows_q, "k": kv[0].shape[2]}
     sizes = [q.shape[0] * q.shape[1] * rows[side] * tables[int(t[1:])].shape[1] for t, _, side in spec.relative]
     return max(sizes, default=0)
+
+
+def through_products(
+    gradients: Gradients,
+    groups: Groups,
+    text: str,
+    results: Sequence[Tensor],
+    given: Mapping[int, Tensor],
+    wanted: Sequence[int],
+) -> Sequence[Tensor | None] | None:
+    """Gradients of a call by those of the call with tables: a table's go on to what was multiplied."""
+    tensors = [t for group in groups for t in group]
+    count = len(AttendSpec.of(text).relative)
+    asked = [*wanted, *range(len(tensors), len(tensors) + count)]
+    found = gradients(*as_tables(groups, text), results, given, asked)
+    if found is None:
+        return None
+    of_products = {n: g for n, g in enumerate(found[len(wanted) :]) if g is not None}
+    more = passed_on(groups, text, of_products)
+    own = [g if g is not None else torch.zeros_like(tensors[n]) for n, g in zip(wanted, found)]
+    return [g + more[n] if n in more else g for n, g in zip(wanted, own)]
 
 
 def passed_on(groups: Groups, text: str, of_products: Mapping[int, Tensor]) -> dict[int, Tensor]:

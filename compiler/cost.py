@@ -120,6 +120,8 @@ def _products(node: fx.Node, inputs: list[Tensor], outputs: list[Tensor]) -> flo
     if name == "scan":
         q, v = inputs[0], inputs[2]
         return 4.0 * prod(sizes(q)) * sizes(v)[-1]
+    if name == "chosen":
+        return 2.0 * prod(sizes(outputs[0])) * sizes(inputs[0])[-1]
     if name == "qlinear":
         return 2.0 * prod(sizes(outputs[0])) * sizes(inputs[0])[-1]
     if name in ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm") and len(inputs) >= 2:

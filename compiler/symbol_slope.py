@@ -47,6 +47,27 @@ def slope(e: Expr, name: str) -> Expr:
     raise Refused(f"the derivative of `{e.text}`", fits=f"known: + * / ** min max where, {', '.join(_OUTER)}")
 
 
+def slope_by(e: Expr, part: Expr) -> Expr:
+    """The derivative by what a table holds where an expression looks it up.
+
+    >>> from .symbol_text import parse
+    >>> slope_by(parse("s + t0[h] * (j - i)"), parse("t0[h]"))
+    j - i
+    """
+    return _put(slope(_put(e, part.text, Expr("name", ("x",))), "x"), "x", part)
+
+
+def _put(e: Expr, text: str, value: Expr) -> Expr:
+    """An expression with one of its parts replaced."""
+    if e.text == text:
+        return value
+    if e.op in ("name", "const"):
+        return e
+    if e.op == "lookup":
+        return Expr("lookup", (e.args[0], *(_put(a, text, value) for a in e.args[1:])))
+    return build(e.op, *(_put(a, text, value) for a in e.args))
+
+
 def _product(factors: tuple[Expr, ...], which: int, changed: Expr) -> Expr:
     return build("mul", *(changed if k == which else factor for k, factor in enumerate(factors)))
 

@@ -29,7 +29,8 @@ DOC, SEEN = whole(0, 3, B, M), whole(0, 5, B, M) > 0
 
 @pytest.fixture(autouse=True)
 def built(monkeypatch: pytest.MonkeyPatch) -> None:
-    must_build(monkeypatch, attending)
+    for module in (attending, backwards):
+        must_build(monkeypatch, module)
 
 
 def last_of(size: int) -> Callable[[Any], Any]:
@@ -116,8 +117,21 @@ def test_landmark_takes_the_kernel_and_can_be_trained_through() -> None:
     same(list(found), list(torch.autograd.grad(expected.square().sum(), plain)), 1e-5)
 
 
-def test_gradients_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    groups, text = call(monkeypatch, torch.float32, landmarks(16) | {"outputs": ("o",)})
+@pytest.mark.parametrize(("size", "feature"), [case for case in CASES if case[1] != "moved queries"])
+def test_gradients(size: int, feature: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    groups, text = call(monkeypatch, torch.float32, landmarks(size) | FEATURES[feature])
+    results = attend_meaning(wide(groups), text)
+    given = [torch.where(t.isfinite(), drawn(*t.shape), 0.0) for t in results]
+    found = backwards.gradients(groups, text, attending.run(groups, text), dict(enumerate(given)), (0, 1, 2))
+    assert found is not None
+    leaves = [t.double().requires_grad_() for t in (*groups[0], *groups[1])]
+    again = attend_meaning([leaves[:1], leaves[1:], wide(groups)[2]], text)
+    total = sum((torch.where(t.isfinite(), t, 0.0) * g.double()).sum() for t, g in zip(again, given, strict=True))
+    same(list(found), list(torch.autograd.grad(total, leaves)), 1e-3 if "far" in feature else 5e-6)  # type: ignore[arg-type]
+
+
+def test_moved_queries_are_left_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    groups, text = call(monkeypatch, torch.float32, landmarks(16) | FEATURES["moved queries"] | {"outputs": ("o",)})
     assert backwards.gradients(groups, text, attending.run(groups, text), {0: drawn(B, H, N, Dv)}, (0, 1, 2)) is None
 
 

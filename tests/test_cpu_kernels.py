@@ -14,7 +14,9 @@ from kernel_calls import (
     ATTENDS,
     BIAS,
     RELATIVES,
+    ROWS,
     SCANS,
+    SLOPE,
     B,
     D,
     Dv,
@@ -239,20 +241,36 @@ def test_half_precision_in_and_out(dtype: torch.dtype, monkeypatch: pytest.Monke
 LEARNED = (
     "full", "causal", "causal at the end", "window", "both sides", "softcap", "alibi", "documents", "mod and div",
     "functions", "sigmoid", "relu squared", "sink", "rows without a key", "tiles", "tiles of no whole vector",
+    "slopes", "relative bias", "a table of heads", "changed afterwards", "scaled afterwards", "clipped distances",
+    "distances of keys", "a learned factor", "a factor of distances", "a product of tables",
 )  # fmt: skip
+TAUGHT = {  # what tables learn in scores and factors, there or not where a key is hidden
+    "a learned factor": {"after": lambda w, h, i: w * (table(ROWS)[h, i] + table(SLOPE)[h]), "causal": True},
+    "a factor of distances": {"after": lambda w, h, i, j: w * table(BIAS)[h, i - j + M], "causal": True},
+    "clipped distances": {"relative": [Relative(drawn(H, 21, D) / 5, lambda i, j: i - j)], "causal": True},
+    "a product of tables": {
+        "score": lambda s, h, i, j: s * table(SLOPE)[h] + table(BIAS)[h, j] * table(ROWS)[h, j % 50] * (i - j) * 0.01,
+        "causal": True,
+    },
+}
 
 
 @pytest.mark.parametrize("name", LEARNED)
 def test_gradients(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     q, k, v = drawn(B, H, N, D), drawn(B, M, 2, D).transpose(1, 2), drawn(B, 2, M, Dv)
-    groups, text = said(monkeypatch, attend_front, "attend_op", lambda: attend(q, k, v, **ATTENDS[name]))
+    how = (ATTENDS | AFTERWARDS | RELATIVES | TAUGHT)[name]
+    groups, text = said(monkeypatch, attend_front, "attend_op", lambda: attend(q, k, v, **how))
     kept = [torch.where(t.isfinite(), drawn(*t.shape), 0.0) for t in attend_meaning(wide(groups), text)]
-    found = backwards.gradients(groups, text, attending.run(groups, text), dict(enumerate(kept)), (0, 1, 2))
+    floats = [n for n, t in enumerate(t for group in groups for t in group) if t.is_floating_point()]
+    must_build(monkeypatch, backwards)
+    found = backwards.gradients(groups, text, attending.run(groups, text), dict(enumerate(kept)), floats)
     assert found is not None
-    leaves = [t.double().requires_grad_() for t in (q, k, v)]
-    outputs = attend_meaning([[leaves[0]], leaves[1:], wide(groups)[2]], text)
+    every = wide(groups)
+    leaves = [t.requires_grad_() for group in every for t in group if t.is_floating_point()]
+    outputs = attend_meaning(every, text)
     total = sum((torch.where(t.isfinite(), t, 0.0) * g.double()).sum() for t, g in zip(outputs, kept, strict=True))
-    same(list(found), list(torch.autograd.grad(total, leaves)), 5e-6)  # type: ignore[arg-type]
+    expected = torch.autograd.grad(total, leaves, allow_unused=True, materialize_grads=True)  # type: ignore[arg-type]
+    same(list(found), list(expected), 5e-6)  # type: ignore[arg-type]
 
 
 def test_gradients_of_few_heads_are_shared_out(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from reattend.compiler.primitives.attend import attend
+from reattend.compiler.primitives.chosen import chosen
 from reattend.compiler.primitives.gather import gather, scatter
 from reattend.compiler.primitives.group import group
 from reattend.compiler.primitives.merge import merge
@@ -140,6 +141,16 @@ CASES = [
         gather,
         lambda n, kind: [torch.randn(B, H, n, D, dtype=kind), numbers(n, B, 5)],
         (2, None),
+    ),
+    Case(
+        "chosen",
+        chosen,
+        lambda n, kind: [
+            torch.randn(n, D, dtype=kind),
+            torch.randint(-1, 4, (n, 2)),
+            torch.randn(4, D, DV, dtype=kind),
+        ],
+        (0, 0, None),
     ),
     *(
         Case(

@@ -148,7 +148,7 @@ def _block(text: str, halves: str) -> tuple[int, int]:
     """
     wide = "avx512f" in cpu_flags()
     if groups := even_groups(AttendSpec.of(text).leader):
-        return (128 if halves else 2 * _ROWS), _keys_of_groups(groups.size, halves)
+        return (128 if halves else 2 * _ROWS), keys_of_groups(groups.size, halves)
     if leftover(text):
         return (64, 64) if halves else (_ROWS, 64)  # the fewer keys at a time, the earlier it can stop
     if reach(text).back is not None:
@@ -156,7 +156,7 @@ def _block(text: str, halves: str) -> tuple[int, int]:
     return (128, 128) if halves else (_ROWS, 128 if wide else 96)
 
 
-def _keys_of_groups(size: int, halves: str) -> int:
+def keys_of_groups(size: int, halves: str = "") -> int:
     """Keys of a tile of whole groups: in bfloat16 a multiple of 32, 0 if there is none; else rather of a vector."""
     known = range(size, _MOST_OF_A_GROUP + 1, size)
     whole = [n for n in known if n % (32 if halves else 16) == 0] or ([] if halves else [*known])
@@ -284,7 +284,7 @@ def _run(
     """Relative terms are tables. `first`: where the first query stands, the first row of tables from `of_all` on."""
     (q,), kv, given = groups
     halves = bfloat_products(q) if halves is None else halves
-    if (even := even_groups(AttendSpec.of(text).leader)) and not _keys_of_groups(even.size, halves):
+    if (even := even_groups(AttendSpec.of(text).leader)) and not keys_of_groups(even.size, halves):
         halves = ""
     dtype = torch.bfloat16 if halves else torch.float32
     spec = AttendSpec.of(text)

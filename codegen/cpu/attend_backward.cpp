@@ -55,6 +55,13 @@ extern "C" void run(const Call* call) {
 #pragma omp parallel num_threads(c.threads)
     {
         const NoSubnormals flushing;
+        Table tables[TABLES + 1];  // gradients of tables are each thread's own, one after the other
+        Call c = *call;
+        for (int n = 0; n < TABLES; n++) {
+            tables[n] = call->t[n];
+            if (n >= LEARNED) tables[n].data = (float*)tables[n].data + tables[n].size[0] * tables[n].stride[0] * omp_get_thread_num();
+        }
+        c.t = tables;
         Workspace own(BM * (D + Dv + LN + LN + D));
         Block x;
         x.q = own.data, x.go = x.q + BM * D, x.s = x.go + BM * Dv, x.w = x.s + BM * LN, x.dq = x.w + BM * LN;

@@ -52,9 +52,8 @@ template <bool WHOLE> INLINE void weigh(const Call& c, Block& x, int64_t width, 
             const vf p = select(share < -GONE, vf{}, exp2_between(share)), had = p * load(w + n);
             const vf a = select(own < -GONE, vf{}, exp2_between(own)), before = sums_above(had);
             const vf bound = p * largest, behind = most(-bound, least(bound, a * (rest - before)));
-            vf up = (had - (behind + a * left)) * row.slope(load(s + n), keys.at(n), n);
-            if (!WHOLE) up = select(own == -INF, vf{}, up);  // a slope may be infinite where no key is kept
-            store(w + n, p), store(s + n, up);
+            const vf up = had - (behind + a * left);
+            give<WHOLE>(row, load(s + n), keys.at(n), n, (vi)(own != -INF), p, load(w + n), up, s, w);
             here += all(later[0] + mine[0]), rest -= all(before[0] + had[0]);
         }
         add_to(x.gone[r], x.lost[r], here[0]), x.rest[r] = rest[0];

@@ -1,7 +1,7 @@
 // A weight and its gradient from its score and one number kept of the row.
 //
 //   w = W(score(s)) R           W: the weight, of a softmax exp2(score - L); R: what it was divided by, as a factor
-//   ds_ij = W'(score) R (do_i . v_j - delta_i) score'(s)
+//   ds_ij = W'(score) R (f_ij do_i . v_j - delta_i) score'(s)          f: the factor that w meets its value with
 
 INLINE void begin_row(const Call&, Block&, int64_t) {}
 
@@ -18,15 +18,12 @@ template <bool WHOLE> INLINE void weigh(const Call& c, Block& x, int64_t width, 
         for (int64_t n = 0; n < lanes; n += VL) {
             const vi j = keys.at(n);
             const vf raw = load(s + n), y = row.score(raw, j, n);
+            const vf gain = load(w + n);
             vf p = SOFTMAX ? exp2_(y - L) : row.weight(y) * R;
-            vf up = SOFTMAX ? p : row.weight_slope(y) * R;
-            up *= (load(w + n) - delta) * row.slope(raw, j, n);
-            if (!WHOLE) {
-                const vi kept = row.keep(j, n) & (count() + (int32_t)n < (int32_t)width);
-                p = select(kept, p, vf{}), up = select(kept, up, vf{});
-            }
+            vf up = (SOFTMAX ? p : row.weight_slope(y) * R) * (gain * row.factor(j, n) - delta);
             if (SOFTMAX && L == -INF) p = vf{}, up = vf{};  // a row that keeps no key
-            store(w + n, p), store(s + n, up);
+            const vi kept = WHOLE ? all(-1) : row.keep(j, n) & (count() + (int32_t)n < (int32_t)width);
+            give<WHOLE>(row, raw, j, n, kept, p, gain, up, s, w);
         }
     }
 }

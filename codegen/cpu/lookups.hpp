@@ -49,3 +49,14 @@ INLINE const T* looked_up(const T* from, const Keys& keys, int number, const One
     for (int64_t n = 0; n < keys.lanes; n += VL) store(line + n, gathered(from, index(keys.at(n))));
     return line;
 }
+// What was looked up learns: x added where it lay, of a vector of places or of one.
+INLINE void add_at(float* to, vi at, vf x) {
+    const vi step = at - all(at[0]);
+    if (same(step, count())) store(to + at[0], load(to + at[0]) + x);
+    else if (same(step, -count())) store(to + at[VL - 1], load(to + at[VL - 1]) + backwards(x));
+    else if (same(step, vi{})) to[at[0]] += total(x);
+    else for (int l = 0; l < VL; l++) to[at[l]] += x[l];
+}
+INLINE void add_at(float* to, vf x) { *to += total(x); }
+// x times y, and nothing where there is nothing of x, however large y is.
+INLINE vf some_of(vf x, vf y) { return select(x == 0.f, vf{}, x * y); }

@@ -50,6 +50,14 @@ def cpp(e: Expr, wanted: str, tables: str = "", row: Row | None = None) -> str:
     return _Printer(tables, row).of(e, wanted)
 
 
+def learning(at: Expr, into: int, gain: str, by: Expr, tables: str, row: Row) -> str:
+    """A statement: what a looked up number has of the loss, `gain` times the derivative `by`, added up in a table."""
+    printer = _Printer(tables, row)
+    data, places = printer.places(at, f"t[{into}]", "const float*")
+    where = f", {places}" if places else ""
+    return f"add_at((float*){data}{where}, some_of({gain}, {printer.of(by, 'vf')}));"
+
+
 def box(predicate: Expr) -> str:
     """Of the box of queries i0..i1 and keys j0..j1: 0 where none is kept, 2 where all are, 1 else."""
     return f"{cpp(nowhere(predicate), 'sb')} ? 0 : {cpp(everywhere(predicate), 'sb')} ? 2 : 1"
@@ -167,6 +175,18 @@ class _Printer:
     def _lookup(self, e: Expr) -> tuple[str, str]:
         number = int(e.args[0][1:])
         table, kind = f"t[{number}]", self.tables[number]
+        pointer = f"const {'float' if kind == 'f' else 'int32_t'}*"
+        data, at = self.places(e, table, pointer)
+        if not at:
+            return f"{data}[0]", f"s{kind}"
+        line = self._line(e, table, data, at) if self._moving(e) == 1 else None
+        if line is None or self.row is None:
+            return f"gathered({data}, {at})", f"v{kind}"
+        self.row.lines.setdefault(line, pointer)
+        return f"load(l{list(self.row.lines).index(line)} + n)", f"v{kind}"
+
+    def places(self, e: Expr, table: str, pointer: str) -> tuple[str, str]:
+        """Where a row's numbers of a table begin, and how far behind it those of the keys lie: "" where all are one."""
         plain, moving = [], []
         for axis, index in enumerate(e.args[1:]):
             text, found = self.printed(index)
@@ -176,16 +196,13 @@ class _Printer:
                 moving.append(f"{clamp} * (int32_t){table}.stride[{axis}]")
             else:
                 plain.append(f"{clamp} * {table}.stride[{axis}]")
-        pointer = f"const {'float' if kind == 'f' else 'int32_t'}*"
         data = f"(({pointer}){table}.data + {' + '.join(plain) or '0'})"
-        if not moving:
-            return f"{data}[0]", f"s{kind}"
-        data, at = self.once(data, pointer), " + ".join(moving)
-        line = self._line(e, table, data, at) if len(moving) == 1 else None
-        if line is None or self.row is None:
-            return f"gathered({data}, {at})", f"v{kind}"
-        self.row.lines.setdefault(line, pointer)
-        return f"load(l{list(self.row.lines).index(line)} + n)", f"v{kind}"
+        return (self.once(data, pointer), " + ".join(moving)) if moving else (data, "")
+
+    def _moving(self, e: Expr) -> int:
+        """How many axes of a table are looked up by what differs from key to key."""
+        vectors = {word for word, kind in self.names.items() if kind[0] == "v"}
+        return sum(bool(index.names & vectors) for index in e.args[1:])
 
     def _line(self, e: Expr, table: str, data: str, at: str) -> Line | None:
         """What is looked up by an index that moves along the keys by at most one at a time; None of another one."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from importlib import resources
 
@@ -32,14 +32,25 @@ def function(signature: str, e: Expr, kind: str, tables: str = "") -> str:
     return f"INLINE {signature} {{ return {cpp(e, kind, tables)}; }}"
 
 
-def of_a_row(name: str, functions: Mapping[str, tuple[Expr, str]], tables: str, *more: str) -> str:
+def of_a_row(
+    name: str,
+    functions: Mapping[str, tuple[Expr, str]],
+    tables: str,
+    *more: str,
+    steps: Mapping[str, Sequence[Callable[[Row], str]]] | None = None,
+) -> str:
     """A struct made for a row (b, h, i) and the keys of a tile: functions by signature, of j, a key's position, and n,
     its number in the tile; what the row decides is computed once, what is looked up along the keys lies in lines.
+    `steps`: functions that are statements.
     """
     row = Row()
     said = [
         f"    MEMBER {signature} const {{ return {cpp(e, kind, tables, row)}; }}"
         for signature, (e, kind) in functions.items()
+    ]
+    said += [
+        f"    MEMBER {signature} const {{ {' '.join(step(row) for step in own)} }}"
+        for signature, own in (steps or {}).items()
     ]
     members = {f"c{n}": made for n, made in enumerate(row.once.items())}
     for n, (line, kind) in enumerate(row.lines.items()):

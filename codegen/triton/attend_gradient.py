@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
 from ...compiler.spans import Reached, spans
-from ...compiler.symbol_slope import slope
+from ...compiler.symbol_slope import slope, slope_by
 from ...compiler.symbol_text import parse
-from ...compiler.symbols import Expr, build, name
+from ...compiler.symbols import Expr
 from .attend import EVERYWHERE, SIZES, Attend, listed, refusal
 from .folding import Row, numbered
 from .printer import triton_text
@@ -179,8 +179,7 @@ class Gradient:
 
     def _by(self, looked: Looked, e: Expr, names: dict[str, str]) -> str:
         """The derivative of an expression by what was looked up in it."""
-        by = slope(_put(e, looked.at.text, name("x")), "x")
-        return triton_text(_put(by, "x", looked.at), "f", names, tables=self.of.kinds)
+        return triton_text(slope_by(e, looked.at), "f", names, tables=self.of.kinds)
 
     def _target(self, looked: Looked, names: dict[str, str]) -> str:
         n = looked.number
@@ -329,17 +328,6 @@ class Gradient:
 
 def _under(condition: str, line: str) -> list[str]:
     return [f"if {condition}:", f"    {line}"] if condition else [line]
-
-
-def _put(e: Expr, text: str, value: Expr) -> Expr:
-    """An expression with one of its parts replaced."""
-    if e.text == text:
-        return value
-    if e.op in ("name", "const"):
-        return e
-    if e.op == "lookup":
-        return Expr("lookup", (e.args[0], *(_put(a, text, value) for a in e.args[1:])))
-    return build(e.op, *(_put(a, text, value) for a in e.args))
 
 
 @lru_cache(maxsize=1024)

@@ -28,7 +28,9 @@ def gradients(
     (q,), kv, tables = groups
     spec = AttendSpec.of(text)
     if spec.relative:
-        return _through_products(groups, text, results, given, wanted)
+        if launch.refuses(groups, text):
+            return None
+        return relative.through_products(gradients, groups, text, results, given, wanted)
     if spec.group_rows:
         return _through_groups(groups, text, results, given, wanted)
     first_table = 1 + len(kv)
@@ -50,24 +52,6 @@ def gradients(
         return None
     shapes = [q.shape, *(t.shape for t in (*kv, *tables))]
     return [found[n].sum_to_size(shapes[n]) for n in wanted]
-
-
-def _through_products(
-    groups: Groups, text: str, results: Sequence[Tensor], given: Mapping[int, Tensor], wanted: Sequence[int]
-) -> Sequence[Tensor | None] | None:
-    """Relative terms are products that a table holds: their gradients go on to what was multiplied."""
-    tensors = [t for group in groups for t in group]
-    count = len(AttendSpec.of(text).relative)
-    if launch.refuses(groups, text):
-        return None
-    asked = [*wanted, *range(len(tensors), len(tensors) + count)]
-    found = gradients(*relative.as_tables(groups, text), results, given, asked)
-    if found is None:
-        return None
-    of_products = {n: g for n, g in enumerate(found[len(wanted) :]) if g is not None}
-    more = relative.passed_on(groups, text, of_products)
-    own = [g if g is not None else torch.zeros_like(tensors[n]) for n, g in zip(wanted, found)]
-    return [g + more[n] if n in more else g for n, g in zip(wanted, own)]
 
 
 def _through_groups(

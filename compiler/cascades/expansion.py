@@ -18,6 +18,7 @@ from .attend_fragment import attend_fragment
 from .building import Builder, Dim, Held
 from .einsum import Cascade
 from .row_fragments import (
+    chosen_fragment,
     gather_fragment,
     group_fragment,
     merge_fragment,
@@ -37,6 +38,7 @@ FRAGMENTS: dict[str, Callable[[Builder, str, Any], list[Held]]] = {
     "group": group_fragment,
     "gather": gather_fragment,
     "scatter": scatter_fragment,
+    "chosen": chosen_fragment,
 }
 PORTS: dict[str, tuple[str, ...]] = {  # the ranks of what a mechanism is given
     "q": ("b", "h", "p", "e"), "q_nope": ("b", "h", "p", "e"), "k": ("b", "h", "m", "e"), "v": ("b", "h", "m", "f"),

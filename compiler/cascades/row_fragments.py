@@ -1,4 +1,4 @@
-"""The primitives that move or join rows, as equations: merge, group, reduce_kv, route, gather, scatter."""
+"""The primitives that move or join rows, as equations: merge, group, reduce_kv, route, gather, scatter, chosen."""
 
 from __future__ import annotations
 
@@ -86,3 +86,14 @@ def scatter_fragment(b: Builder, text: str, groups: Groups) -> list[Held]:
     (x,), (index,), (into,) = groups
     also = (index.name, into.name)
     return [Held(b.node("SC", into.ranks, x.name, "global", monoid="scatter", over=x.dims[2], also=also), into.dims)]
+
+
+def chosen_fragment(b: Builder, text: str, groups: Groups) -> list[Held]:
+    """CH = sum[c](X * CW), where CW[r, s, c, a] is the matrix that row r has chosen."""
+    (x,), (which,), (w,) = groups
+    for own, its in zip(x.dims[:1] + x.dims[1:], which.dims[:1] + w.dims[1:2], strict=True):
+        b.same_dims(own, its)
+    head, inner, out = (*x.dims[0], *which.dims[1]), x.dims[1], w.dims[2]
+    matrix = b.node("CW", (*head, *inner, *out), w.name, "global", monoid="gather", over=w.dims[0], also=(which.name,))
+    summed = b.node("CH", (*head, *out), f"{x.name} * {matrix}", "reduce", monoid="sum", over=inner)
+    return [Held(summed, (x.dims[0], which.dims[1], out))]

@@ -14,6 +14,7 @@ from ...compiler.functional import attention
 from ...compiler.layers import module
 from ...compiler.mechanism import Aux, Limit, Mechanism, Param, register
 from ...compiler.primitives.attend import attend
+from ...compiler.primitives.chosen import chosen
 from ...compiler.primitives.route import route
 from ...compiler.problem import hidden
 from ...compiler.refusal import Refused
@@ -43,8 +44,7 @@ class StickbreakingMoA(Mechanism):
     E sum_e P_e F_e + 0.1 mean_t lse_t^2, P and F the shares of probability and of choices. Both are weighted by
     aux_weight and run over real tokens.
     In train() the last sample_topk experts are drawn from those left, by their gates; gates of padding are 0.
-    All experts are multiplied and the chosen ones kept: E / top_k times the products of the reference's sorted ones,
-    with no size that depends on the data; attention itself runs over top_k * heads_per_expert heads alone.
+    A token is multiplied by the experts that it has chosen alone; attention runs over top_k * heads_per_expert heads.
     """
 
     num_experts: int = 32
@@ -110,30 +110,29 @@ class StickbreakingMoA(Mechanism):
         n, wide = self.heads_per_expert, torch.promote_types(x.dtype, torch.float32)
         logits = self._gate(p, x.to(wide))  # (B, N, E); who is chosen must not depend on rounding
         likely = torch.softmax(logits, -1)
-        chosen, gates = route(likely, self.top_k)
+        experts, gates = route(likely, self.top_k)
         if train is not None and self.sample_topk:
-            chosen, gates = self._sampled(likely, chosen)
+            experts, gates = self._sampled(likely, experts)
         if key_padding is not None:
             gates = gates * key_padding[..., None]
-        picked = (chosen[..., None] == torch.arange(self.num_experts, device=x.device)).to(wide)  # (B, N, k, E)
-        every = torch.einsum("bnc,eca->bnea", x, p.w_q_experts)
-        q = every.gather(2, chosen[..., None].expand(*chosen.shape, self.att_hidden))
+        picked = (experts[..., None] == torch.arange(self.num_experts, device=x.device)).to(wide)  # (B, N, k, E)
+        q = chosen(x, experts, p.w_q_experts)  # (B, N, k, n * D)
         q = q.unflatten(3, (n, -1)).flatten(2, 3).transpose(1, 2)  # (B, k * n, N, D)
         k, v = (linear(x, w, b).unflatten(2, (n, -1)).transpose(1, 2) for w, b in ((p.w_k, p.b_k), (p.w_v, p.b_v)))
         o = self._attended(q, k, v, key_padding)
         o = o.transpose(1, 2).unflatten(2, (self.top_k, n)).flatten(3)  # (B, N, k, n * D)
-        weighted = torch.einsum("bnke,bnka->bnea", picked * gates[..., None], o.to(wide)).to(x.dtype)
-        y = torch.einsum("bnea,eac->bnc", weighted, p.w_o_experts)
+        weighted = (gates[..., None] * o.to(wide)).to(x.dtype)
+        y = chosen(weighted, experts[..., None], p.w_o_experts)[..., 0, :].sum(2, dtype=wide).to(x.dtype)
         loss = self.aux_weight * self._loss(logits, likely, picked.sum(2), key_padding)
         return y, Aux(losses={self.aux_loss: loss})
 
-    def _sampled(self, likely: Tensor, chosen: Tensor) -> tuple[Tensor, Tensor]:
+    def _sampled(self, likely: Tensor, experts: Tensor) -> tuple[Tensor, Tensor]:
         """The first experts as they are, the last sample_topk of them drawn anew from the rest."""
-        first = chosen[..., : self.top_k - self.sample_topk]
+        first = experts[..., : self.top_k - self.sample_topk]
         rest = (likely.detach() + 1e-6).scatter(-1, first, 0.0)
         drawn = torch.multinomial(rest.flatten(0, 1), self.sample_topk).view(*rest.shape[:2], -1)
-        chosen = torch.cat((first, drawn), -1)
-        return chosen, likely.gather(-1, chosen)
+        experts = torch.cat((first, drawn), -1)
+        return experts, likely.gather(-1, experts)
 
     def _gate(self, p: Any, x: Tensor) -> Tensor:
         w_gate = p.w_gate.to(x.dtype)
@@ -163,8 +162,8 @@ class StickbreakingMoA(Mechanism):
         mean = (share * likely).sum((0, 1))
         if self.aux_loss == "mi":
             return (share * _entropy(likely)[..., None]).sum() - _entropy(mean)
-        chosen = (share * picked).sum((0, 1)) / self.top_k
-        return self.num_experts * (mean * chosen).sum() + 0.1 * (share[..., 0] * logits.logsumexp(-1) ** 2).sum()
+        taken = (share * picked).sum((0, 1)) / self.top_k
+        return self.num_experts * (mean * taken).sum() + 0.1 * (share[..., 0] * logits.logsumexp(-1) ** 2).sum()
 
     def limits(self) -> Iterable[Limit]:
         x = hidden(6, width=16)
