@@ -8,7 +8,7 @@ unexport PYTHONDONTWRITEBYTECODE # two hundred test files would be compiled anew
 # one thread a worker: two workers with two threads each would only wait for each other
 TEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=20 --durations-min=5
 
-.PHONY: help setup demo test test-all lint format types wheel clean
+.PHONY: help setup demo test test-all lint format types tables wheel clean
 help: ## what can be made
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
@@ -32,6 +32,10 @@ lint: .venv/ready ## ruff's rules and its format
 format: .venv/ready ## mend what ruff can mend
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+tables: .venv/ready ## the tables of mechanisms in README.md and docs/mechanisms.md, from the code
+	$(BIN)/python -m reattend mechanisms --md > docs/mechanisms.md
+	$(BIN)/python -m reattend.models.quality.overview docs/quality/byte_lm.jsonl README.md
 
 # the root is the package, so mypy needs a folder that holds it under its own name
 types: .venv/ready ## mypy, strict

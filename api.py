@@ -18,7 +18,7 @@ from tqdm import tqdm
 from . import codegen as codegen
 from . import passes as passes
 from .codegen.triton.ahead import Compiled
-from .codegen.used import Used, built, calls_of, used
+from .codegen.used import SHOWN, Used, built, calls_of, must_be_targets, used
 from .compiler.account import attending_islands, some_found, told
 from .compiler.bench import Bench, measure
 from .compiler.bits import BitPlan, Wish
@@ -388,11 +388,13 @@ def explain(model: Any, example_inputs: Inputs = None) -> Explanation:
 
 def kernels(model: Any, recipe: Any, example_inputs: Inputs = None, *, target: str = "cpu") -> tuple[Used, ...]:
     """The sources that the rewritten model runs on a target: "cpu", "cuda:90", "hip:gfx942", ..."""
+    must_be_targets([target], SHOWN)
     return tuple(used(call, target) for call in _calls(model, recipe, example_inputs, target))
 
 
 def build(model: Any, recipe: Any, example_inputs: Inputs = None, *, target: str) -> tuple[Compiled, ...]:
     """Compile those kernels for a GPU, there or not, so that the first call there need not."""
+    must_be_targets([target])
     calls = _calls(model, recipe, example_inputs, target)
     return tuple(made for call in tqdm(calls, desc=f"building for {target}") for made in built(call, target))
 

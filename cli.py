@@ -280,8 +280,10 @@ def kernels(
     """The source of every kernel that a rewritten model runs on a target."""
     with _answers(as_json=as_json):
         from . import api
+        from .codegen.used import SHOWN, must_be_targets
         from .models.load import load_model
 
+        must_be_targets([target], SHOWN)
         loaded = load_model(model)
         work = lambda: api.kernels(loaded.model, recipe, loaded.example_inputs, target=target)
         found = _working(f"optimizing {model}", work, quiet=as_json)
@@ -299,8 +301,10 @@ def build(
     """Compile a rewritten model's kernels for a GPU, there or not, and say what became of them."""
     with _answers(as_json=as_json):
         from . import api
+        from .codegen.used import must_be_targets
         from .models.load import load_model
 
+        must_be_targets([target])
         loaded = load_model(model)
         found = api.build(loaded.model, recipe, loaded.example_inputs, target=target)
         told = [asdict(made) for made in found]

@@ -52,9 +52,11 @@ def report(
 
 def _view(model: str, recipe: str, heads: str, quality: Path | None, targets: list[str]) -> Any:
     from . import api
+    from .codegen.used import must_be_targets
     from .compiler.showing.looking import view_of_sites
     from .models.load import load_model
 
+    must_be_targets(targets)
     loaded = load_model(model)
     if not recipe:
         if heads or quality or targets:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -18,6 +18,7 @@ from .triton.ahead import TARGETS, Compiled, compiled
 from .triton.launching import recorded
 
 CPU = "cpu"
+SHOWN = (CPU, *TARGETS)  # whose sources can be told; only GPUs are compiled for beforehand
 
 
 @dataclass(frozen=True)
@@ -91,13 +92,16 @@ def _in_numbers(found: list[Call], primitive: str, groups: Groups) -> bool:
     return last is not None and stored and last.groups[0][0] is groups[0][0]
 
 
+def must_be_targets(targets: Iterable[str], known: Collection[str] = tuple(TARGETS)) -> None:
+    """An unknown target is refused; asked first, as a model takes long to load and to capture."""
+    for target in targets:
+        if target not in known:
+            raise Refused(f"target {target!r}", fits=nearest(target, known))
+
+
 def used(call: Call, target: str) -> Used:
     """The sources of one call."""
-    if target == CPU:
-        return _on_cpu(call)
-    if target not in TARGETS:
-        raise Refused(f"target {target!r}", where="kernels", fits=nearest(target, (CPU, *TARGETS)))
-    return _on_gpu(call, target)
+    return _on_cpu(call) if target == CPU else _on_gpu(call, target)
 
 
 def _on_cpu(call: Call) -> Used:

@@ -12,6 +12,7 @@ from .vocabulary import WORDS
 
 _HEAD = '''"""{title}: what it does in one sentence (its paper).
 
+Its formula:
     w_ij = exp(scale * q_i . k_j) over the j with |i - j| < reach,   o_i = sum_j w_ij v_j / sum_j w_ij
 """
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import logging
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -129,6 +130,7 @@ def _hugging_face(name: str) -> Loaded:
 def _from_pretrained(name: str) -> Any:
     transformers = needed("transformers", "reattend[hf]")
     try:
+        _import_quietly("transformers.quantizers")
         config = transformers.AutoConfig.from_pretrained(name)
         kind = next((a for a in (config.architectures or []) if hasattr(transformers, a)), None)
         found = getattr(transformers, kind) if kind else transformers.AutoModel
@@ -137,6 +139,16 @@ def _from_pretrained(name: str) -> Any:
         raise
     except Exception as error:  # a folder that holds something else, a config of an unknown type, truncated weights
         raise Refused(f"model {name!r}", fits=_said(error)) from None
+
+
+def _import_quietly(module: str) -> None:
+    """Imported as it will be anyway; what torchao logs there of GPU libraries that it cannot load concerns no model."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        importlib.import_module(module)
+    finally:
+        logging.disable(before)
 
 
 def _timm(name: str) -> Loaded:

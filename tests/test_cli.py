@@ -63,6 +63,9 @@ def test_a_model_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         (("mechanisms", "--for", "nanogpt"), "MODEL@SITE"),
         (("check", "windw"), "did you mean 'window'"),
         (("sites", "py:no_such_module:make"), "no_such_module"),
+        (("kernels", "no_such_model", "exact", "--target", "cuda:91"), "did you mean 'cuda:90'"),  # before it is loaded
+        (("build", "no_such_model", "exact", "--target", "cpu"), "target 'cpu': known: cuda:100"),
+        (("report", "no_such_model", "exact", "--target", "gpu"), "target 'gpu': known: cuda:100"),
     ],
 )
 def test_a_fault_of_the_user_is_one_line_and_exit_code_1(arguments: tuple[str, ...], says: str) -> None:

@@ -63,7 +63,7 @@ def test_is_asked_about_something(slug: str) -> None:
 
 def test_the_page_of_the_docs_is_the_registry() -> None:
     page = Path(reattend.__path__[0]) / "docs" / "mechanisms.md"
-    again = "python -m reattend mechanisms --md > docs/mechanisms.md"
+    again = "make tables"
     assert page.read_text(encoding="utf-8") == mechanism_table().markdown() + "\n", again
 
 

@@ -202,6 +202,8 @@ def test_a_scaffold_in_the_repository_touches_its_file_and_one_line(tmp_path: Pa
     ]
     text = made[0].read_text()
     assert "from ...compiler.mechanism import Limit" in text and "from reattend" not in text
+    formatted = [sys.executable, "-m", "ruff", "format", "--check", "--line-length", "120", str(made[0])]
+    assert subprocess.run(formatted, capture_output=True, check=False).returncode == 0
 
 
 def test_a_scaffold_overwrites_nothing(tmp_path: Path) -> None:

@@ -1,6 +1,6 @@
 """The README's table: every mechanism from the registry, beside what one shipped model lost and cost with it.
 
-python -m reattend.models.quality.overview docs/quality/byte_lm.jsonl
+python -m reattend.models.quality.overview docs/quality/byte_lm.jsonl README.md
 """
 
 from __future__ import annotations
@@ -28,5 +28,13 @@ def overview(rows: Path) -> str:
     return "\n".join(lines)
 
 
+def put_into(page: str, table: str) -> str:
+    """The page with the table between its two marks."""
+    head, mark, rest = page.partition("<!-- mechanisms -->\n")
+    _, end, tail = rest.partition("\n<!-- end -->")
+    return f"{head}{mark}{table}{end}{tail}"
+
+
 if __name__ == "__main__":
-    print(overview(Path(sys.argv[1])))
+    rows, page = map(Path, sys.argv[1:])
+    page.write_text(put_into(page.read_text(encoding="utf-8"), overview(rows)), encoding="utf-8")
