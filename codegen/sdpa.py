@@ -131,7 +131,7 @@ def _run_rows(groups: Groups, text: str) -> list[Tensor]:
         keys = _reached(first + shift, last + shift, m, bound, q.device)
         rows = torch.arange(first + shift, last + shift, device=q.device)
         mask = _mask(spec, _rest(text), rows, keys, q, m, named)
-        near_k, near_v = (t if len(keys) == m else _take(t, keys, m, bound) for t in (k, v))
+        near_k, near_v = (t if len(keys) == m else _take(t, keys) for t in (k, v))
         own = q[..., first:last, :]
         o = _masked(own, near_k, near_v, mask, _scale(text))
         if spec.empty_expr is not None and m:
@@ -169,7 +169,7 @@ def _reached(first: int, last: int, m: int, bound: Reach, device: torch.device) 
     return torch.cat([torch.arange(sinks, device=device), near]) if sinks else near
 
 
-def _take(t: Tensor, keys: Tensor, m: int, bound: Reach) -> Tensor:
+def _take(t: Tensor, keys: Tensor) -> Tensor:
     if len(keys) == 0:
         return t[..., :0, :]
     low, high = int(keys[-1]) + 1 - len(keys), int(keys[-1]) + 1

@@ -79,7 +79,7 @@ def _stored(program: Program, mechanism: Any, setting: Setting, fragment: Fragme
     for port in ("k", "v"):
         rows = ports.nodes[port]
         if rows not in made:
-            (made[rows],) = insert(program, attend, mechanism.store, {"rows": rows}, like=attend)
+            (made[rows],) = insert(attend, mechanism.store, {"rows": rows}, like=attend)
             made[rows].meta |= {"site": path, "mechanism": mechanism.slug}
         ports.nodes[port] = made[rows]
     attend.args = (attend.args[0], [made.get(n, n) for n in attend.args[1]], *attend.args[2:])  # type: ignore[arg-type,union-attr]
@@ -136,9 +136,9 @@ def _inputs(
     inputs = {n: ports[n] for n in (*must, *may) if n in ports and n != "key_padding"}
     padding = program.ports[site.path].padding
     if padding is not None and "key_padding" in (*must, *may):
-        inputs["key_padding"] = _key_padding(program, padding, ports, attend, before)
+        inputs["key_padding"] = _key_padding(padding, ports, attend, before)
     if program.graph.training and "train" in may:
-        inputs["train"] = insert(program, before, lambda q: q.new_ones(()), {"q": ports["q"]}, like=before)[0]
+        inputs["train"] = insert(before, lambda q: q.new_ones(()), {"q": ports["q"]}, like=before)[0]
     tables = () if mechanism.part == "insert" else attend.args[2]  # of the scores, which it does not see
     inputs |= {f"table_{k}": node for k, node in enumerate(tables)}  # type: ignore[arg-type]
     like = anchor.meta["val"]
@@ -166,15 +166,13 @@ def _starts(program: Program, site: Site, mechanism: Mechanism) -> Mapping[str, 
         return mechanism.starts_from(site, weights) if weights else {}
 
 
-def _key_padding(
-    program: Program, padding: Expr, ports: dict[str, fx.Node], attend: fx.Node, before: fx.Node
-) -> fx.Node:
+def _key_padding(padding: Expr, ports: dict[str, fx.Node], attend: fx.Node, before: fx.Node) -> fx.Node:
     tables = {f"t{k}": node for k, node in enumerate(attend.args[2])}  # type: ignore[arg-type]
 
     def compute(q: Tensor, k: Tensor, **tables: Tensor) -> Tensor:
         return real_keys(padding, q, k, tables)
 
-    (found,) = insert(program, before, compute, {"q": ports["q"], "k": ports["k"], **tables}, like=attend)
+    (found,) = insert(before, compute, {"q": ports["q"], "k": ports["k"], **tables}, like=attend)
     return found
 
 

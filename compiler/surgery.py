@@ -15,7 +15,7 @@ from .tracing import trace_function
 
 
 def insert(
-    program: Program, before: fx.Node, function: Callable[..., Any], inputs: Mapping[str, fx.Node], *, like: fx.Node
+    before: fx.Node, function: Callable[..., Any], inputs: Mapping[str, fx.Node], *, like: fx.Node
 ) -> tuple[fx.Node, ...]:
     """The nodes of function(**inputs), put in front of `before`."""
     names = tuple(inputs)

@@ -107,7 +107,7 @@ def stand_at(
         raise Refused(
             "a paged cache", where=f"attn_implementation: {where}", fits="generate(), without generate_batch()"
         )
-    see = _seen(module, query, attention_mask, is_causal, sliding_window)
+    see = _seen(module, attention_mask, is_causal, sliding_window)
     rows = _Rows(query, key, see)
     tables = Tables()
     given = {"q": query, "k": key, "v": value}
@@ -160,7 +160,7 @@ def stand_at(
     return Place(site, spec, tuple(tables.tensors), given)
 
 
-def _seen(module: nn.Module, query: Tensor, mask: Any, is_causal: bool | None, window: int | None) -> Seen:
+def _seen(module: nn.Module, mask: Any, is_causal: bool | None, window: int | None) -> Seen:
     """The mask as structure: ours, a tensor of four dimensions of the user's, or none at all."""
     if isinstance(mask, Seen):
         return mask

@@ -127,10 +127,10 @@ class Heads:
 
 def _of_site(found: Following, site: Site, ports: Ports) -> list[tuple[Group, Users]]:
     roped = "q_nope" in ports.nodes and "k_nope" in ports.nodes
-    q, k = (read_heads(found, site, ports.nodes[f"{r}_nope" if roped else r], n, site.dim)
+    q, k = (read_heads(found, ports.nodes[f"{r}_nope" if roped else r], n, site.dim)
             for r, n in (("q", site.heads), ("k", site.kv_heads)))  # fmt: skip
-    v = read_heads(found, site, ports.nodes["v"], site.kv_heads, site.v_dim)
-    o = read_heads(found, site, ports.nodes["o"], site.heads, site.v_dim, reads=True)
+    v = read_heads(found, ports.nodes["v"], site.kv_heads, site.v_dim)
+    o = read_heads(found, ports.nodes["o"], site.heads, site.v_dim, reads=True)
     spec = AttendSpec.of(str(ports.attend.args[3]))
     plain = "" if _symmetric(spec) else "scores depend on the number of the head"
     path, groups = site.path.partition("#")[0], list[tuple[Group, Users]]()
@@ -161,7 +161,7 @@ def _keys(site: Site, ports: Ports, q: Heads, k: Heads, roped: bool) -> Group:
     )
 
 
-def read_heads(found: Following, site: Site, node: fx.Node, heads: int, dim: int, *, reads: bool = False) -> Heads:
+def read_heads(found: Following, node: fx.Node, heads: int, dim: int, *, reads: bool = False) -> Heads:
     label = found.labels.get(node)
     if label is None:
         return Heads(-1, ())
@@ -240,11 +240,11 @@ def _between(found: Following, members: tuple[int, ...], writes: tuple[Slot, ...
     absorbed = tuple(Absorbed(n, spaces.reads(spaces.members(n.after))) for n in norms)
     scales = _scalable(found, members) if kind == "ffn" and spaces.kinks(members) else ()
     return Group(
-        kind, _where(writes, reads, kind), size, writes, reads, 1, diagonals, absorbed, scales=scales, refuses=closed
+        kind, _where(writes, reads), size, writes, reads, 1, diagonals, absorbed, scales=scales, refuses=closed
     )
 
 
-def _where(writes: tuple[Slot, ...], reads: tuple[Slot, ...], kind: str) -> str:
+def _where(writes: tuple[Slot, ...], reads: tuple[Slot, ...]) -> str:
     """The module that all of a group's weights stand in."""
     names = [s.weight.split(".")[:-1] for s in (*writes, *reads)]
     shared = []

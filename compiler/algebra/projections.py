@@ -20,7 +20,7 @@ def projections(program: Program, site: Site) -> Mapping[str, Tensor]:
     found, made = follow(program.graph.graph, program.ports), {}
     for role, heads in (("q", site.heads), ("k", site.kv_heads)):
         node = ports.nodes.get(f"{role}_nope", ports.nodes[role])
-        read = read_heads(found, site, node, heads, site.dim)
+        read = read_heads(found, node, heads, site.dim)
         tensors = {slot: program.graph.get_parameter(slot.weight) for slot in read.slots}
         matrices = [slot.take(t.detach()) for slot, t in tensors.items() if t.ndim == 2]
         if len(matrices) != 1 or matrices[0].is_meta or read.why:

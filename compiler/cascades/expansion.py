@@ -332,7 +332,7 @@ def _regrouped(dims: Sequence[Dim], old: Sequence[Any], new: Sequence[Any]) -> t
         if len(dim) == 1:
             ranks.append((dim[0], size))
         elif len(dim) > 1:
-            return _split(dims, old, new)
+            return _split(dims, new)
     found: list[Dim] = []
     at = 0
     for size in new:
@@ -348,7 +348,7 @@ def _regrouped(dims: Sequence[Dim], old: Sequence[Any], new: Sequence[Any]) -> t
     return tuple(found) if at == len(ranks) else None
 
 
-def _split(dims: Sequence[Dim], old: Sequence[Any], new: Sequence[Any]) -> tuple[Dim, ...] | None:
+def _split(dims: Sequence[Dim], new: Sequence[Any]) -> tuple[Dim, ...] | None:
     """Flat dimensions taken apart where there are as many as ranks."""
     flat = [r for dim in dims for r in dim]
     kept = [size for size in new if size != 1]

@@ -60,7 +60,7 @@ def footprint(
             continue
         along = found.fiber & set(node.ranks)
         if not along:
-            if _holds(cascade, node, found):
+            if _holds(node, found):
                 state.append((node.name, _elements(node, found.fiber, outer, whole=False)))
         elif _crosses(cascade, node, found):
             crossing.append((node.name, _elements(node, found.fiber, outer, whole=True)))
@@ -83,7 +83,7 @@ def _elements(node: Node, fiber: Collection[str], outer: Collection[str], whole:
     return total
 
 
-def _holds(cascade: Cascade, node: Node, found: Times) -> bool:
+def _holds(node: Node, found: Times) -> bool:
     """A number that grows as the keys go by: a reduction over them, also one over the sums of tiles."""
     return node.kind in ("reduce", "last") and bool(set(node.over) & found.fiber)
 

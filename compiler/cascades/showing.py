@@ -49,7 +49,7 @@ def nest_text(nest: LoopNest) -> str:
         backwards = ", last tile first" if nest.reverse else ""
         lines.append(f"for each tile of {nest.rank}{backwards}:  # pass {turn} of {nest.passes}")
         inner = [n for n in nest.cascade.needed(nest.cascade.outputs) if _inside(nest, n, turn)]
-        lines += [f"    {_line(nest, node, turn)}" for node in inner] or ["    pass"]
+        lines += [f"    {_line(nest, node)}" for node in inner] or ["    pass"]
     lines += [str(n) for n in nest.cascade.needed(nest.cascade.outputs) if _outside(nest, n)]
     way = nest.in_order and f"tiles follow each other: {nest.in_order}"
     order = "in any order" if nest.commutes else "of neighbours"
@@ -65,7 +65,7 @@ def _outside(nest: LoopNest, node: Node) -> bool:
     return nest.rank not in nest.cascade.space(node)
 
 
-def _line(nest: LoopNest, node: Node, turn: int) -> str:
+def _line(nest: LoopNest, node: Node) -> str:
     own = nest.sums.get(node.name)
     if own is None:
         return str(node)

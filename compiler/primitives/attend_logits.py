@@ -40,7 +40,7 @@ def _segment(index: int, q: Tensor, k: Tensor, v: Tensor, offset: int, tables: T
     keep, score, k_map = spec.segments[index]
     wide = torch.promote_types(q.dtype, torch.float32)
     k_all, v_all = (_to_heads(t, q, tables, spec).to(wide) for t in (k, v))
-    rows = _rows(tables[spec.rows_of(index)], q, k, tables, spec) if spec.rows_of(index) else None
+    rows = _rows(tables[spec.rows_of(index)], q, tables, spec) if spec.rows_of(index) else None
     names, whole = _index_space(q, k_all.shape[-2], rows, k_map, offset, tables, spec)
     k_seen, v_seen = (k_all, v_all) if rows is None else (_picked(k_all, rows), _picked(v_all, rows))
     names["s"] = _products(q.to(wide), k_seen)
@@ -61,7 +61,7 @@ def _to_heads(t: Tensor, q: Tensor, tables: Tables, spec: AttendSpec) -> Tensor:
     return t.expand(q.shape[0], *t.shape[1:]).index_select(1, tables[spec.kv_heads].long())
 
 
-def _rows(table: Tensor, q: Tensor, k: Tensor, tables: Tables, spec: AttendSpec) -> Tensor:
+def _rows(table: Tensor, q: Tensor, tables: Tables, spec: AttendSpec) -> Tensor:
     """Indices of key rows (B, H, L) or (B, H, N, L)."""
     if table.shape[1] == q.shape[1] or table.shape[1] == 1:
         return table.long().expand(*q.shape[:2], *table.shape[2:])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -66,7 +66,7 @@ def write(place: Place) -> fx.Node:
         builder.arranged(k.node, k.groups, (batch, shared, leaves(place.j), leaves(place.d))),
         builder.arranged(v.node, v.groups, (batch, shared, leaves(place.j), leaves(place.e))),
     ]
-    tables, words = _tables(place, builder, index, tensors)
+    tables, words = _tables(place, builder, index)
     scaled = {"s": name("s") * (q.factor * k.factor)} if q.factor * k.factor != 1 else {}
     spec = AttendSpec(
         score=_said(place.score.replace(scaled), words),
@@ -133,9 +133,7 @@ def _grouped(k: Stage, v: Stage, heads: Group) -> Group:
     return heads[: last + 1]
 
 
-def _tables(
-    place: Place, builder: Builder, index: dict[str, Group], tensors: Sequence[fx.Node]
-) -> tuple[list[fx.Node], dict[str, Expr]]:
+def _tables(place: Place, builder: Builder, index: dict[str, Group]) -> tuple[list[fx.Node], dict[str, Expr]]:
     """The tensors that the texts look up, in order of first use, and the lookup for each name."""
     texts = [e for e in (place.keep, place.score, place.sink, place.after, place.empty) if e is not None]
     used = [w for e in texts for w in sorted(e.names, key=_number) if w.startswith("@")]

@@ -53,7 +53,7 @@ def follow_weights(
         if product is not None and walk.node in product.operands:
             return _weighted(walk, product)
         if not _step(walk, user, table):
-            raise Unraised(user, _what_instead(walk, user))
+            raise Unraised(user, _what_instead(user))
 
 
 def _only_user(node: fx.Node) -> fx.Node:
@@ -86,14 +86,14 @@ def _coming_product(user: fx.Node) -> Product | None:
     return found if found is not None and user in found.inside else None
 
 
-def _what_instead(walk: _Walk, user: fx.Node) -> str:
+def _what_instead(user: fx.Node) -> str:
     return f"the weights meet %{user.name} ({op_name(user) or user.op}) before any product with values"
 
 
 def _step(walk: _Walk, user: fx.Node, table: dict[str, tuple[fx.Node, Groups]]) -> bool:
     """One operator that is no product; false where it is not understood."""
     kind = op_name(user)
-    if kind in ("dropout", "dropout_", "alpha_dropout") and kind != "alpha_dropout":
+    if kind in ("dropout", "dropout_"):
         _drop(walk, user)
     elif kind == "slice" and walk.sink_at is not None and _is_sink_slice(walk, user):
         dim = argument(user, 1, "dim", 0)

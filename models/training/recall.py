@@ -50,7 +50,7 @@ def one_passkey(rng: np.random.Generator, text: Text, length: int, distance: int
     key = _key(rng)
     before, between = length - distance - len(key), distance - len(key)
     bytes_ = np.concatenate([text.window(rng, before), key, text.window(rng, between), key])
-    return _weighed(bytes_, [(before, length - len(key))], len(key))
+    return _weighed(bytes_, [(before, length - len(key))])
 
 
 def passkeys_at(rng: np.random.Generator, text: Text, length: int, distances: tuple[int, ...]) -> Sample:
@@ -63,7 +63,7 @@ def passkeys_at(rng: np.random.Generator, text: Text, length: int, distances: tu
         twice.append((second - distance, second))
         for start in twice[-1]:
             bytes_[start : start + len(key)] = key
-    return _weighed(bytes_, twice[::-1], len(b"\n# key abcd=12345\n"))
+    return _weighed(bytes_, twice[::-1])
 
 
 def pairs(rng: np.random.Generator, text: Text, length: int) -> Sample:
@@ -131,10 +131,10 @@ def _with_lines(rng: np.random.Generator, filler: np.ndarray, keys: list[np.ndar
         found[int(key)] = position
         position += len(keys[key])
         at = int(cut)
-    return _weighed(np.concatenate([*parts, filler[at:]])[:length], twice, len(keys[0]))
+    return _weighed(np.concatenate([*parts, filler[at:]])[:length], twice)
 
 
-def _weighed(bytes_: np.ndarray, twice: list[tuple[int, int]], size: int) -> Sample:
+def _weighed(bytes_: np.ndarray, twice: list[tuple[int, int]]) -> Sample:
     """What stood at the first place of each pair is noise there and an answer at the second."""
     weight = np.ones(len(bytes_), np.float32)
     name, value = len(b"\n# key "), len(b"\n# key abcd=")

@@ -63,7 +63,7 @@ class Tidal(Mechanism):
             return top_keys(q[:, :, -1:], k, list(tables.values()), spec, self.top_k, force_last=self.force_last)
 
         inputs = {"q": ports.nodes["q"], "k": ports.nodes["k"], **tables}
-        (selected,) = insert(program, attend, select, inputs, like=attend)
+        (selected,) = insert(attend, select, inputs, like=attend)
         return selected
 
 

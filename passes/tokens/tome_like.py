@@ -75,7 +75,7 @@ class TomeLike(Mechanism):
                     f"tome_like merges tokens of noncausal self-attention, this is {site.pattern}", where=path
                 )
             if size is not None and self.prop_attn:
-                _weigh_keys(program, ports.attend, size)
+                _weigh_keys(ports.attend, size)
             length = ports.nodes["k"].meta["val"].shape[2]
             if not isinstance(length, int):
                 raise Refused(f"{length} tokens", where=path, fits="a static number of tokens (an image encoder)")
@@ -84,7 +84,7 @@ class TomeLike(Mechanism):
                 continue
             add = residual_add(program, path)
             inputs = {"k": ports.nodes["k"], "x": add} | ({"size": size} if size is not None else {})
-            rows, merged, size = insert(program, add.next, lambda r=r, **t: self._step(r, **t), inputs, like=add)
+            rows, merged, size = insert(add.next, lambda r=r, **t: self._step(r, **t), inputs, like=add)
             if self.trace_source:
                 source = _traced(program, path, rows, length - r, source, behind=merged)
             order = {node: position for position, node in enumerate(program.graph.graph.nodes)}
@@ -131,14 +131,14 @@ def _traced(
     def members(rows: Tensor, before: Tensor | None = None) -> Tensor:
         return sources(Plan(rows, total), before)
 
-    (source,) = insert(program, behind.next, members, inputs, like=behind)
+    (source,) = insert(behind.next, members, inputs, like=behind)
     program.traces.append((f"{path}.source", source))
     return source
 
 
-def _weigh_keys(program: Program, attend: fx.Node, size: fx.Node) -> None:
+def _weigh_keys(attend: fx.Node, size: fx.Node) -> None:
     """score + log(size of key j)."""
-    (logs,) = insert(program, attend, lambda size: size.squeeze(-1).log(), {"size": size}, like=attend)
+    (logs,) = insert(attend, lambda size: size.squeeze(-1).log(), {"size": size}, like=attend)
     tables = list(attend.args[2])  # type: ignore[arg-type]
     spec = AttendSpec.of(str(attend.args[3]))
     score = spec.score_expr + parse(f"t{len(tables)}[b, j]")
@@ -161,7 +161,7 @@ def _unmerge_at_end(program: Program, stream: fx.Node, plans: Sequence[tuple[fx.
             x = unmerge(Plan(rows[f"rows_{k}"], counts[k]), x)
         return x
 
-    (restored,) = insert(program, end.next, restore, {"x": end, **rows}, like=end)
+    (restored,) = insert(end.next, restore, {"x": end, **rows}, like=end)
     order = {node: position for position, node in enumerate(program.graph.graph.nodes)}
     end.replace_all_uses_with(restored, delete_user_cb=partial(_comes_later, order=order, than=restored))
     carry_lengths(program, restored, counts[-1], restored.meta["val"].shape[1])
