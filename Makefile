@@ -13,7 +13,7 @@ help: ## what can be made
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
 
 setup: .venv/ready ## the environment in .venv, exactly as pinned in constraints.txt
-.venv/ready: constraints.txt pyproject.toml .ci/setup
+.venv/ready: constraints.txt pyproject.toml .ci/setup .ci/torchvision_first.py
 	@.ci/setup
 
 demo: .venv/ready ## optimize a real model by a recipe and show what changed

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ast
 import doctest
+import importlib.util
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +58,13 @@ def test_it_is_short(name: str) -> None:
         if isinstance(n, ast.stmt) and n is not main and not ast.unparse(n).startswith("print(")
     ]
     assert len(typed) < 15
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchvision_first") is None, reason="not the environment of make setup")
+def test_ones_own_script_may_import_transformers_first(tmp_path: Path) -> None:
+    said = "from transformers import LlamaForCausalLM; import timm, reattend; print(LlamaForCausalLM.__name__)"
+    done = subprocess.run([sys.executable, "-c", said], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.stdout == "LlamaForCausalLM\n", done.stderr
 
 
 def test_the_page_on_ones_own_mechanism_runs() -> None:
