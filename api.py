@@ -64,6 +64,7 @@ from .compiler.shipping.saved import load as load_folder
 from .compiler.shipping.saved import save as save
 from .compiler.site import Site
 from .compiler.sized import sized
+from .compiler.stage_line import stage, stages_told
 from .compiler.steps import analyses, fitting, vocabulary
 from .compiler.timing import RUNS, timed
 from .compiler.trial import must_run
@@ -124,23 +125,29 @@ def optimize(
             raise
         log.warning("captured at the first call: %s", unknown)
         return host(inner, work.program_for, about=work, limit=max_signatures)
-    grad = torch.is_grad_enabled()
-    try:
-        fast: Any = host(inner, work.program_for, about=work, limit=max_signatures)
-        fast.prepare(*args, **kwargs)
-        if work.unfaithful:
-            fast = _nearer(inner, work, fast, args, kwargs, max_signatures)
-    except Uncapturable as whole:
-        must_run(inner, args, kwargs)
-        fast = _in_islands(inner, work, whole, args, kwargs, max_signatures)
-    finally:
-        torch.set_grad_enabled(grad)
+    with stages_told(called):
+        fast = _made(inner, work, args, kwargs, max_signatures)
+        if measure and not inner.training:
+            stage("measuring")
+            fast.report.timing = timed(inner, fast, args, kwargs)
     for warning in fast.report.warnings:
         log.warning("%s", warning)
-    if measure and not inner.training:
-        fast.report.timing = timed(inner, fast, args, kwargs)
     log.info("%s", fast.report.verdict())
     return fast
+
+
+def _made(inner: nn.Module, work: Rewriting, args: Any, kwargs: Any, limit: int) -> Any:
+    """The model rewritten as a whole, or where that cannot be captured, in islands."""
+    grad = torch.is_grad_enabled()
+    try:
+        fast: Any = host(inner, work.program_for, about=work, limit=limit)
+        fast.prepare(*args, **kwargs)
+        return _nearer(inner, work, fast, args, kwargs, limit) if work.unfaithful else fast
+    except Uncapturable as whole:
+        must_run(inner, args, kwargs)
+        return _in_islands(inner, work, whole, args, kwargs, limit)
+    finally:
+        torch.set_grad_enabled(grad)
 
 
 def recover(

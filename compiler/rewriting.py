@@ -31,6 +31,7 @@ from .ringed import ringed, unringed
 from .showing.looking import Details
 from .signature import Call
 from .site import Site
+from .stage_line import stage
 from .steps import PLACED, fitting, steps_of
 from .verification import Deviation, SiteResult
 from .weights_asked import gives_weights, weights_asked
@@ -101,7 +102,9 @@ class Rewriting:
             return captured
 
     def _program_for(self, model: nn.Module, call: Call) -> Captured:
+        stage("capturing")
         captured = capture(model, call.args, dict(call.kwargs))
+        stage("looking for attention")
         raised, misses = raise_program(captured, self.store, self.prefix)
         steps, warnings = self._steps(raised)
         at_sites = [step for step in steps if step.mechanism.stage != "quantize"]
@@ -169,6 +172,7 @@ class Rewriting:
         if not raised.sites:
             nearest = "; ".join(misses) or "nothing in it multiplies a softmax of a product with values"
             raise Refused("no attention found", where=self.name, fits=nearest)
+        stage("rewriting and checking")
         read = lambda: self._calibration(captured, call)
         self.moved = move_weights(model, raised, steps, read)
         steps = [step for step in steps if step.mechanism.stage != "weights"]
