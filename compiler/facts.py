@@ -56,7 +56,6 @@ def module_path(node: fx.Node) -> str:
 def _site(node: fx.Node, path: str, index: int, ports: Ports, images: Sequence[fx.Node]) -> Site:
     spec = AttendSpec.of(str(node.args[3]))
     q, k, v = (ports.nodes[n].meta["val"] for n in "qkv")
-    tables = [t.meta["val"] for t in node.args[2]]  # type: ignore[union-attr]
     x, x_kv = ports.nodes.get("x"), ports.nodes.get("x_kv")
     apart = x is not None and x_kv is not None and x is not x_kv
     cross = apart and not same_rows(x, x_kv, behind_past=spec.align == "end")  # type: ignore[arg-type]
@@ -76,7 +75,7 @@ def _site(node: fx.Node, path: str, index: int, ports: Ports, images: Sequence[f
         scale=float(spec.scale if spec.scale is not None else q.shape[-1] ** -0.5),
         pattern=f"{'causal' if causal else 'noncausal'}-{'cross' if cross else 'self'}",
         mask=spec.keep,
-        features=features(spec, tables) | ({"rope"} if "cos" in ports.nodes else frozenset()),
+        features=features(spec) | ({"rope"} if "cos" in ports.nodes else frozenset()),
         grid=_grid(q.shape[2], images),
         weights=tuple(sorted(ports.weights.items())),
         ports=tuple(n for n in ports.nodes if n != "o") + ("o",) + (("y",) if ports.projected is not None else ()),
@@ -100,8 +99,8 @@ def _same_size(a: Any, b: Any) -> bool:
     return one == other and not (str(a).isidentifier() and str(b).isidentifier())
 
 
-def features(spec: AttendSpec, tables: Sequence[torch.Tensor] = ()) -> frozenset[str]:
-    """What a score and mask have besides scale, causality and a window."""
+def features(spec: AttendSpec) -> frozenset[str]:
+    """What a score and mask have besides scale and causality."""
     found: set[str] = set()
     score = spec.score_expr
     if any(e.op == "lookup" or (e.op == "name" and e.args[0] in ("i", "j", "h")) for e in score.walk()):

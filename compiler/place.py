@@ -78,7 +78,7 @@ def stand(
         scale=factor,
         pattern=pattern,
         mask=spec.keep,
-        features=features(spec, tables.tensors),
+        features=features(spec),
         grid=as_grid(grid),
         ports=tuple({**given, "o": q}),
         queries=str(q.shape[2]),

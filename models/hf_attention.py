@@ -151,7 +151,7 @@ def stand_at(
         scale=query.shape[3] ** -0.5 if scaling is None else float(scaling),
         pattern=_pattern(module, see, query, key),
         mask=spec.keep,
-        features=features(spec, tables.tensors),
+        features=features(spec),
         ports=tuple(given),
         queries=str(query.shape[2]),
         keys=str(key.shape[2]),
