@@ -10,11 +10,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from ..compiler.primitives.chosen import chosen_op, is_choice
 from ..compiler.primitives.operator import Groups, Kernel
 
 NAME = "rows sorted by choice"
+_FEW = 16
 
 
 @dataclass(frozen=True)
@@ -69,7 +71,10 @@ def run(groups: Groups, text: str) -> list[Tensor]:
     by = Sorted.of(which, w)
     products = by.empty(w.shape[2], x)
     for (matrix, rows), (_, first, end) in zip(by.rows(x), by.parts, strict=True):
-        torch.mm(rows, w[matrix], out=products[first:end])
+        if end - first < _FEW:  # a product of few rows is summed in another order: who else chose would be seen
+            products[first:end] = torch.mm(pad(rows, (0, 0, 0, _FEW - (end - first))), w[matrix])[: end - first]
+        else:
+            torch.mm(rows, w[matrix], out=products[first:end])
     return [by.back(products)]
 
 

@@ -52,7 +52,7 @@ def slope_by(e: Expr, part: Expr) -> Expr:
 
     >>> from .symbol_text import parse
     >>> slope_by(parse("s + t0[h] * (j - i)"), parse("t0[h]"))
-    j - i
+    -i + j
     """
     return _put(slope(_put(e, part.text, Expr("name", ("x",))), "x"), "x", part)
 

@@ -65,12 +65,19 @@ def test_what_was_not_chosen_is_not_looked_at() -> None:
     torch.testing.assert_close(chosen(x, which, w), one_by_one(x, which, w))
 
 
+@pytest.mark.parametrize("rows", [1, 2, 7, 15, 16, 40])
+def test_who_else_chose_a_matrix_changes_no_bit(rows: int) -> None:
+    x, w = torch.randn(60, 48), torch.randn(2, 48, 16)
+    own = torch.arange(60)[:, None] >= rows  # these choose one matrix, all others the other
+    assert torch.equal(chosen(x, own.long(), w)[:rows], chosen(x, torch.zeros(60, 1, dtype=torch.long), w)[:rows])
+
+
 def test_work_grows_with_choices_and_not_with_matrices() -> None:
-    x, w = torch.randn(64, 8), torch.randn(16, 8, 4)
-    which = torch.randint(0, 16, (64, 2))
+    x, w = torch.randn(1024, 8), torch.randn(16, 8, 4)
+    which = torch.randint(0, 16, (1024, 2))
     with FlopCounterMode(display=False) as counted:
         run([[x], [which], [w]], Spec().text)  # the mode does not look into operators
-    assert counted.get_total_flops() == 2 * 64 * 2 * 8 * 4
+    assert counted.get_total_flops() == 2 * 1024 * 2 * 8 * 4
 
 
 X, W, NONE = torch.randn(5, 3), torch.randn(6, 3, 4), torch.zeros(5, 2, dtype=torch.long)
