@@ -76,7 +76,8 @@ def _sources(row: Row, behind_past: bool) -> list[Row] | None:
 def _operands(node: fx.Node, axis: int, name: str) -> list[Row] | None:
     """Operands by the axis that meets the result's; numbers of a layer are no rows."""
     behind = _rank(node) - axis
-    if name == "linear" and behind == 1:  # mixes tokens
+    over: Any = 1 if name == "linear" else len(node.args[1]) if name in ("layer_norm", "rms_norm") else 0  # type: ignore[arg-type]
+    if behind <= over:  # mixes tokens
         return None
     given = node.all_input_nodes[: 1 if name in ("linear", "layer_norm", "rms_norm") else None]
     return [(n, _rank(n) - behind) for n in given if n.op != "get_attr" and _rank(n) > 0]

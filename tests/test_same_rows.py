@@ -67,6 +67,13 @@ class Mixed(Asks):
         return self.attend(self.a(x), self.b(self.mix(x[:, :8].mT).mT))
 
 
+class Normed(Asks):
+    """A norm over all tokens at once."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attend(self.a(x), self.b(nn.functional.layer_norm(x, x.shape[1:])))
+
+
 class Later(Asks):
     """Keys of an earlier layer's hidden state."""
 
@@ -99,7 +106,7 @@ def test_latents_of_one_hidden_state_are_the_same_rows() -> None:
     torch.testing.assert_close(fast(far)[:, 7], fast(x)[:, 7], rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", [Encoded, Halves, Flipped, Mixed, Later, Learned, Memory])
+@pytest.mark.parametrize("kind", [Encoded, Halves, Flipped, Mixed, Normed, Later, Learned, Memory])
 def test_what_is_made_of_other_rows_is_cross(kind: type[Asks]) -> None:
     x = torch.randn(2, 16 if kind is Halves else 8, 16)
     sites = reattend.sites(kind().eval(), (x, torch.randn(2, 5, 16)) if kind is Memory else x)
