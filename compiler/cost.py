@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from .ports import op_name
 from .primitives.attend_spec import AttendSpec
 from .primitives.attend_stored import widths
+from .raising.einsums import terms_of
 from .symbol_eval import evaluate
 
 SAMPLES = 257  # query and key positions at which a predicate is sampled to estimate how much of it is kept
@@ -124,12 +125,31 @@ def _products(node: fx.Node, inputs: list[Tensor], outputs: list[Tensor]) -> flo
         return 2.0 * prod(sizes(outputs[0])) * sizes(inputs[0])[-1]
     if name == "qlinear":
         return 2.0 * prod(sizes(outputs[0])) * sizes(inputs[0])[-1]
+    if name == "einsum":
+        return _einsum(node)
     if name in ("linear", "matmul", "mm", "bmm", "addmm", "baddbmm") and len(inputs) >= 2:
         left = inputs[1] if name in ("addmm", "baddbmm") else inputs[0]
         return 2.0 * prod(sizes(outputs[0])) * sizes(left)[-1]
     if name in ("conv2d", "conv1d", "convolution") and len(inputs) >= 2:
         return 2.0 * prod(sizes(outputs[0])) * prod(sizes(inputs[1])[1:])
     return None
+
+
+def _einsum(node: fx.Node) -> float | None:
+    """Pair by pair from the left, as torch does it: a label is summed once neither the rest nor the result needs it."""
+    found = terms_of(node)
+    if found is None or len(found[0]) < 2:
+        return None
+    terms, out = found
+    wide = {
+        label: size for term in terms for label, size in zip(term.labels, sizes(term.node.meta["val"])) if size != 1
+    }
+    total, held = 0.0, set(terms[0].labels)
+    for index, term in enumerate(terms[1:], 2):
+        held |= set(term.labels)
+        total += 2.0 * prod(wide.get(label, 1) for label in held)
+        held &= set(out).union(*(later.labels for later in terms[index:]))
+    return total
 
 
 def graph_cost(graph: fx.GraphModule) -> Cost:
