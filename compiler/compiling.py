@@ -13,6 +13,12 @@ from .containers import PLAIN
 BESIDE_A_TRACE = torch.__version__ >= "2.13"  # 2.11 cannot hand a module to what runs beside its trace
 
 
+def at_hand(table: Mapping[Any, Any], key: Any) -> Any:
+    """What a table has under a key, or None, as a compiled graph may ask it: one that met a missing key would take it
+    for missing for good, unless it also looked at how long the table is (torch 2.13 guards no key but constants)."""
+    return table.get(key) if len(table) else None
+
+
 def make_ready(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
     """Prepare a hosted model for the call being traced; a no-op outside torch.compile.
 

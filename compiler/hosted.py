@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from .attempts import AS_GIVEN, Attempt
 from .capture import Captured, operations_at, setting
 from .checkpointing import cut_where_asked, run_graph
-from .compiling import make_ready
+from .compiling import at_hand, make_ready
 from .containers import lay_out_caches
 from .difference import said_frozen, said_limit
 from .encoder import encoding
@@ -137,9 +137,7 @@ def is_hosted(model: nn.Module) -> bool:
 
 def captured_for(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Captured:
     """The graph that a hosted model runs on a call."""
-    model.prepare(*args, **kwargs)  # type: ignore[operator]
-    state = hosting(model)
-    captured = state.graphs[_key(model, state, Call.of(forward_signature(model), args, kwargs))]
+    _, captured, _ = _found(model, hosting(model), Call.of(forward_signature(model), args, kwargs))
     _mount(captured, model)
     return captured
 
@@ -180,8 +178,7 @@ class HostedModel:
         """Make the graph of a call's signature without running it."""
         state = hosting(self)
         call = Call.of(forward_signature(self), args, kwargs)  # type: ignore[arg-type]
-        key = _key(self, state, call)
-        captured = state.graphs.get(key) or _captured(self, state, call, key)
+        _, captured, _ = _found(self, state, call)
         cut_where_asked(captured.graph, self)  # type: ignore[arg-type]
 
     @property
@@ -289,8 +286,18 @@ def _call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     state = hosting(model)
     lay_out_caches(model, (*args, *kwargs.values()))
     call = Call.of(forward_signature(model), args, kwargs)
+    key, captured, tensors = _found(model, state, call)
+    state.current = key
+    refuse_silent_hooks(model, captured.called, state.hooks)
+    flat = run_graph(captured.graph, model, tensors)
+    _keep_extras(model, state, captured, flat)
+    return captured.result(call, flat)
+
+
+def _found(model: Any, state: Hosting, call: Call) -> tuple[SignatureKey, Captured, tuple[Tensor, ...]]:
+    """The graph that says this call, made where there is none yet, and the tensors that it reads."""
     key = _key(model, state, call)
-    captured = state.graphs.get(key) or _captured(model, state, call, key)
+    captured = at_hand(state.graphs, key) or _captured(model, state, call, key)
     tensors = captured.inputs(call)
     try:
         captured.check(tensors)
@@ -304,11 +311,7 @@ def _call(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         captured = state.graphs[key]
         tensors = captured.inputs(call)
         captured.check(tensors)
-    state.current = key
-    refuse_silent_hooks(model, captured.called, state.hooks)
-    flat = run_graph(captured.graph, model, tensors)
-    _keep_extras(model, state, captured, flat)
-    return captured.result(call, flat)
+    return key, captured, tensors
 
 
 def _key(model: Any, state: Hosting, call: Call) -> SignatureKey:
@@ -349,13 +352,12 @@ def _captured(model: Any, state: Hosting, call: Call, key: SignatureKey) -> Capt
 
 def _at_other_sizes(model: Any, state: Hosting, call: Call, key: SignatureKey, outside: Refused) -> SignatureKey:
     """A call outside the sizes of its graph: another graph's call, a graph of its own where the model takes it."""
-    known = [k for k in state.graphs if k != key and k.setting[: len(key.setting)] == key.setting]
-    for other in (k for k in known if replace(k, setting=key.setting) == key):
-        if state.graphs[other].fits(call):
+    for other, made in state.graphs.items():
+        if other.is_at_sizes_of(key) and made.fits(call):
             return other
     captured = state.graphs[key]
     places = captured.dims.apart(captured.inputs(call))
-    apart = replace(key, setting=(*key.setting, *(f"{place} = {size}" for place, size in places)))
+    apart = key.at(places)
     if apart in state.graphs:
         raise outside
     try:
@@ -375,10 +377,8 @@ def _at_other_sizes(model: Any, state: Hosting, call: Call, key: SignatureKey, o
 
 def _same_when_small(model: Any, state: Hosting, call: Call, key: SignatureKey, tensors: tuple[Tensor, ...]) -> bool:
     """Whether the model computes the same at sizes of 0 and 1, which no trace at larger ones can know; asked once."""
-    asked = (key, state.graphs[key].dims.small(tensors))
-    if asked not in state.small:
-        state.small[asked] = _computes_the_same(model, state, call, key, tensors)
-    return state.small[asked]
+    same = at_hand(state.small, (key, state.graphs[key].dims.small(tensors)))
+    return _computes_the_same(model, state, call, key, tensors) if same is None else same
 
 
 @torch.compiler.disable(reason=_NO_GRAPH)
@@ -386,14 +386,16 @@ def _computes_the_same(model: Any, state: Hosting, call: Call, key: SignatureKey
     captured = state.graphs[key]
     plain, sizes, opened = as_captured(captured, call, tensors)
     with TURNS.alone(), in_their_places(model, state.leaves):
-        return operations_at(original(model), plain, Attempt(sizes, opened)) == captured.operations
+        same = operations_at(original(model), plain, Attempt(sizes, opened)) == captured.operations
+    state.small[key, captured.dims.small(tensors)] = same
+    return same
 
 
 def _captured_as_given(
     model: Any, state: Hosting, call: Call, key: SignatureKey, small: tuple[tuple[str, int], ...]
 ) -> SignatureKey:
     """Where it computes something else, such sizes are a signature of their own."""
-    apart = replace(key, setting=(*key.setting, *(f"{place} = {size}" for place, size in small)))
+    apart = key.at(small)
     if apart not in state.graphs:
         token = AS_GIVEN.set(True)
         try:

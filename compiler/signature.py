@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,6 +25,15 @@ class SignatureKey:
     tensors: tuple[str, ...]  # "int64 2d" of each tensor, in order
     together: tuple[bool, ...]  # which tensors have the first one's batch
     setting: tuple[str, ...] = ()  # "train", weights' dtype and device, config values changed since hosting
+
+    def at(self, places: Iterable[tuple[str, int]]) -> SignatureKey:
+        """The same calls where these places have these sizes, which get a graph of their own."""
+        return replace(self, setting=(*self.setting, *(f"{place} = {size}" for place, size in places)))
+
+    def is_at_sizes_of(self, key: SignatureKey) -> bool:
+        """Whether these are calls of `key` at certain sizes."""
+        given = len(key.setting)
+        return self != key and self.setting[:given] == key.setting and replace(self, setting=key.setting) == key
 
     def __str__(self) -> str:
         remaining = iter(self.tensors)

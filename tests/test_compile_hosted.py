@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import reattend
+from reattend.compiler import hosted
 from reattend.compiler.capture import Captured, capture
 from reattend.compiler.compiling import BESIDE_A_TRACE
 from reattend.compiler.hosted import host
@@ -169,3 +170,21 @@ def test_no_graph_breaks_beyond_the_originals(family: str, mode: str) -> None:
     theirs = torch._dynamo.explain(other)(**given)
     assert (ours.graph_count, ours.graph_break_count) == (1, 0), ours.break_reasons
     assert theirs.graph_break_count == 0
+
+
+@pytest.mark.parametrize("breaks", [False, True], ids=["prepared by the trace", "at a graph break"])
+def test_a_batch_of_one_is_asked_about_once(breaks: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A trace holds for batches of 2 and more; whether for one too is asked, and was asked again at each call of a
+    compiled graph that had taken the answer for missing: 2 s a call of a small llama."""
+    asked: list[Any] = []
+    ask = hosted.operations_at
+    monkeypatch.setattr(hosted, "operations_at", lambda *of: asked.append(of) or ask(*of))
+    if breaks:
+        monkeypatch.setattr(hosted, "make_ready", lambda *call: None)
+    model, call = llama(), {"input_ids": torch.randint(0, 50, (1, 8)), "use_cache": False}
+    fast = reattend.optimize(model, "exact", call, measure=False)
+    compiled = torch.compile(fast, backend="aot_eager", dynamic=False)
+    with torch.no_grad():
+        for _ in range(4):
+            torch.testing.assert_close(compiled(**call).logits, model(**call).logits)
+    assert len(asked) == 1
