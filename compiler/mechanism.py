@@ -123,7 +123,7 @@ class Mechanism:
         """Which of `size` joined key heads each group keeps; None: their mean."""
         return None
 
-    def forward(self, site: Any, p: Any, **ports: Tensor) -> Any:
+    def forward(self, site: Any, p: Any, *ports: Any, **named: Any) -> Any:  # a type that any list of ports fits
         raise Refused(f"{self.slug} has no forward", fits="define forward(self, site, p, q, k, v)")
 
     def apply(self, program: Any, paths: Any) -> None:
@@ -140,7 +140,7 @@ class Mechanism:
     def asked_ports(cls) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Ports a forward must have, and those it takes where they exist."""
         found = [q for n, q in inspect.signature(cls.forward).parameters.items() if n not in ("self", "site", "p")]
-        named = [q for q in found if q.kind is not inspect.Parameter.VAR_KEYWORD]
+        named = [q for q in found if q.kind not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)]
         must = tuple(q.name for q in named if q.default is inspect.Parameter.empty)
         return must, tuple(q.name for q in named if q.name not in must)
 

@@ -231,7 +231,7 @@ def test_a_scaffold_overwrites_nothing(tmp_path: Path) -> None:
 class Added(reattend.Mechanism):
     """Each row gets its own value, of which there must be as many."""
 
-    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return reattend.attend(q, k, v, site=site) + v
 
 

@@ -38,7 +38,7 @@ def scaled() -> Iterator[None]:
         def params(self, site: Any) -> dict[str, reattend.Param]:
             return {"gain": reattend.Param((site.heads, 1, 1), lambda t: t.fill_(self.start))}
 
-        def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
+        def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return reattend.attend(q, k, v, site=site) * p.gain.sqrt()
 
     yield
