@@ -341,7 +341,10 @@ def quality(
 
 def quality_plot(model: Any, rows: str | Path, *, name: str = "") -> str:
     """The rows that `quality(..., out=folder)` kept in a file, drawn against their cost."""
-    return Quality(name, "", task_for(unwrap(model)[0]).measures, {}, tuple(read_rows(Path(rows)))).svg()
+    found = tuple(read_rows(Path(rows)))
+    if not found:
+        raise Refused(f"{rows} holds no row", where="quality", fits="NAME.jsonl, as quality(..., out=folder) writes it")
+    return Quality(name, "", task_for(unwrap(model)[0]).measures, {}, found).svg()
 
 
 def load(folder: str | Path, model: nn.Module | str | None = None) -> Any:
