@@ -17,7 +17,7 @@ from torch import Tensor
 from . import announced
 from .knob_types import Misfit, knob_type
 from .refusal import Refused, nearest
-from .site import Site
+from .site import FEATURES, Site
 from .vocabulary import WORDS
 
 PARTS = ("core", "gate", "cache", "region", "insert", "model")
@@ -185,6 +185,11 @@ def register(slug: str) -> Callable[[type[Mechanism]], type[Mechanism]]:
             raise Refused(found, where=slug, fits=fits)
         if cls.part not in PARTS or cls.kind not in KINDS:
             raise Refused(f"part {cls.part!r}, kind {cls.kind!r}", where=slug, fits=f"parts {PARTS}, kinds {KINDS}")
+        for feature in sorted(set(cls.honours) - set(FEATURES)):
+            raise Refused(f"honours {feature!r}", where=slug, fits=nearest(feature, FEATURES, kind="features"))
+        if list(inspect.signature(cls.forward).parameters)[:3] != ["self", "site", "p"]:
+            found = f"forward{inspect.signature(cls.forward)}"
+            raise Refused(found, where=slug, fits="forward(self, site, p, ...) and the ports it reads, as q, k, v")
         cls.slug = slug
         _REGISTRY[slug] = cls
         for tell in _LISTENERS:
