@@ -19,7 +19,7 @@ from . import codegen as codegen
 from . import passes as passes
 from .codegen.triton.ahead import Compiled
 from .codegen.used import SHOWN, Used, built, calls_of, must_be_targets, used
-from .compiler.account import attending_islands, some_found, told
+from .compiler.account import attending_islands, told
 from .compiler.bench import Bench, measure
 from .compiler.bits import BitPlan, Wish
 from .compiler.bits import plan_bits as choose_bits
@@ -42,7 +42,6 @@ from .compiler.heads.repeats import Repeats
 from .compiler.heads.table import HeadTable
 from .compiler.held_out import as_batch, calibration, held_out
 from .compiler.hosted import about, host, original
-from .compiler.islands import host_islands
 from .compiler.masks import fold_masks
 from .compiler.mechanism import Mechanism
 from .compiler.mechanism import mechanisms as mechanisms
@@ -56,7 +55,7 @@ from .compiler.recovery.plan import Plan
 from .compiler.recovery.recovering import Recovered
 from .compiler.recovery.recovering import recover as run_recovery
 from .compiler.refusal import Refused, Uncapturable
-from .compiler.report import NO_DATA, SiteList, joined
+from .compiler.report import NO_DATA
 from .compiler.rewriting import Rewriting, model_facts
 from .compiler.scaffold import new_mechanism as new_mechanism
 from .compiler.shipping import routes as routes  # ships() and export() of a hosted model
@@ -68,8 +67,8 @@ from .compiler.stage_line import stage, stages_told
 from .compiler.steps import analyses, fitting, vocabulary
 from .compiler.timing import RUNS, timed
 from .compiler.trial import must_run
-from .compiler.untouched import same_statistics
 from .compiler.unwrap import unwrap
+from .compiler.whole_or_islands import rewritten
 from .models.hf_names import attn_implementation as attn_implementation
 from .models.hf_names import register_names
 from .models.on_meta import on_meta
@@ -126,7 +125,7 @@ def optimize(
         log.warning("captured at the first call: %s", unknown)
         return host(inner, work.program_for, about=work, limit=max_signatures)
     with stages_told(called):
-        fast = _made(inner, work, args, kwargs, max_signatures)
+        fast = rewritten(inner, work, args, kwargs, max_signatures)
         if measure and not inner.training:
             stage("measuring")
             fast.report.timing = timed(inner, fast, args, kwargs)
@@ -134,20 +133,6 @@ def optimize(
         log.warning("%s", warning)
     log.info("%s", fast.report.verdict())
     return fast
-
-
-def _made(inner: nn.Module, work: Rewriting, args: Any, kwargs: Any, limit: int) -> Any:
-    """The model rewritten as a whole, or where that cannot be captured, in islands."""
-    grad = torch.is_grad_enabled()
-    try:
-        fast: Any = host(inner, work.program_for, about=work, limit=limit)
-        fast.prepare(*args, **kwargs)
-        return _nearer(inner, work, fast, args, kwargs, limit) if work.unfaithful else fast
-    except Uncapturable as whole:
-        must_run(inner, args, kwargs)
-        return _in_islands(inner, work, whole, args, kwargs, limit)
-    finally:
-        torch.set_grad_enabled(grad)
 
 
 def recover(
@@ -356,7 +341,10 @@ def quality(
 
 def quality_plot(model: Any, rows: str | Path, *, name: str = "") -> str:
     """The rows that `quality(..., out=folder)` kept in a file, drawn against their cost."""
-    return Quality(name, "", task_for(unwrap(model)[0]).measures, {}, tuple(read_rows(Path(rows)))).svg()
+    found = tuple(read_rows(Path(rows)))
+    if not found:
+        raise Refused(f"{rows} holds no row", where="quality", fits="NAME.jsonl, as quality(..., out=folder) writes it")
+    return Quality(name, "", task_for(unwrap(model)[0]).measures, {}, found).svg()
 
 
 def load(folder: str | Path, model: nn.Module | str | None = None) -> Any:
@@ -445,42 +433,6 @@ def _explained(captured: Captured, notes: tuple[str, ...], prefix: str = "") -> 
         analyses=tuple(analyses(s) for s in found),
         notes=(*notes, *captured.notes),
     )
-
-
-def _in_islands(
-    model: nn.Module,
-    work: Rewriting,
-    whole: Uncapturable,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    limit: int,
-) -> Any:
-    """The model with its largest capturable parts rewritten in place; the report says which, and why not the whole."""
-    islands = some_found(attending_islands(model, args, kwargs), whole)
-    paths = list(islands.found)
-    parts = {path: Rewriting(work.recipes, work.name, path, notes=[f"an island at {path}"]) for path in paths}
-    fast: Any = host_islands(model, paths, lambda path: parts[path].program_for, limit=limit)
-    with torch.no_grad(), same_statistics(fast):
-        fast(*args, **kwargs)
-    work.unfaithful = next((part.unfaithful for part in parts.values() if part.unfaithful), "")
-    report = joined([part.report for part in parts.values() if part.report is not None])
-    report.misses = (*report.misses, *islands.misses)
-    report.notes = (*told(islands, whole), *work.notes, *report.notes)
-    fast.__dict__ |= {"report": report, "sites": SiteList(report.rows)}
-    return fast
-
-
-def _nearer(
-    model: nn.Module, work: Rewriting, fast: Any, args: Sequence[Any], kwargs: Mapping[str, Any], limit: int
-) -> Any:
-    """Islands where these are the model's and the whole graph is not: some models build other masks while traced."""
-    whole = Uncapturable(work.unfaithful, where=work.name, fits="a model that computes the same while it is traced")
-    try:
-        parts = _in_islands(model, work, whole, args, kwargs, limit)
-    except Refused as refused:
-        fast.report.notes = (*fast.report.notes, f"not in islands either: {refused}")
-        return fast
-    return fast if work.unfaithful else parts
 
 
 def _needs_data(recipe: Recipe, batches: Sequence[Any]) -> None:

@@ -15,7 +15,7 @@ from .answers import working as _working
 from .cli_arguments import AsJson, ModelName, RecipeName
 from .cli_heads import heads, plan, plan_bits
 from .cli_report import report
-from .compiler.refusal import Refused
+from .compiler.refusal import Refused, nearest
 
 app = typer.Typer(
     cls=Commands, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, help=__doc__
@@ -24,6 +24,20 @@ recipes = typer.Typer(no_args_is_help=True, help="Recipes: check one, list the s
 app.add_typer(recipes, name="recipe")
 for command in (report, heads, plan, plan_bits):
     app.command()(command)
+
+
+@app.callback(help=__doc__)
+def with_mechanisms(
+    own: Annotated[
+        list[Path] | None, typer.Option("--with", metavar="FILE.py", help="mechanisms of your own; may be repeated")
+    ] = None,
+) -> None:
+    with _answers():
+        if own:
+            from .compiler.named import registered_by
+
+            for path in own:
+                registered_by(path)
 
 
 @app.command()
@@ -54,8 +68,12 @@ def explain(
     """What was tried at each place that looks like attention: the site with its mask and ports, or the nearest miss."""
     with _answers(as_json=as_json):
         from . import api
-        from .models.load import load_model
+        from .models.load import built_ins, load_model
 
+        known = {**api.mechanisms(), **built_ins()} if math else {}
+        if math and ":" not in model and model not in known:
+            fits = nearest(model, known, kind="mechanisms and models")
+            raise Refused(f"{model!r}", where="explain --math", fits=fits)
         if math and model in api.mechanisms():
             told = api.math_of(model, causal=causal)
             print(json.dumps({model: told}) if as_json else told)
@@ -133,17 +151,22 @@ def recover(
     """Rewrite a model and train back what that lost, the original as the teacher."""
     with _answers(as_json=as_json):
         from . import api
-        from .compiler.held_out import calls_of
+        from .compiler.held_out import calibration, calls_of
+        from .compiler.recipe_load import load_recipe
+        from .compiler.recovery.plan import Plan
+        from .compiler.steps import vocabulary
         from .models.load import load_model
 
+        asked: dict[str, Any] = {"train": train, "steps": steps, "lr": lr, "rank": rank, "batch": batch}
+        asked = {setting: value or None for setting, value in asked.items()}
+        wanted = load_recipe(recipe, vocabulary())
+        Plan.of(wanted.recover, asked)  # what is amiss in files and settings is said before any work
+        lessons = calls_of(data) if data else calibration(wanted)
+        judged = calls_of(held_out) if held_out else None
         loaded = load_model(model)
-        work = lambda: api.optimize(loaded.model, recipe, loaded.example_inputs, name=loaded.name, measure=False)
+        work = lambda: api.optimize(loaded.model, wanted, loaded.example_inputs, name=loaded.name, measure=False)
         fast = _working(f"optimizing {model}", work, quiet=as_json)
-        asked: dict[str, Any] = {"train": train or None, "steps": steps or None, "lr": lr or None, "rank": rank or None}
-        found = api.recover(
-            fast, calls_of(data) if data else None, held_out=calls_of(held_out) if held_out else None,
-            folder=folder, progress=not as_json, batch=batch or None, **asked,
-        )  # fmt: skip
+        found = api.recover(fast, lessons, held_out=judged, folder=folder, progress=not as_json, **asked)
         if save is not None:
             api.save(fast, save)
         print(json.dumps(found.to_dict()) if as_json else f"{found}\n{fast.report.verdict()}")
@@ -313,7 +336,7 @@ def build(
 
 @app.command()
 def check(
-    mechanism: Annotated[str, typer.Argument(help="a registered name, a file.py, or module:Class")],
+    mechanism: Annotated[str, typer.Argument(metavar="MECHANISM", help="a registered name, FILE.py, or module:Class")],
     as_json: AsJson = False,
 ) -> None:
     """Ask a mechanism the questions that our own must answer; exit 1 and the smallest failing case where one fails."""
@@ -329,7 +352,7 @@ def check(
 
 @app.command()
 def new_mechanism(
-    name: Annotated[str, typer.Argument(help="its short name: small letters, digits and _")],
+    name: Annotated[str, typer.Argument(metavar="NAME", help="its short name: small letters, digits and _")],
     family: Annotated[str, typer.Option(help="in reattend's repository: the folder under passes/")] = "",
 ) -> None:
     """Write a new mechanism's file, which passes `reattend check` as it is; with --family also its import line."""

@@ -8,6 +8,7 @@ each layer's lower hull of (bytes, error), the steepest piece first.
 from __future__ import annotations
 
 import copy
+import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -104,7 +105,12 @@ def plan_bits(model: nn.Module, calls: Sequence[Call], schemes: Sequence[Wish], 
                 bar.update()
             options[path] = tuple(found)
     weights = {path: int(layer.weight.numel()) for path, layer in layers.items()}  # type: ignore[operator]
-    chosen = choose(options, int(bits * sum(weights.values()) / 8))
+    count = sum(weights.values())
+    least = 8 * sum(min(option.bytes for option in found) for found in options.values()) / count
+    if bits < least:
+        fits = f"{math.ceil(least * 100) / 100:.2f} or more, or a scheme with fewer: scales count as well"
+        raise Refused(f"{bits:g} bits a weight", where="plan_bits", fits=fits)
+    chosen = choose(options, int(bits * count / 8))
     return BitPlan(options, chosen, weights, bits, shared)
 
 

@@ -132,7 +132,7 @@ def capture(
             captured = export(model, call, attempt)
         except Refused:
             raise
-        except Exception as failed:
+        except Exception as failed:  # torch.export and the model's own code raise anything: it is the reason reported
             error = error or failed
             reasons.append(_reason(failed))
             if _at_any_size(failed):
@@ -150,7 +150,7 @@ def operations_at(model: nn.Module, call: Call, attempt: Attempt) -> tuple[str, 
     """What the model computes at these sizes; nothing where it cannot be captured at them."""
     try:
         return export(model, call, attempt).operations
-    except Exception:
+    except Exception:  # anything at all, as in `capture`: sizes at which nothing is known
         return ()
 
 
@@ -181,7 +181,36 @@ def _autocast(device: str) -> tuple[str, ...]:
 
 
 def export(model: nn.Module, call: Call, attempt: Attempt) -> Captured:
+    """The graph of a call at an attempt's sizes; it raises whatever torch.export or the model raises."""
     seen = Seen()
+    program, leaves = _traced(model, call, attempt, seen)
+    graph = plain(program, model, [leaf.path for leaf in call.leaves])
+    grown = without_growth(graph)
+    open_regions(graph)
+    stamp_leaves(graph, leaves)
+    return Captured(
+        graph=graph,
+        key=call.key(setting(model)),
+        layouts=call.layouts,
+        output=seen.output,
+        grown=seen.grown,
+        dims=_sizes(graph, program, call),
+        writes=written(graph),
+        operations=operations(graph),
+        notes=(
+            *(f"{name} is not set by the captured forward" for name in sorted(seen.forgotten)),
+            *(f"{name} is not kept as large as a call makes it: every such call makes it anew" for name in grown),
+        ),
+    )
+
+
+def _traced(
+    model: nn.Module, call: Call, attempt: Attempt, seen: Seen
+) -> tuple[torch.export.ExportedProgram, set[str]]:
+    """What torch.export makes of it, and the leaf modules that it called.
+
+    A forward that draws numbers in Python is traced with several: it is taken where all of them give one program.
+    """
     flat = _flat(model, call, attempt, seen)
     shapes = tuple(dict.fromkeys(sorted(dims), torch.export.Dim.AUTO) or None for dims in attempt.open)
     tensors = tuple(t.detach() for t in attempt.tensors)  # one object passed twice would become one input
@@ -204,32 +233,14 @@ def export(model: nn.Module, call: Call, attempt: Attempt) -> Captured:
 
     grad, fused, packs = torch.is_grad_enabled(), may_fuse(model), packing(model)
     try:
-        try:
-            program, leaves = exported(chance.no_unseen_chance())
-        except chance.UnseenChance:
-            (program, leaves), *others = [exported(chance.drawing(number)) for number in chance.SAMPLES]
-            if not all(_same_program(program, other) for other, _ in others):
-                raise
+        return exported(chance.no_unseen_chance())
+    except chance.UnseenChance:
+        first, *others = [exported(chance.drawing(number)) for number in chance.SAMPLES]
+        if not all(_same_program(first[0], program) for program, _ in others):
+            raise
+        return first
     finally:
         torch.set_grad_enabled(grad)
-    graph = plain(program, model, [leaf.path for leaf in call.leaves])
-    grown = without_growth(graph)
-    open_regions(graph)
-    stamp_leaves(graph, leaves)
-    return Captured(
-        graph=graph,
-        key=call.key(setting(model)),
-        layouts=call.layouts,
-        output=seen.output,
-        grown=seen.grown,
-        dims=_sizes(graph, program, call),
-        writes=written(graph),
-        operations=operations(graph),
-        notes=(
-            *(f"{name} is not set by the captured forward" for name in sorted(seen.forgotten)),
-            *(f"{name} is not kept as large as a call makes it: every such call makes it anew" for name in grown),
-        ),
-    )
 
 
 def _same_program(one: torch.export.ExportedProgram, other: torch.export.ExportedProgram) -> bool:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from .ports import ATTEND, Ports, find_ports, is_padding, op_name
+from .nodes import op_name
+from .ports import ATTEND, Ports, find_ports, is_padding
 from .primitives.attend_spec import CAUSAL, AttendSpec
 from .same_rows import same_rows
 from .site import Grid, Site

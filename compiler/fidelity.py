@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from .capture import Captured
 from .containers import MUTABLE, copied, take_apart
+from .nodes import draws
 from .padding import KEPT
 from .signature import Call
 from .untouched import unchanged
@@ -25,11 +26,11 @@ def against_model(model: nn.Module, captured: Captured, call: Call) -> Deviation
         return None
     if captured.grown and not captured.fits(call):
         return None
-    draws = any(map(_draws, captured.graph.graph.nodes))
-    with torch.no_grad(), torch.random.fork_rng(devices=[], enabled=draws):
+    chancy = any(map(draws, captured.graph.graph.nodes))
+    with torch.no_grad(), torch.random.fork_rng(devices=[], enabled=chancy):
         grad = KEPT in captured.key.setting  # which the graph is of
         wanted = _answer(model, call, grad)
-        if draws and not all(map(_same, wanted, _answer(model, call, grad))):
+        if chancy and not all(map(_same, wanted, _answer(model, call, grad))):
             return None
         found = captured.graph(*captured.inputs(call))[: captured.output.count]
     if len(wanted) != len(found):
@@ -62,7 +63,3 @@ def _same(a: Any, b: Any) -> bool:
 def _compared(found: Any, wanted: Tensor) -> Deviation:
     """Where the model gives no number (a row without a key, filled with minus infinity) there is nothing to compare."""
     return compare(torch.where(wanted.isnan(), wanted, found), wanted)
-
-
-def _draws(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in node.target.tags

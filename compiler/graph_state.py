@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from .nodes import is_overload
+
 _META = ("nn_module_stack", "leaf", "site", "mechanism")  # shapes are not kept: they belong to one tracing session
 
 
@@ -59,7 +61,7 @@ def graph_from(state: GraphState) -> fx.GraphModule:
 
 def _row(node: fx.Node) -> Row:
     args, kwargs = _mapped((node.args, node.kwargs), lambda v: Ref(v.name) if isinstance(v, fx.Node) else v)
-    target = f"op:{node.target}" if isinstance(node.target, torch._ops.OpOverload) else node.target
+    target = f"op:{node.target}" if is_overload(node.target) else node.target
     return Row(node.op, node.name, target, args, kwargs, {k: v for k, v in node.meta.items() if k in _META})
 
 

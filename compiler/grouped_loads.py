@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import operator
 from dataclasses import replace
+from typing import Any
 
 from torch import fx
 
+from .nodes import args_of
 from .ports import aten
 from .primitives.attend_spec import AttendSpec
 from .primitives.group import GroupSpec, group_op
@@ -14,25 +16,25 @@ from .primitives.group import GroupSpec, group_op
 
 def read_in_groups(attend: fx.Node) -> bool:
     """A call that attends the rows of a group reads them itself; whether it does."""
-    q, kv, tables, text = attend.args
+    q, kv, tables, text = args_of(attend)
     spec = AttendSpec.of(str(text))
-    found = [_group(t) for t in kv]  # type: ignore[union-attr, arg-type]
-    if len(found) != 2 or not all(found) or not _in_order(spec):
+    found = [node for node in map(_group, kv) if node is not None]
+    if len(found) != 2 or len(kv) != 2 or not _in_order(spec):
         return bool(spec.group_rows)
     of_k, of_v = found
-    if of_k.args[1] is not of_v.args[1]:  # type: ignore[union-attr]
+    if args_of(of_k)[1] is not args_of(of_v)[1]:
         return False
-    index: fx.Node = of_k.args[1]  # type: ignore[union-attr, assignment]
+    index: fx.Node = args_of(of_k)[1]
     if index.meta["val"].ndim == 4:  # (B, 1, G, S)
         with attend.graph.inserting_before(attend):
             index = _made(attend.graph, aten.flatten.using_ints, index, 0, 2)
-    more = [*tables, index]  # type: ignore[misc]
+    more = [*tables, index]
     grouped = replace(spec, group_rows=f"t{len(more) - 1}").text
-    attend.args = (q, [g.args[0] for g in found], more, grouped)  # type: ignore[union-attr]
-    for rows in dict.fromkeys(kv):  # type: ignore[arg-type]
+    attend.args = (q, [args_of(g)[0] for g in found], more, grouped)
+    for rows in dict.fromkeys(kv):
         _erased(rows)
     for node in dict.fromkeys(found):
-        _of_one_channel(node)  # type: ignore[arg-type]
+        _of_one_channel(node)
     return True
 
 
@@ -43,10 +45,10 @@ def _group(rows: fx.Node) -> fx.Node | None:
     for target, rest in steps:
         if node.op != "call_function" or node.target is not target or node.args[1:] != rest:
             return None
-        node = node.args[0]  # type: ignore[assignment]
+        node = args_of(node)[0]
     if node.target is not group_op.op or node.args[2] or node.args[3] != GroupSpec().text:
         return None
-    index = node.args[1].meta["val"]  # type: ignore[union-attr]
+    index = args_of(node)[1].meta["val"]
     return node if index.ndim == 2 or (index.ndim == 4 and index.shape[1] == 1) else None
 
 
@@ -66,9 +68,9 @@ def _of_one_channel(group: fx.Node) -> None:
             group.update_arg(0, _made(group.graph, aten.slice.Tensor, group.args[0], 3, 0, 1))
 
 
-def _made(graph: fx.Graph, target: object, of: object, *rest: int) -> fx.Node:
-    node = graph.call_function(target, (of, *rest))  # type: ignore[arg-type]
-    node.meta["val"] = target(of.meta["val"], *rest)  # type: ignore[operator, attr-defined]
+def _made(graph: fx.Graph, target: Any, of: Any, *rest: int) -> fx.Node:
+    node = graph.call_function(target, (of, *rest))
+    node.meta["val"] = target(of.meta["val"], *rest)
     return node
 
 

@@ -50,9 +50,8 @@ def held_out(recipe: Recipe, data: Iterable[Any] | None) -> tuple[tuple[Batch, .
 def calibration(recipe: Recipe) -> tuple[Batch, ...]:
     """What the recipe names to learn from."""
     if recipe.data.calibrate is None:
-        raise Refused(
-            "no data", where="recover", fits="recover(fast, data), or `data: {calibrate: FILE}` in the recipe"
-        )
+        fits = "recover(fast, data), --data FILE, or `data: {calibrate: FILE}` in the recipe"
+        raise Refused("no data", where="recover", fits=fits)
     return calls_of(_beside(recipe, recipe.data.calibrate), recipe.data.length, recipe.data.samples)
 
 

@@ -19,7 +19,7 @@ from torch import Tensor, fx
 
 from .capture import Captured
 from .containers import Layout, is_cache
-from .ports import op_name
+from .nodes import args_of, op_name
 from .primitives.packed_rows import RowSpec, pack_op, stored_op, unpack_op
 from .refusal import Refused
 from .signature import Call
@@ -131,7 +131,7 @@ def _below(path: str, name: Any) -> str:
 def _joined(node: fx.Node) -> fx.Node:
     """Where past and new rows were joined, in front of what only moves rows."""
     while op_name(node) in _MOVES and _reader(node) is None:
-        node = node.args[0]  # type: ignore[assignment]
+        node = args_of(node)[0]
     return node
 
 
@@ -157,12 +157,12 @@ def _packed(joined: fx.Node, kept: fx.Node, past: fx.Node | None, path: str) -> 
     text = str(reader.args[1])
     if past is None:  # the cache is made by this call: what is attended stays as it is, and keeps its gradient
         return _moved(kept, joined, _pack(joined, joined, text))
-    if past not in joined.all_input_nodes or op_name(joined) != "cat" or len(joined.args[0]) != 2:  # type: ignore[arg-type]
+    if past not in joined.all_input_nodes or op_name(joined) != "cat" or len(args_of(joined)[0]) != 2:
         raise Refused(f"the past is read by {op_name(joined)}", where=path, fits="a cache that grows: cat(past, new)")
     graph, spec = joined.graph, RowSpec.of(text)
     old: Tensor = past.meta["val"]
     past.meta["val"] = old.new_empty((*old.shape[:-1], spec.bytes), dtype=torch.uint8)
-    new: Any = joined.args[0][1]  # type: ignore[index]
+    new: Any = args_of(joined)[0][1]
     row = _pack(joined, new, text)
     with graph.inserting_before(joined):
         rows = graph.call_function(joined.target, ([past, row], 2))  # type: ignore[arg-type]
@@ -212,7 +212,7 @@ def _moved(kept: fx.Node, joined: fx.Node, rows: fx.Node) -> fx.Node:
     """The same moves of rows of bytes."""
     if kept is joined:
         return rows
-    return _moved_one(kept, _moved(kept.args[0], joined, rows))  # type: ignore[arg-type]
+    return _moved_one(kept, _moved(args_of(kept)[0], joined, rows))
 
 
 def _moved_one(move: fx.Node, rows: fx.Node) -> fx.Node:
@@ -220,7 +220,7 @@ def _moved_one(move: fx.Node, rows: fx.Node) -> fx.Node:
     if dim in (3, -1):
         raise Refused(f"a {op_name(move)} of channels", where=move.name, fits="a cache that keeps whole rows")
     with move.graph.inserting_after(move):
-        moved = move.graph.call_function(move.target, (rows, *move.args[1:]), move.kwargs)  # type: ignore[arg-type]
+        moved = move.graph.call_function(move.target, (rows, *args_of(move)[1:]), move.kwargs)  # type: ignore[arg-type]
     value, packed = move.meta["val"], rows.meta["val"]
     moved.meta = dict(move.meta) | {"val": value.new_empty((*value.shape[:-1], packed.shape[-1]), dtype=torch.uint8)}
     return moved

@@ -65,7 +65,7 @@ class OnStream(Mechanism):
     def buffers(self, site: Site) -> Mapping[str, Param]:
         return self.inner.buffers(site)
 
-    def forward(self, site: Any, p: Any, x: Tensor, **ports: Tensor) -> Any:  # type: ignore[override]
+    def forward(self, site: Any, p: Any, x: Tensor, **ports: Tensor) -> Any:
         rows = x.flatten(1, -2)
         if self.training and "train" in self.inner.wanted_ports()[1]:
             ports["train"] = x.new_ones(())

@@ -47,7 +47,9 @@ class Misfit(Exception):
 class KnobType(ABC):
     """One type: `admit` gives the canonical frozen value or raises Misfit; `says` and `schema` describe it."""
 
-    says: str
+    @property
+    @abstractmethod
+    def says(self) -> str: ...
 
     @abstractmethod
     def admit(self, value: Any) -> Any: ...
@@ -72,7 +74,7 @@ class Plain(KnobType):
     }
 
     @property
-    def says(self) -> str:  # type: ignore[override]
+    def says(self) -> str:
         return self._SAYS[self.name]
 
     def admit(self, value: Any) -> Any:
@@ -97,7 +99,7 @@ class OneOf(KnobType):
     values: tuple[Any, ...]
 
     @property
-    def says(self) -> str:  # type: ignore[override]
+    def says(self) -> str:
         return "one of " + ", ".join(map(str, self.values))
 
     def admit(self, value: Any) -> Any:
@@ -117,7 +119,7 @@ class Union(KnobType):
     options: tuple[KnobType, ...]
 
     @property
-    def says(self) -> str:  # type: ignore[override]
+    def says(self) -> str:
         return " or ".join(option.says for option in self.options)
 
     def admit(self, value: Any) -> Any:
@@ -143,7 +145,7 @@ class Several(KnobType):
     any_length: bool
 
     @property
-    def says(self) -> str:  # type: ignore[override]
+    def says(self) -> str:
         if self.any_length:
             return f"a list, each {self.of[0].says}"
         return f"a list of {len(self.of)} ({', '.join(one.says for one in self.of)})"
@@ -167,7 +169,7 @@ class Named(KnobType):
     of: KnobType
 
     @property
-    def says(self) -> str:  # type: ignore[override]
+    def says(self) -> str:
         return f"a mapping, each value {self.of.says}"
 
     def admit(self, value: Any) -> Any:

@@ -44,5 +44,5 @@ class KVRows(Mechanism):
             return f"{self.slug} stores the keys of causal self-attention, this site is {site.pattern}"
         return None
 
-    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend(q, self.store(k), self.store(v), site=site)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 
 from .cost import sizes
-from .ports import op_name
+from .nodes import op_name
 
 # outputs that are their input in another shape: they hold no bytes of their own, and keep those of their input
 _VIEWS = frozenset({"view", "transpose", "permute", "unsqueeze", "squeeze", "expand", "slice", "select",
@@ -59,7 +59,7 @@ def _laid_out(value: Tensor) -> bool:
     """Whether its rows stand one behind the other, so that another shape needs no copy."""
     try:
         return bool(value.is_contiguous())
-    except Exception:  # sizes that are not known well enough to say
+    except RuntimeError:  # torch cannot say it of sizes that depend on data
         return False
 
 

@@ -13,7 +13,8 @@ from typing import Any
 from torch import fx
 
 from .grouped_loads import read_in_groups
-from .ports import ATTEND, RESHAPING, aten, op_name
+from .nodes import args_of, op_name
+from .ports import ATTEND, RESHAPING, aten
 from .primitives.attend import attend_op
 from .primitives.attend_stored import read_as_stored
 from .primitives.operator import called
@@ -46,7 +47,7 @@ def lower_calls(graph_module: fx.GraphModule, target: str = "auto") -> int:
 def _as_it_lies(attend: fx.Node, target: str) -> bool:
     """Whether a GPU's kernel reads what this call attends as it is stored, or where groups have it from; torch's own
     attention cannot."""
-    if target == "triton" or attend.args[0].meta["val"].device.type == "cuda":  # type: ignore[union-attr]
+    if target == "triton" or args_of(attend)[0].meta["val"].device.type == "cuda":
         return read_as_stored(attend) or read_in_groups(attend)
     return False
 

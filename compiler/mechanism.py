@@ -17,7 +17,7 @@ from torch import Tensor
 from . import announced
 from .knob_types import Misfit, knob_type
 from .refusal import Refused, nearest
-from .site import Site
+from .site import FEATURES, Site
 from .vocabulary import WORDS
 
 PARTS = ("core", "gate", "cache", "region", "insert", "model")
@@ -123,7 +123,7 @@ class Mechanism:
         """Which of `size` joined key heads each group keeps; None: their mean."""
         return None
 
-    def forward(self, site: Any, p: Any, **ports: Tensor) -> Any:
+    def forward(self, site: Any, p: Any, *ports: Any, **named: Any) -> Any:  # a type that any list of ports fits
         raise Refused(f"{self.slug} has no forward", fits="define forward(self, site, p, q, k, v)")
 
     def apply(self, program: Any, paths: Any) -> None:
@@ -140,7 +140,7 @@ class Mechanism:
     def asked_ports(cls) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Ports a forward must have, and those it takes where they exist."""
         found = [q for n, q in inspect.signature(cls.forward).parameters.items() if n not in ("self", "site", "p")]
-        named = [q for q in found if q.kind is not inspect.Parameter.VAR_KEYWORD]
+        named = [q for q in found if q.kind not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)]
         must = tuple(q.name for q in named if q.default is inspect.Parameter.empty)
         return must, tuple(q.name for q in named if q.name not in must)
 
@@ -185,6 +185,11 @@ def register(slug: str) -> Callable[[type[Mechanism]], type[Mechanism]]:
             raise Refused(found, where=slug, fits=fits)
         if cls.part not in PARTS or cls.kind not in KINDS:
             raise Refused(f"part {cls.part!r}, kind {cls.kind!r}", where=slug, fits=f"parts {PARTS}, kinds {KINDS}")
+        for feature in sorted(set(cls.honours) - set(FEATURES)):
+            raise Refused(f"honours {feature!r}", where=slug, fits=nearest(feature, FEATURES, kind="features"))
+        if list(inspect.signature(cls.forward).parameters)[:3] != ["self", "site", "p"]:
+            found = f"forward{inspect.signature(cls.forward)}"
+            raise Refused(found, where=slug, fits="forward(self, site, p, ...) and the ports it reads, as q, k, v")
         cls.slug = slug
         _REGISTRY[slug] = cls
         for tell in _LISTENERS:

@@ -163,6 +163,10 @@ def started(declared: Mapping[str, Param], like: Tensor) -> dict[str, Tensor]:
     made: dict[str, Tensor] = {}
     with from_seed(0, like.device), torch.no_grad():
         for own_name, one in declared.items():
+            if not isinstance(one, Param):
+                raise Refused(
+                    f"{own_name} is a {type(one).__name__}", where="params", fits="reattend.Param(shape, init)"
+                )
             made[own_name] = torch.empty(one.shape, dtype=one.dtype or like.dtype, device=like.device)
             one.init(made[own_name])
     return made

@@ -10,6 +10,7 @@ from torch import fx, nn
 from torch.export.graph_signature import InputKind
 
 from .draft import Draft
+from .nodes import is_overload, op_name
 from .refusal import Refused
 
 CONSTANTS = "_reattend_constants"
@@ -154,7 +155,7 @@ def operations(module: fx.GraphModule) -> tuple[str, ...]:
     """What is computed where, reshaping aside: equal for two traces where the model took the same branches."""
     found = []
     for node in module.graph.nodes:
-        if isinstance(node.target, torch._ops.OpOverload) and node.target._opname not in _RESHAPING:
+        if is_overload(node.target) and op_name(node) not in _RESHAPING:
             stack = node.meta.get("nn_module_stack") or {"": ("", "")}
             constants = [a for a in (*node.args, *node.kwargs.values()) if isinstance(a, float | bool)]
             found.append(f"{list(stack.values())[-1][0]} {node.target} {constants}")
@@ -176,7 +177,7 @@ def _written_by(node: fx.Node) -> list[fx.Node]:
 
 def _base(node: fx.Node) -> fx.Node:
     """Whose memory a node's value is, through views."""
-    while node.op == "call_function" and isinstance(node.target, torch._ops.OpOverload):
+    while node.op == "call_function" and is_overload(node.target):
         returns = node.target._schema.returns
         if not (returns and returns[0].alias_info is not None and node.args and isinstance(node.args[0], fx.Node)):
             return node

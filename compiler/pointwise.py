@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from .ports import op_name
+from .nodes import op_name, writes
 from .tracing import trace_function
 
 FULL, ROW, VECTOR = "full", "row", "vector"
@@ -120,7 +120,7 @@ class Found:
 
 def pieces(graph: fx.Graph, seen: Mapping[fx.Node, Seen], leaf: Callable[[fx.Node], nn.Module]) -> list[Found]:
     """All pieces of a graph that are worth a loop of their own, apart from each other."""
-    calm = not any(map(_writes, graph.nodes))  # else a product might read later what was written to since
+    calm = not any(map(writes, graph.nodes))  # else a product might read later what was written to since
     found = [_said(nodes, seen, leaf, products=calm) for nodes in _gathered(graph, seen, leaf)]
     return [each for each in found if each is not None]
 
@@ -142,7 +142,7 @@ def _gathered(
 ) -> Iterable[list[fx.Node]]:
     """Nodes in groups: each can run where its last node stands, since whoever reads an earlier one comes later."""
     order = {node: place for place, node in enumerate(graph.nodes)}
-    writes = [place for node, place in order.items() if _writes(node)]
+    written = [place for node, place in order.items() if writes(node)]
     group_of: dict[fx.Node, list[fx.Node]] = {}
     for node in graph.nodes:
         if not _speaks(node, seen, leaf):
@@ -153,7 +153,7 @@ def _gathered(
             if other is None or other is joined or not _over_one(other, node, seen):
                 continue
             both = sorted({*other, *joined}, key=order.__getitem__)
-            apart = any(order[both[0]] < place < order[node] for place in writes)
+            apart = any(order[both[0]] < place < order[node] for place in written)
             early = any(order[user] < order[node] for n in both for user in n.users if user not in both)
             if not apart and not early:
                 joined = both
@@ -173,10 +173,6 @@ def _rows(nodes: Iterable[fx.Node], seen: Mapping[fx.Node, Seen]) -> tuple[tuple
     sizes = [seen[n].size for node in nodes for n in (node, *node.all_input_nodes)]
     longest = max(sizes, key=len)
     return longest[:-1], max(size[-1] for size in sizes if size)
-
-
-def _writes(node: fx.Node) -> bool:
-    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
 def _speaks(node: fx.Node, seen: Mapping[fx.Node, Seen], leaf: Callable[[fx.Node], nn.Module]) -> bool:

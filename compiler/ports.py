@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from .nodes import args_of
+from .nodes import op_name as op_name
 from .primitives.attend import attend_op
 from .primitives.attend_spec import AttendSpec
 from .symbol_eval import evaluate
@@ -48,20 +50,14 @@ class Ports:
         return Ports(mapped[self.attend], nodes, dict(self.weights), projected, self.padding)
 
 
-def op_name(node: Any) -> str:
-    """aten.view.default -> "view"; anything else -> ""."""
-    return (
-        node.target._overloadpacket.__name__ if isinstance(getattr(node, "target", None), torch._ops.OpOverload) else ""
-    )
-
-
 def find_ports(node: fx.Node) -> Ports:
     """Every port that the graph offers around one attend node."""
-    q, (k, v), tables, text = node.args[0], node.args[1][:2], node.args[2], node.args[3]  # type: ignore[index,misc]
+    q, kv, tables, text = args_of(node)
+    k, v = kv[:2]
     spec = AttendSpec.of(str(text))
-    ports = Ports(node, {"q": q, "k": k, "v": v})  # type: ignore[dict-item]
+    ports = Ports(node, {"q": q, "k": k, "v": v})
     for role, start in (("q", q), ("k", k), ("v", v)):
-        projection = _projection_behind(start)  # type: ignore[arg-type]
+        projection = _projection_behind(start)
         if projection is not None:
             weight = _weight_of(projection)
             if weight:
@@ -71,7 +67,7 @@ def find_ports(node: fx.Node) -> Ports:
             if role == "k":
                 ports.nodes["x_kv"] = _input_of(projection)
     for role, start in (("q", q), ("k", k)):
-        rotation = _rotation(start)  # type: ignore[arg-type]
+        rotation = _rotation(start)
         if rotation:
             plain, cos, sin = rotation
             ports.nodes |= {f"{role}_nope": plain, "cos": cos, "sin": sin}
@@ -80,11 +76,11 @@ def find_ports(node: fx.Node) -> Ports:
     ports.padding = next((c for c in spec.conjuncts if is_padding(c)), None)
     if ports.padding is not None:
         # the table that says it; what a mechanism gets is `real_keys`
-        ports.nodes["key_padding"] = tables[int(_tables_in(ports.padding)[0][1:])]  # type: ignore[index,assignment]
+        ports.nodes["key_padding"] = tables[int(_tables_in(ports.padding)[0][1:])]
     documents = (documents_of(c) for c in spec.conjuncts)
-    ids = next((tables[int(name[1:])] for name in documents if name), None)  # type: ignore[index]
-    if ids is not None and monotone(ids):  # type: ignore[arg-type]
-        ports.nodes["documents"] = ids  # type: ignore[assignment]
+    ids = next((tables[int(name[1:])] for name in documents if name), None)
+    if ids is not None and monotone(ids):
+        ports.nodes["documents"] = ids
     return ports
 
 
@@ -150,7 +146,7 @@ def _projection_behind(start: fx.Node) -> fx.Node | None:
 def _weight_of(node: fx.Node) -> str:
     """The parameter that a projection multiplies with, through views of it; "" where there is none."""
     if op_name(node) == "qlinear":  # named as before it was quantized
-        codes: Any = node.args[1][0]  # type: ignore[index]
+        codes: Any = args_of(node)[1][0]
         return f"{str(codes.target).removesuffix('codes')}weight" if codes.op == "get_attr" else ""
     for arg in reversed(list(_tensor_inputs(node))):
         source = arg
@@ -186,7 +182,7 @@ def _rotation(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
     """(plain, cos, sin) where node is plain * cos + rotate(plain) * sin, a cat around it allowed (partial rotary)."""
     node = _bare(node)
     if op_name(node) == "cat":
-        parts = [_rotation(p) for p in node.args[0] if isinstance(p, fx.Node)]  # type: ignore[union-attr]
+        parts = [_rotation(p) for p in args_of(node)[0] if isinstance(p, fx.Node)]
         return next((p for p in parts if p), None)
     if op_name(node) != "add":
         return None

@@ -13,8 +13,8 @@ from torch import Tensor, fx, nn
 from .calibration import Gram, Reducer, calibrate
 from .leaves import Stamp, stamp_text
 from .mechanism import Mechanism
+from .nodes import args_of, op_name
 from .path_glob import glob
-from .ports import op_name
 from .primitives.qlinear import qlinear_op
 from .primitives.qlinear_spec import QLinearSpec
 from .program import Program, get_attr, mount
@@ -138,7 +138,7 @@ def _weight(node: fx.Node) -> fx.Node | None:
     """The node of a linear call's weight, or codes, where it is a tensor of a module."""
     held: Any = None
     if node.target is qlinear_op.op:
-        held = node.args[1][0]  # type: ignore[index]
+        held = args_of(node)[1][0]
     elif op_name(node) == "linear":
         held = node.args[1]
     elif op_name(node) == "addmm" and not node.kwargs:

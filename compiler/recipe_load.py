@@ -7,9 +7,10 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.resources
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -67,7 +68,7 @@ def load_recipe(
     name = str(source)
     if name in vocabulary.mechanisms and name not in shipped() and not Path(name).is_file():
         return replace(everywhere(name, vocabulary), source=name)
-    return _Loader(vocabulary, alone).open(_locate(source, Path()))
+    return _Loader(vocabulary, alone).open(_locate(source, Path(), vocabulary.mechanisms))
 
 
 def everywhere(name: str, vocabulary: Vocabulary, knobs: Mapping[str, Any] = {}) -> Recipe:
@@ -388,8 +389,8 @@ def _beside(data: Data, folder: Path) -> Data:
     return replace(data, calibrate=seen(data.calibrate), verify=seen(data.verify))
 
 
-def _locate(source: str | Path, folder: Path) -> Path:
-    """The file of a path (beside `folder`), or of a shipped name."""
+def _locate(source: str | Path, folder: Path, mechanisms: Iterable[str] = ()) -> Path:
+    """The file of a path (beside `folder`), or of a shipped name; `mechanisms` are names that would do as well."""
     text = str(source)
     if re.fullmatch(r"[A-Za-z][\w-]*", text) and text in shipped():
         return _shipped_folder() / f"{text}.yaml"
@@ -401,7 +402,8 @@ def _locate(source: str | Path, folder: Path) -> Path:
     except (OSError, ValueError):  # a name too long, a NUL in it
         found = "no file name"
     beside = sorted(p.name for p in path.parent.glob("[!.]*.y*ml"))[:20] if found == "no such file" else []
-    hint = nearest(text, [*shipped(), *beside], kind="shipped and here")
+    near = difflib.get_close_matches(text, sorted(mechanisms), n=1)
+    hint = nearest(text, {*shipped(), *beside, *near}, kind="recipes")
     raise Refused(
         found if text else "an empty text", where=text[:200] or "recipe", fits=f"{hint}; a YAML text holds a newline"
     )

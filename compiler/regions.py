@@ -14,6 +14,8 @@ import torch
 from torch import fx
 from torch._functorch import predispatch
 
+from .nodes import args_of, higher_order_name, op_name
+
 ATTENDING = frozenset({"softmax", "_softmax", "_safe_softmax", "log_softmax", "scaled_dot_product_attention"})
 _NESTING = {"_vmap_increment_nesting": 1, "_vmap_decrement_nesting": -1}
 _CHECKS = "_assert_tensor_metadata"
@@ -61,13 +63,12 @@ def mapped(graph: fx.Graph) -> list[list[fx.Node]]:
 
 
 def _attends(node: fx.Node) -> bool:
-    target = node.target
-    return isinstance(target, torch._ops.OpOverload) and target._opname in ATTENDING
+    return op_name(node) in ATTENDING
 
 
 def _submodule(module: fx.GraphModule, node: fx.Node) -> tuple[fx.GraphModule, tuple[Any, ...]] | None:
     """The graph that a higher-order operator runs, and what it is given."""
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.HigherOrderOperator):
+    if node.op != "call_function" or not higher_order_name(node):
         return None
     for position, argument in enumerate(node.args):
         if isinstance(argument, fx.Node) and argument.op == "get_attr":
@@ -104,6 +105,6 @@ def _inline(module: fx.GraphModule, node: fx.Node, inner: fx.GraphModule, given:
     for user in list(node.users):
         if user.target is not operator.getitem:
             raise RuntimeError(f"{node.name} is used by {user.name}")
-        user.replace_all_uses_with(results[user.args[1]])  # type: ignore[index]
+        user.replace_all_uses_with(results[args_of(user)[1]])
         module.graph.erase_node(user)
     module.graph.erase_node(node)

@@ -41,6 +41,16 @@ class Row:
     dropped: tuple[str, ...] = ()
     counted: tuple[str, ...] = ()  # what its mechanisms say of themselves there, by counting alone
 
+    def __str__(self) -> str:
+        *_, deviation, note = _cells(self)
+        told = {
+            "deviation": deviation,
+            "cost": "" if self.before == self.after == Cost() else f"{self.before} -> {self.after}, predicted",
+            "rule": self.rule,
+            "note": note,
+        }
+        return "\n".join([_line(self), *(f"    {word:<11}{text}" for word, text in told.items() if text)])
+
     def _repr_html_(self) -> str:
         return page.part(view_of_rows((self,)))
 
@@ -66,7 +76,7 @@ class SiteList(Sequence[Row]):
         return page.part(view_of_rows(self._rows))
 
     def __repr__(self) -> str:
-        return "\n".join(f"{row.site} {row.status} {row.mechanism}".rstrip() for row in self._rows)
+        return "\n".join(map(_line, self._rows))
 
 
 @dataclass
@@ -221,6 +231,10 @@ def _everywhere(warning: str, reports: Sequence[Report]) -> bool:
     """A rule that decides nothing in one part may decide in another: said only where it is idle in all."""
     rule, idle, _ = warning.partition(": decides nothing")
     return not idle or all(any(w.startswith(f"{rule}{idle}") for w in r.warnings) for r in reports)
+
+
+def _line(row: Row) -> str:
+    return f"{row.site} {row.status} {row.mechanism}".rstrip()
 
 
 def _cells(row: Row) -> tuple[str, str, str, str, str]:

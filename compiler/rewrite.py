@@ -13,6 +13,7 @@ from .algebra.projections import projections
 from .facts import features
 from .inserting import OnStream, on_stream, stream_at
 from .mechanism import Mechanism
+from .nodes import args_of
 from .ports import real_keys
 from .primitives.attend_spec import AttendSpec
 from .program import Change, Program, get_attr, insert_before, mount, tensor_name
@@ -82,7 +83,7 @@ def _stored(program: Program, mechanism: Any, setting: Setting, fragment: Fragme
             (made[rows],) = insert(attend, mechanism.store, {"rows": rows}, like=attend)
             made[rows].meta |= {"site": path, "mechanism": mechanism.slug}
         ports.nodes[port] = made[rows]
-    attend.args = (attend.args[0], [made.get(n, n) for n in attend.args[1]], *attend.args[2:])  # type: ignore[arg-type,union-attr]
+    attend.args = (args_of(attend)[0], [made.get(n, n) for n in args_of(attend)[1]], *args_of(attend)[2:])
     change = Change(
         program.site(path), mechanism, setting, fragment, str(attend.args[3]), dropped=tuple(sorted(dropped))
     )
@@ -167,7 +168,7 @@ def _starts(program: Program, site: Site, mechanism: Mechanism) -> Mapping[str, 
 
 
 def _key_padding(padding: Expr, ports: dict[str, fx.Node], attend: fx.Node, before: fx.Node) -> fx.Node:
-    tables = {f"t{k}": node for k, node in enumerate(attend.args[2])}  # type: ignore[arg-type]
+    tables = {f"t{k}": node for k, node in enumerate(args_of(attend)[2])}
 
     def compute(q: Tensor, k: Tensor, **tables: Tensor) -> Tensor:
         return real_keys(padding, q, k, tables)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .ports import op_name
+from .nodes import args_of, op_name
 
 ALONG_ROWS = frozenset(  # what one row of the result needs is that row of each operand
     {"linear", "layer_norm", "rms_norm", "mul", "add", "sub", "div", "neg", "pow", "rsqrt", "sqrt"}
@@ -76,7 +76,7 @@ def _sources(row: Row, behind_past: bool) -> list[Row] | None:
 def _operands(node: fx.Node, axis: int, name: str) -> list[Row] | None:
     """Operands by the axis that meets the result's; numbers of a layer are no rows."""
     behind = _rank(node) - axis
-    over: Any = 1 if name == "linear" else len(node.args[1]) if name in ("layer_norm", "rms_norm") else 0  # type: ignore[arg-type]
+    over: Any = 1 if name == "linear" else len(args_of(node)[1]) if name in ("layer_norm", "rms_norm") else 0
     if behind <= over:  # mixes tokens
         return None
     given = node.all_input_nodes[: 1 if name in ("linear", "layer_norm", "rms_norm") else None]
@@ -85,7 +85,7 @@ def _operands(node: fx.Node, axis: int, name: str) -> list[Row] | None:
 
 def _joined(node: fx.Node, axis: int, behind_past: bool) -> list[Row] | None:
     parts: Any = node.args[0]
-    dim = (node.args[1] if len(node.args) > 1 else 0) % _rank(node)  # type: ignore[operator]
+    dim = (args_of(node)[1] if len(args_of(node)) > 1 else 0) % _rank(node)
     if dim != axis:
         return [(part, axis) for part in parts]
     full = [part for part in parts if not any(isinstance(n, int) and n == 0 for n in part.meta["val"].shape)]
@@ -96,7 +96,7 @@ def _joined(node: fx.Node, axis: int, behind_past: bool) -> list[Row] | None:
 def _given(node: fx.Node) -> bool:
     """What a call is given, in another type at most."""
     while op_name(node) in ("to", "_to_copy", "alias", "detach"):
-        node = node.args[0]  # type: ignore[assignment]
+        node = args_of(node)[0]
     return node.op == "placeholder"
 
 

@@ -74,7 +74,7 @@ class {title}(Mechanism):
     def keep(self, i: Any, j: Any) -> Any:
         return (i - j < self.reach) & (j - i < self.reach)
 
-    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend(q, k, v, keep=self.keep, site=site)
 
     def limits(self) -> Iterable[Limit]:

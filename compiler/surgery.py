@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .ports import RESHAPING, op_name
+from .nodes import args_of, op_name
+from .ports import RESHAPING
 from .program import Program, insert_before
 from .refusal import Refused
 from .tracing import trace_function
@@ -84,7 +85,7 @@ _SHAPED = frozenset({"view", "reshape", "_unsafe_view", "expand"})
 
 def _relabel(node: fx.Node, old: int, new: int) -> None:
     """The literal size of a reshaping that was the old length: the first behind the batch (a head can be as wide)."""
-    shape = list(node.args[1])  # type: ignore[arg-type]
+    shape = list(args_of(node)[1])
     for axis, size in enumerate(shape):
         if axis > 0 and isinstance(size, int) and size == old:
             shape[axis] = new

@@ -20,7 +20,7 @@ def must_run(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -
     try:
         with torch.no_grad(), unchanged(model), torch.random.fork_rng(devices=[]):
             model(*given, **named)
-    except Exception as error:
+    except Exception as error:  # whatever the user's own code raises is the answer
         found = f"the model does not run on {_shown(args, kwargs)}: {_first_line(error)}"
         fits = f"example_inputs for forward{forward_signature(model)}"
         raise Refused(found, where=type(model).__name__, fits=fits) from None

@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from .inserting import OnStream, stream_at
 from .mechanism import KINDS
+from .nodes import args_of
 from .ports import is_padding, real_keys
 from .primitives.attend_blocks import attend_in_blocks
 from .primitives.attend_spec import AttendSpec
@@ -120,7 +121,7 @@ def _wanted(reference: Program, changes: Sequence[Change]) -> dict[str, Any]:
         return {"x": stream, "expected": stream}
     asked = {name for change in changes for name in change.fragment.inputs} | {"q", "k", "v"}
     nodes = {name: ports.nodes[name] for name in asked if name in ports.nodes}
-    tables = {f"table_{k}": node for k, node in enumerate(ports.attend.args[2])}  # type: ignore[arg-type]
+    tables = {f"table_{k}": node for k, node in enumerate(args_of(ports.attend)[2])}
     region = changes[-1].mechanism.part == "region"
     return {**nodes, **tables, "expected": ports.projected if region else ports.nodes["o"]}
 

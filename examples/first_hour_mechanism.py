@@ -25,7 +25,7 @@ class AlibiLike(reattend.Mechanism):
     heads_alike = False  # every head has its own slope
     honours = {"padding", "bias", "mask"}
 
-    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return reattend.attend(q, k, v, score=lambda s, h, i, j: s - self.slope * abs(i - j) / (h + 1), site=site)
 
 

@@ -104,33 +104,14 @@ def stand_at(
     """The place that a call of an attention function describes."""
     where = type(module).__name__
     if cache is not None:
-        raise Refused(
-            "a paged cache", where=f"attn_implementation: {where}", fits="generate(), without generate_batch()"
-        )
-    see = _seen(module, attention_mask, is_causal, sliding_window)
-    rows = _Rows(query, key, see)
-    tables = Tables()
-    given = {"q": query, "k": key, "v": value}
-    keep: Expr = (J <= I) if see.causal else TRUE
-    keep = keep if see.back is None else keep & (J + see.back >= I)
-    keep = keep if see.ahead is None else keep & (I + see.ahead >= J)
-    if see.padding is not None:
-        real = see.padding.to(query.device)
-        keep = keep & tables.settle(table(real)[name("b"), J] != 0)
-        given["key_padding"] = real[:, rows.first_key : rows.first_key + key.shape[2]] if rows.first_key else real
-    bias = position_bias
-    if see.whole is not None:
-        whole = see.whole.to(query.device)
-        if whole.dtype == torch.bool:
-            keep = keep & tables.settle(rows.of(whole) != 0)
-        else:
-            bias = whole if bias is None else bias + whole
-    score: Expr = name("s") * (query.shape[-1] ** -0.5 if scaling is None else float(scaling))
-    if softcap is not None:
-        score = build("tanh", score * (1.0 / softcap)) * float(softcap)
-    if bias is not None:
-        given["bias"] = bias
-        score = score + tables.settle(rows.of(bias))
+        fits = "generate(), without generate_batch()"
+        raise Refused("a paged cache", where=f"attn_implementation: {where}", fits=fits)
+    see = _seen(module, attention_mask, is_causal, sliding_window).on(query.device)
+    rows, tables = _Rows(query, key, see), Tables()
+    scale = query.shape[3] ** -0.5 if scaling is None else float(scaling)
+    bias = _added(position_bias, see)
+    keep = _kept(see, rows, tables)
+    score = _scored(scale, softcap, bias, rows, tables)
     q_positions, k_positions = (tables.name_of(t) for t in rows.positions())
     spec = AttendSpec(
         keep="" if keep.text == TRUE.text else keep.text,
@@ -141,6 +122,11 @@ def stand_at(
         q_positions=q_positions,
         k_positions=k_positions,
     )
+    given = {"q": query, "k": key, "v": value}
+    if see.padding is not None:
+        given["key_padding"] = rows.of_keys(see.padding)
+    if bias is not None:
+        given["bias"] = bias
     site = Site(
         path=where,
         index=int(getattr(module, "layer_idx", None) or 0),
@@ -148,7 +134,7 @@ def stand_at(
         kv_heads=key.shape[1],
         dim=query.shape[3],
         v_dim=value.shape[3],
-        scale=query.shape[3] ** -0.5 if scaling is None else float(scaling),
+        scale=scale,
         pattern=_pattern(module, see, query, key),
         mask=spec.keep,
         features=features(spec),
@@ -158,6 +144,32 @@ def stand_at(
         window=None if see.back is None else see.back + 1,
     )
     return Place(site, spec, tuple(tables.tensors), given)
+
+
+def _kept(see: Seen, rows: _Rows, tables: Tables) -> Expr:
+    """Which keys a query sees."""
+    keep: Expr = (J <= I) if see.causal else TRUE
+    keep = keep if see.back is None else keep & (J + see.back >= I)
+    keep = keep if see.ahead is None else keep & (I + see.ahead >= J)
+    if see.padding is not None:
+        keep = keep & tables.settle(table(see.padding)[name("b"), J] != 0)
+    if see.whole is not None and see.whole.dtype == torch.bool:
+        keep = keep & tables.settle(rows.of(see.whole) != 0)
+    return keep
+
+
+def _added(position_bias: Tensor | None, see: Seen) -> Tensor | None:
+    """What is added to the scores: the model's bias, and a mask that is made of numbers."""
+    if see.whole is None or see.whole.dtype == torch.bool:
+        return position_bias
+    return see.whole if position_bias is None else position_bias + see.whole
+
+
+def _scored(scale: float, softcap: float | None, bias: Tensor | None, rows: _Rows, tables: Tables) -> Expr:
+    score: Expr = name("s") * scale
+    if softcap is not None:
+        score = build("tanh", score * (1.0 / softcap)) * float(softcap)
+    return score if bias is None else score + tables.settle(rows.of(bias))
 
 
 def _seen(module: nn.Module, mask: Any, is_causal: bool | None, window: int | None) -> Seen:
@@ -187,9 +199,10 @@ class _Rows:
         self.at_end = not same and plain and first + self.n == self.m
         self.told = not same and not self.at_end
 
-    @property
-    def first_key(self) -> int:
-        return int(self.see.kv_offset)
+    def of_keys(self, padding: Tensor) -> Tensor:
+        """The part of (B, keys from the start on) that is of the keys at hand."""
+        first = int(self.see.kv_offset)
+        return padding[:, first : first + self.m] if first else padding
 
     def positions(self) -> tuple[Tensor | None, Tensor | None]:
         if not self.told:

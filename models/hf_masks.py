@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import torch
@@ -36,6 +36,11 @@ class Seen:
     whole: Tensor | None = None  # (B, 1 | H, N, M): whatever else there is
     q_offset: int | Tensor | None = None  # the position of the first query; not told: the last is at the last key
     kv_offset: int | Tensor = 0  # of the first key
+
+    def on(self, device: torch.device) -> Seen:
+        """The same with its tensors on a device."""
+        padding, whole = (None if t is None else t.to(device) for t in (self.padding, self.whole))
+        return replace(self, padding=padding, whole=whole)
 
     # generate() makes the masks of a static cache itself and hands them through the model as they are
 

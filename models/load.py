@@ -6,7 +6,8 @@ import importlib
 import importlib.util
 import logging
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -117,8 +118,9 @@ def _family(name: str) -> Callable[[], Loaded]:
         from .zoo import zoo
 
         family = zoo()[name]
-        args, kwargs = family.inputs()
-        return Loaded(name, family.build(family.spellings[0]).eval(), tuple(args), dict(kwargs))
+        with _quiet_imports():
+            args, kwargs = family.inputs()
+            return Loaded(name, family.build(family.spellings[0]).eval(), tuple(args), dict(kwargs))
 
     return build
 
@@ -130,7 +132,8 @@ def _hugging_face(name: str) -> Loaded:
 def _from_pretrained(name: str) -> Any:
     transformers = needed("transformers", "reattend[hf]")
     try:
-        _import_quietly("transformers.quantizers")
+        with _quiet_imports():
+            importlib.import_module("transformers.quantizers")  # as it will be anyway
         config = transformers.AutoConfig.from_pretrained(name)
         kind = next((a for a in (config.architectures or []) if hasattr(transformers, a)), None)
         found = getattr(transformers, kind) if kind else transformers.AutoModel
@@ -141,12 +144,13 @@ def _from_pretrained(name: str) -> Any:
         raise Refused(f"model {name!r}", fits=_said(error)) from None
 
 
-def _import_quietly(module: str) -> None:
-    """Imported as it will be anyway; what torchao logs there of GPU libraries that it cannot load concerns no model."""
+@contextmanager
+def _quiet_imports() -> Iterator[None]:
+    """What torchao logs of GPU libraries that it cannot load, when transformers imports it, concerns no model."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        importlib.import_module(module)
+        yield
     finally:
         logging.disable(before)
 

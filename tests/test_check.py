@@ -32,7 +32,7 @@ class Plain(Mechanism):
     kind = "exact"
     honours = {"padding"}
 
-    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend(q, k, v, site=site)
 
 
@@ -42,22 +42,22 @@ def later(t: Tensor) -> Tensor:
 
 
 class LeaksQ(Plain):
-    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend(later(q), k, v, site=site)
 
 
 class LeaksK(Plain):
-    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend(q, later(k), v, site=site)
 
 
 class LeaksV(Plain):
-    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend(q, k, later(v), site=site)
 
 
 class LooksAhead(Plain):
-    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend(q, k, v, keep=lambda i, j: j <= i + 1) if site.causal else attend(q, k, v, site=site)
 
 
@@ -83,46 +83,46 @@ class _Doubled(torch.autograd.Function):
 
 
 class WrongBackward(Plain):
-    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend(q, _Doubled.apply(k), v, site=site)
 
 
 class MeansHeads(Plain):
     """Permuting heads cannot see this one: a mean over heads is the same in any order."""
 
-    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         o = attend(q, k, v, site=site)
         return o + 0.1 * o.mean(1, keepdim=True)
 
 
 class FirstHeadOnly(Plain):
-    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend(q, k, v, site=site) * (torch.arange(q.shape[1]) == 0)[:, None, None]
 
 
 class SecondSampleSeesFirst(Plain):
     """The first sample is as it is alone."""
 
-    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend(q, k, v, site=site) + 0.1 * (q[:1] - q[:1]) + 0.1 * (v[:1].mean() - v.mean((1, 2, 3), True))
 
 
 class Writes(Plain):
-    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend(q, k.mul_(1.5), v, site=site)
 
 
 class Dice(Plain):
     """Draws, and does not say so."""
 
-    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend(q, k, v, site=site) + 0.1 * torch.rand(1)
 
 
 class Counts(Plain):
     """Remembers how often it was asked."""
 
-    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         _ASKED.append(1)
         return attend(q, k, v, site=site) * len(_ASKED)
 
@@ -131,26 +131,24 @@ _ASKED: list[int] = []
 
 
 class Turned(Plain):
-    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend(q, k, v, site=site).transpose(1, 2)
 
 
 class Widens(Plain):
-    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend(q, k, v, site=site).double()
 
 
 class Pair(Plain):
-    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Any:  # type: ignore[override]
+    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Any:
         return [attend(q, k, v, site=site)]
 
 
 class NoneLeft(Plain):
     """A row whose keys are all hidden is 0 / 0."""
 
-    def forward(  # type: ignore[override]
-        self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor | None = None) -> Tensor:
         weights = torch.sigmoid(q @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT)
         if key_padding is not None:
             weights = weights * key_padding[:, None, None]
@@ -161,14 +159,14 @@ class NoneLeft(Plain):
 class ForgetsPadding(Plain):
     """Says that it honours padding and does not."""
 
-    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend(q, k, v, causal=site.causal)
 
 
 class ForgetsLeftPadding(Plain):
     """Sees the first key whatever the mask says."""
 
-    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend(q, k, v, site=site) + 0.1 * v[:, :, :1].repeat_interleave(q.shape[1] // v.shape[1], 1)
 
 
@@ -178,7 +176,7 @@ class WrongStep(Plain):
     def state(self, site: Site, q: Tensor) -> Mapping[str, Tensor]:
         return {"v": q.new_zeros(q.shape[0], site.kv_heads, 0, site.v_dim)}
 
-    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         ones = torch.ones_like(q[..., :1])
         return scan(ones, ones[:, : v.shape[1]], v, causal=site.causal, normaliser="sum")
 
@@ -250,7 +248,7 @@ def test_what_draws_and_declares_it_is_deterministic() -> None:
         def draws(self, site: Site) -> Mapping[str, Param]:
             return {"noise": Param((site.dim,), torch.Tensor.normal_)}
 
-        def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
+        def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return attend(q, k, v, site=site) + p.noise
 
     assert not asked(Noisy, "deterministic").failure

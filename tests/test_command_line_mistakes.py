@@ -8,8 +8,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
+from reattend import api
 from reattend.cli import app
 
 MODULE = """
@@ -111,6 +113,73 @@ def test_places_that_cannot_be_written() -> None:
 def test_what_is_no_mechanism() -> None:
     for what in ("strangers_module:value", "strangers_module:Attends"):
         assert "is no mechanism: a registered name, or a Mechanism's class" in mistake("check", what)
+
+
+OWN = """
+    from dataclasses import dataclass
+    import reattend
+
+    @reattend.register("only_near")
+    @dataclass(frozen=True)
+    class OnlyNear(reattend.Mechanism):
+        reach: int = 3
+        kind = "approximate"
+
+        def forward(self, site, p, q, k, v):
+            return reattend.attend(q, k, v, keep=lambda i, j: i - j < self.reach, site=site)
+"""
+
+
+@pytest.mark.usefixtures("notebook")
+def test_a_mechanism_in_a_file_of_ones_own_stands_in_recipes() -> None:
+    Path("only_near.py").write_text(textwrap.dedent(OWN))
+    assert "only_near: no such file" in mistake("recipe", "check", "only_near")
+    answer = CliRunner().invoke(app, ["--with", "only_near.py", "recipe", "check", "only_near"])
+    assert answer.exit_code == 0, answer.stderr
+    assert "attention: only_near" in answer.stdout
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("x = 1\ny = 1 / 0\n", "own.py:2: ZeroDivisionError: division by zero"),
+        ("x = 1\ndef f(:\n", "own.py:2: SyntaxError: invalid syntax"),
+        ("x = 1\n", "own.py registers no mechanism: @reattend.register('name') above"),
+    ],
+)
+def test_files_of_ones_own_that_register_nothing(text: str, says: str) -> None:
+    Path("own.py").write_text(text)
+    assert says in mistake("check", "own.py")
+    assert says in mistake("--with", "own.py", "recipe", "list")
+
+
+def test_what_training_back_lacks_is_said_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "optimize", None)
+    Path("calls.jsonl").write_text('{"input_ids": [1, 2, 3]}\n')
+    assert "nope.jsonl does not exist" in mistake("recover", "llama", "window", "--data", "nope.jsonl")
+    assert "no data: recover(fast, data), --data FILE" in mistake("recover", "llama", "window")
+    asked = ("recover", "llama", "window", "--data", "calls.jsonl")
+    assert "train='everything'" in mistake(*asked, "--train", "everything")
+    assert "lr=-1.0" in mistake(*asked, "--lr", "-1")
+
+
+def test_too_little_memory_is_a_mistake_of_the_caller(monkeypatch: pytest.MonkeyPatch) -> None:
+    def allocate(*_: object, **__: object) -> None:
+        torch.empty(2**50)
+
+    monkeypatch.setattr(api, "optimize", allocate)
+    assert mistake("ships", "llama", "exact") == "error: out of memory: fewer or shorter inputs, or a smaller model"
+
+
+def test_a_file_without_rows_of_quality() -> None:
+    Path("rows.jsonl").write_text("no row\n")
+    said = mistake("report", "py:strangers_module:attends", "exact", "--quality", "rows.jsonl")
+    assert "rows.jsonl holds no row" in said
+
+
+def test_a_name_that_is_nearly_a_mechanisms() -> None:
+    assert "did you mean 'sigmoid'?" in mistake("recipe", "check", "sigmod")
+    assert "did you mean 'window'? mechanisms and models: " in mistake("explain", "windw", "--math")
 
 
 @pytest.mark.parametrize(

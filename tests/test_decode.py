@@ -155,7 +155,7 @@ class Slanted(Mechanism):
     slug = "slanted"
     honours = KEPT
 
-    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         def keep(i: Any, j: Any) -> Any:
             return (i - j < 5) | (j < 2)
 
@@ -195,7 +195,7 @@ class RunningMean(Mechanism):
 
     slug = "running_mean"
 
-    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         ones = torch.ones_like(q[..., :1])
         sums, counts = scan(ones, ones[:, : v.shape[1]], v), scan(ones, ones, ones)
         return sums / counts  # type: ignore[no-any-return]
@@ -230,7 +230,7 @@ def test_a_mechanism_brings_its_own_state() -> None:
 class Placeless(Mechanism):
     slug = "placeless"
 
-    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend(q, k, v, causal=True)
 
 
@@ -240,7 +240,7 @@ class Centred(Mechanism):
 
     slug = "centred"
 
-    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend(q, k - 2 * k.mean(2, keepdim=True), v, score=lambda s, j: s * (1 + j), site=site)
 
 
@@ -251,7 +251,7 @@ class Drawn(Mechanism):
     def draws(self, site: Site) -> Mapping[str, Param]:
         return {"r": Param((site.dim,), torch.Tensor.normal_)}
 
-    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend(q * p.r, k, v, site=site)
 
 

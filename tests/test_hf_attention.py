@@ -174,7 +174,7 @@ def test_a_mechanism_defined_later_has_a_name_too_and_can_be_defined_anew() -> N
         class Near(reattend.Mechanism):
             reach: int = far
 
-            def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
+            def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
                 return reattend.attend(q, k, v, keep=lambda i, j: i - j < self.reach, site=site)
 
         built = built or llama("reattend:near")
@@ -235,7 +235,7 @@ class Gained(reattend.Mechanism):
     def params(self, site: Any) -> Mapping[str, reattend.Param]:
         return {"gain": reattend.Param((site.heads,), torch.Tensor.fill_)}
 
-    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return reattend.attend(q, k, v, site=site) * p.gain[:, None, None]
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache, LlamaConfig
 
 import reattend
-from reattend import api
+from reattend.compiler import whole_or_islands
 from reattend.compiler.capture import Captured, capture
 from reattend.compiler.fidelity import against_model
 from reattend.compiler.hosted import hosting, is_hosted
@@ -200,7 +200,7 @@ def test_a_graph_that_is_not_the_model_gives_way_to_islands_that_are() -> None:
 
 def test_where_no_island_is_the_model_the_whole_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = nn.Sequential(Shortens(), nn.Linear(16, 16)).eval(), torch.randn(2, 7, 16)
-    monkeypatch.setattr(api, "attending_islands", none_found)
+    monkeypatch.setattr(whole_or_islands, "attending_islands", none_found)
     fast = reattend.optimize(model, "exact", x, measure=False)
     assert any("the captured graph is not the model" in warning for warning in fast.report.warnings)
     assert any("not in islands either: no parts" in note for note in fast.report.notes)

@@ -74,7 +74,7 @@ class Plain(Mechanism):
     kind = "exact"
     honours = {"padding"}
 
-    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend(q, k, v, site=site)
 
     def limits(self) -> Iterable[Limit]:
@@ -85,14 +85,14 @@ class Plain(Mechanism):
 class Leak(Plain):
     """Sees one token ahead."""
 
-    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend(q, k, v, keep=lambda i, j: j <= i + 1) if site.causal else attend(q, k, v, site=site)
 
 
 class FarLeak(Plain):
     """Sees the mean of all values, a little."""
 
-    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend(q, k, v, site=site) + 1e-3 * v.mean(2, keepdim=True).repeat_interleave(
             q.shape[1] // v.shape[1], 1
         )
@@ -107,7 +107,7 @@ class WrongLimit(Plain):
 class WrongGradient(Plain):
     """Half of k's gradient is lost."""
 
-    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend(q, 0.5 * k + 0.5 * k.detach(), v, site=site)
 
 
@@ -117,36 +117,36 @@ class IdleTensor(Plain):
     def params(self, site: Any) -> dict[str, Param]:
         return {"w": Param((site.heads,))}
 
-    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend(q, k, v, site=site) + 0 * p.w[:, None, None]
 
 
 class FirstHeadOnly(Plain):
-    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend(q, k, v, site=site) * (torch.arange(q.shape[1]) == 0)[:, None, None]
 
 
 class MixesSamples(Plain):
-    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend(q, k, v, site=site) * q.mean().tanh()
 
 
 class Forgetful(Plain):
     """Says that it honours padding and does not."""
 
-    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend(q, k, v, causal=site.causal)
 
 
 class LengthOfOne(Plain):
     """Divides by n - 1."""
 
-    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend(q, k, v, site=site) / torch.full((1,), q.shape[2] - 1, dtype=q.dtype)
 
 
 class WidensHalf(Plain):
-    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return (
             attend(q.float(), k.float(), v.float(), site=site)
             if q.dtype != torch.float64
@@ -155,7 +155,7 @@ class WidensHalf(Plain):
 
 
 class BranchesOnLength(Plain):
-    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend(q, k, v, site=site) if q.shape[2] < 8 else attend(q, k, v, site=site) + q.shape[2] % 2
 
 

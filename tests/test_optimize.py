@@ -280,7 +280,7 @@ def test_padding_is_verified_as_what_a_mechanism_gets(real: int, scratch_registr
         kind = "exact"
         honours = frozenset({"padding"})
 
-        def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor) -> Tensor:  # type: ignore[override]
+        def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor) -> Tensor:
             k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], 1) for t in (k, v))
             scores = (q @ k.mT * site.scale).masked_fill(~key_padding[:, None, None], -torch.inf)
             return scores.softmax(-1) @ v

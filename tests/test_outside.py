@@ -80,11 +80,34 @@ def test_a_cell_defines_a_mechanism_whose_source_is_nowhere_and_defines_it_anew(
         (CELL.replace('register("near")', "register"), "register: name <class"),
         (CELL.replace('"near"', '"keep"'), "register: name 'keep'"),
         (CELL.replace('"approximate"', '"fast"'), "near: part 'core', kind 'fast'"),
+        (
+            CELL.replace("(self, site, p, q", "(self, site, q"),
+            r"near: forward\(self, site, q, k, v\): forward\(self, site, p",
+        ),
+        (
+            CELL.replace("kind =", "honours = frozenset(['paddding']); kind ="),
+            "near: honours 'paddding': did you mean 'padding'?",
+        ),
     ],
 )
 def test_a_cell_that_forgets_something_is_told_what(text: str, says: str) -> None:
     with pytest.raises(Refused, match=says):
         exec(text.format(reach=1), {"__name__": "__main__"})
+
+
+@pytest.mark.usefixtures("notebook")
+def test_a_tensor_in_the_place_of_its_declaration_is_named() -> None:
+    class Warm(reattend.Mechanism):
+        def params(self, site):  # type: ignore[no-untyped-def]
+            return {"gain": torch.ones(site.heads)}
+
+        def forward(self, site, p, q, k, v):  # type: ignore[no-untyped-def]
+            return q * p.gain[:, None, None]
+
+    reattend.register("warm")(dataclass(frozen=True)(Warm))
+    q = torch.randn(1, 2, 3, 4)
+    with pytest.raises(Refused, match="gain is a Tensor: reattend.Param"):
+        reattend.attention(q, q, q, "warm")
 
 
 # --- a script ---------------------------------------------------------------------------------------------------------
@@ -231,7 +254,7 @@ def test_a_scaffold_overwrites_nothing(tmp_path: Path) -> None:
 class Added(reattend.Mechanism):
     """Each row gets its own value, of which there must be as many."""
 
-    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return reattend.attend(q, k, v, site=site) + v
 
 

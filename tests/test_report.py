@@ -157,3 +157,14 @@ def test_sites_are_found_by_number_and_by_path() -> None:
     assert [r.status for r in sites[0:2]] == ["rewritten", "kept"]
     with pytest.raises(Refused, match=r"did you mean 'layers\.0\.attn'"):
         sites["layers.0.atn"]
+
+
+def test_a_row_prints_its_site_and_what_is_known_of_it() -> None:
+    told = str(row("rewritten", mechanism="window(window=8)", deviation=FAR, rule="r.yaml:4", dropped=("bias",)))
+    assert told.splitlines() == [
+        "layers.0.attn: attention[causal-self h=4 kv=2 d=8] rewritten window(window=8)",
+        "    deviation  0.25 cos 0.97000",
+        "    rule       r.yaml:4",
+        "    note       drop=bias",
+    ]
+    assert str(SiteList((row("kept"),))) == str(row("kept"))

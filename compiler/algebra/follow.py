@@ -7,7 +7,8 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from ..ports import ATTEND, Ports, op_name
+from ..nodes import op_name
+from ..ports import ATTEND, Ports
 from .norms import Spelled, rms_norms
 from .reshapes import reshaped
 from .slots import Slot

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import fx
 
-from ..ports import op_name
+from ..nodes import args_of, op_name
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ def rms_norms(graph: fx.Graph) -> dict[fx.Node, Spelled]:
 
 def _around(rsqrt: fx.Node) -> tuple[fx.Node, Spelled] | None:
     plus = rsqrt.args[0]
-    mean: Any = plus.args[0] if op_name(plus) == "add" else None  # type: ignore[union-attr]
+    mean: Any = args_of(plus)[0] if op_name(plus) == "add" else None
     if op_name(mean) != "mean" or list(mean.args[1]) != [-1] or not mean.args[2:]:
         return None
     square: Any = mean.args[0]

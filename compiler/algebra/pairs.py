@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..ports import Ports, op_name
+from ..nodes import op_name
+from ..ports import Ports
 
 
 def partners(ports: Ports) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
-from ..ports import op_name
+from ..nodes import args_of, op_name
 from .slots import Digit
 from .spaces import Label, Spaces
 
@@ -25,7 +25,7 @@ def reshaped(node: fx.Node, labels: Mapping[fx.Node, Label], spaces: Spaces) -> 
         return _joined(node, labels, spaces)
     if node.target is operator.getitem:
         return {}  # labelled with the split that it belongs to
-    label = labels.get(node.args[0])  # type: ignore[arg-type]
+    label = labels.get(args_of(node)[0])
     if label is None:
         return None
     if name in _VIEWS:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from ..ports import op_name
+from ..nodes import op_name
 from .attend_fragment import attend_fragment
 from .building import Builder, Dim, Held
 from .einsum import Cascade

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from ..case import DIM, GRIDS, PLACED, Case
 from ..mechanism import Mechanism
-from ..ports import op_name
+from ..nodes import op_name
 from ..primitives.attend_spec import AttendSpec
 from ..refusal import Refused
 from ..symbol_text import parse

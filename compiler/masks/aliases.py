@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..nodes import draws, writes
+
 METADATA_ONLY = (torch.ops.aten.detach_.default,)  # written to, by the schema, and no value changes
 
 
@@ -66,7 +68,7 @@ def structure_keys(graph: fx.Graph) -> dict[fx.Node, int]:
         key: Any = n
         if n.op == "get_attr":
             key = ("get_attr", n.target)
-        elif n.op == "call_function" and not _has_effects(n):
+        elif n.op == "call_function" and not writes(n) and not draws(n):
             try:
                 key = (n.target, _frozen(n.args, keys), _frozen(n.kwargs, keys))
                 hash(key)
@@ -74,12 +76,6 @@ def structure_keys(graph: fx.Graph) -> dict[fx.Node, int]:
                 key = n
         keys[n] = numbers.setdefault(key, len(numbers))
     return keys
-
-
-def _has_effects(n: fx.Node) -> bool:
-    if not isinstance(n.target, torch._ops.OpOverload):
-        return False
-    return n.target._schema.is_mutable or torch.Tag.nondeterministic_seeded in n.target.tags
 
 
 def _frozen(value: Any, keys: dict[fx.Node, int]) -> Any:

@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import fx
 
-from ..ports import documents_of, op_name
+from ..nodes import args_of, op_name
+from ..ports import documents_of
 from ..symbols import Expr
 
 ORDERS = frozenset({"le", "lt", "ge", "gt"})
@@ -44,7 +45,7 @@ def starts(node: fx.Node | None) -> fx.Node | None:
 
 def _bare(node: fx.Node) -> fx.Node:
     while op_name(node) == "expand":
-        node = node.args[0]  # type: ignore[assignment]
+        node = args_of(node)[0]
     return node
 
 

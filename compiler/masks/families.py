@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from ..nodes import draws
 from ..symbol_eval import evaluate
 from ..symbols import TRUE, Expr, build, const, name
 from .evaluation import ENOUGH, LOW, STYLES, Sizes, Unknown, choose_sizes, compute, invent, needed
@@ -46,7 +47,7 @@ class Families:
         data = [n for n in data if any(_flows(n, b) for b in behind if b.users.keys() & {node} or b is node)]
         if value.ndim < 2 or any(n.meta["val"].ndim != 2 or n.meta["val"].is_floating_point() for n in data):
             return None
-        if any(_is_random(n) for n in behind):
+        if any(draws(n) for n in behind):
             return None
         numbers = [a for n in behind for a in n.args if isinstance(a, int) and 1 < a < WIDEST]
         wide, self.fill = 2 * max(numbers, default=0) + 3, -math.inf
@@ -104,10 +105,6 @@ def _placed(node: fx.Node, formula: Expr, fill: float) -> Callable[[Index], Expr
         return build("where", e, const(0.0), const(fill)) if additive else e
 
     return at
-
-
-def _is_random(n: fx.Node) -> bool:
-    return isinstance(n.target, torch._ops.OpOverload) and torch.Tag.nondeterministic_seeded in n.target.tags
 
 
 def _flows(data: fx.Node, node: fx.Node) -> bool:

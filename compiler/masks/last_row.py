@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import fx
 
-from ..ports import ATTEND, RESHAPING, op_name
+from ..nodes import args_of, op_name
+from ..ports import ATTEND, RESHAPING
 from ..primitives.attend_spec import CAUSAL, AttendSpec
 from ..symbol_text import parse
 from ..symbols import TRUE
@@ -40,9 +41,9 @@ def _grown(keys: Any) -> bool:
     """Whether these are rows that the call was given, and new ones behind them."""
     while isinstance(keys, fx.Node) and op_name(keys) in RESHAPING:
         keys = keys.args[0]
-    if not isinstance(keys, fx.Node) or op_name(keys) != "cat" or len(keys.args[0]) < 2:  # type: ignore[arg-type]
+    if not isinstance(keys, fx.Node) or op_name(keys) != "cat" or len(args_of(keys)[0]) < 2:
         return False
-    past: Any = keys.args[0][0]  # type: ignore[index]
+    past: Any = args_of(keys)[0][0]
     while past.op != "placeholder" and op_name(past) in RESHAPING:
         past = past.args[0]
     return bool(past.op == "placeholder")

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import fx
 
+from ..nodes import args_of
 from ..symbols import Expr, build, const
 from .arithmetic import choose, truth
 from .frame import Unreadable
@@ -45,7 +46,7 @@ def _unsqueeze(reader: Reader, node: fx.Node, index: Index) -> Expr:
 
 
 def _permute(reader: Reader, node: fx.Node, index: Index) -> Expr:
-    order = [int(d) % len(index) for d in node.args[1]]  # type: ignore[union-attr, arg-type]
+    order = [int(d) % len(index) for d in args_of(node)[1]]
     return reader.at(node.args[0], tuple(index[order.index(d)] for d in range(len(index))))
 
 
@@ -98,7 +99,7 @@ def _narrow(reader: Reader, node: fx.Node, index: Index) -> Expr:
 
 def _cat(reader: Reader, node: fx.Node, index: Index) -> Expr:
     d = _dim(node, 1, len(index))
-    parts = [p for p in node.args[0] if shape(p) != (0,)]  # type: ignore[union-attr]
+    parts = [p for p in args_of(node)[0] if shape(p) != (0,)]
     start, starts = ZERO, []
     for part in parts:
         starts.append(start)
@@ -130,7 +131,7 @@ def _stack(reader: Reader, node: fx.Node, index: Index) -> Expr:
 
 
 def _flip(reader: Reader, node: fx.Node, index: Index) -> Expr:
-    dims = [int(d) % len(index) for d in node.args[1]]  # type: ignore[union-attr, arg-type]
+    dims = [int(d) % len(index) for d in args_of(node)[1]]
     sizes = shape(node)
     turned = [reader.frame.size(sizes[d]) - 1 - e if d in dims else e for d, e in enumerate(index)]
     return reader.at(node.args[0], tuple(turned))
@@ -266,7 +267,7 @@ def _getitem(reader: Reader, node: fx.Node, index: Index) -> Expr:
         position = which
         if source.kwargs.get("indexing", "ij") == "xy" or "xy" in source.args[1:]:
             position = {0: 1, 1: 0}.get(which, which)
-        return reader.at(source.args[0][which], (index[position],))  # type: ignore[index]
+        return reader.at(args_of(source)[0][which], (index[position],))
     raise Unreadable(f"{kind} is not read")
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ..nodes import is_overload
 from ..symbols import Expr, const, name
 from .constants import constant_formula
 from .frame import Frame, Unreadable
@@ -202,7 +203,7 @@ def same_size(a: Any, b: Any) -> bool:
 def operator_name(node: fx.Node) -> str:
     """`where.self` for aten.where.self, the plain name for anything else that is called."""
     target = node.target
-    if isinstance(target, torch._ops.OpOverload):
+    if is_overload(target):
         prefix = "" if target.namespace == "aten" else f"{target.namespace}::"
         return f"{prefix}{target._opname}.{target._overloadname}"
     return getattr(target, "__name__", str(target))

@@ -11,6 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, fx
 
+from ..nodes import args_of
 from .attend_grouped import copied_out
 from .attend_spec import AttendSpec
 from .operator import Groups
@@ -55,15 +56,15 @@ def in_numbers(groups: Groups, text: str) -> tuple[Groups, str]:
 
 def read_as_stored(attend: fx.Node) -> bool:
     """A call that attends unpacked rows reads the rows themselves; whether it does."""
-    q, kv, tables, text = attend.args
-    packed = [_packed(t) for t in kv]  # type: ignore[union-attr, arg-type]
+    q, kv, tables, text = args_of(attend)
+    packed = [_packed(t) for t in kv]
     spec = AttendSpec.of(str(text))
-    if spec.stored or not any(packed) or not all(_fits(p, q) for p in packed if p):  # type: ignore[arg-type]
+    if spec.stored or not any(packed) or not all(_fits(p, q) for p in packed if p):
         return bool(spec.stored)
     rows = [RowSpec.of(str(p.args[1])) if p else None for p in packed]
-    read = [p.args[0] if p else t for p, t in zip(packed, kv, strict=True)]  # type: ignore[arg-type]
+    read = [args_of(p)[0] if p else t for p, t in zip(packed, kv, strict=True)]
     attend.args = (q, read, tables, replace(spec, stored=described(rows)).text)
-    for unread in dict.fromkeys((*kv, *packed)):  # type: ignore[misc]
+    for unread in dict.fromkeys((*kv, *packed)):
         if unread is not None and not unread.users:
             attend.graph.erase_node(unread)
     return True

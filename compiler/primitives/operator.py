@@ -16,6 +16,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
+from ..nodes import is_overload
+
 Groups = Sequence[Sequence[Tensor]]  # the op's tensor arguments in order, a single tensor as a group of one
 Meaning = Callable[[Groups, str], list[Tensor]]
 # of a call, its results, the gradients of some of those: the gradients of the tensors that are wanted; None: not so
@@ -237,8 +239,7 @@ PRIMITIVES: dict[str, Primitive] = {}  # by name, as the operators are called
 
 def called(target: Any) -> Primitive | None:
     """The primitive that a call in a graph is of."""
-    own = isinstance(target, torch._ops.OpOverload) and target.namespace == "reattend"
-    return PRIMITIVES[target._opname] if own else None
+    return PRIMITIVES[target._opname] if is_overload(target) and target.namespace == "reattend" else None
 
 
 def _own(result: Tensor, taken: set[int]) -> Tensor:

@@ -57,13 +57,7 @@ def scan(
     read="before"     o_t is read before its own row is added (and before a_t is applied).
     """
     _check(q, k, v, causal, normaliser, read, outputs)
-    if decay is not None and log_decay is not None:
-        raise Refused("decay and log_decay", where="scan", fits="one of them")
-    given = decay if log_decay is None else log_decay
-    if given is not None and not causal:
-        raise Refused("a decay without an order of the rows", where="scan", fits="causal=True")
-    if not causal and read != "after":
-        raise Refused(f"read={read!r} without an order of the rows", where="scan", fits="causal=True")
+    given = _one_decay(decay, log_decay, causal)
     ahead = k.shape[2] - q.shape[2] if causal and q.shape[2] != k.shape[2] else None
     if ahead is not None:
         q = pad(q, (0, 0, ahead, 0))  # the past has no queries: what these rows read is left out
@@ -93,6 +87,15 @@ def step(q: Tensor, k: Tensor, v: Tensor, state: Tensor | None, **how: Any) -> t
     """The next row or rows after a state: (output, new state). `how` as in `scan`."""
     o, after = scan(q, k, v, state=state, outputs=("o", "state"), **how)
     return o, after
+
+
+def _one_decay(decay: Tensor | None, log_decay: Tensor | None, causal: bool) -> Tensor | None:
+    if decay is not None and log_decay is not None:
+        raise Refused("decay and log_decay", where="scan", fits="one of them")
+    given = decay if log_decay is None else log_decay
+    if given is not None and not causal:
+        raise Refused("a decay without an order of the rows", where="scan", fits="causal=True")
+    return given
 
 
 def _as_rows(decay: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -156,6 +159,8 @@ def _check(q: Tensor, k: Tensor, v: Tensor, causal: bool, normaliser: str, read:
     for value, known, kind in ((normaliser, NORMALISERS, "normaliser"), (read, READS, "read")):
         if value not in known:
             raise Refused(f"{kind} {value!r}", where="scan", fits=nearest(value, known))
+    if not causal and read != "after":
+        raise Refused(f"read={read!r} without an order of the rows", where="scan", fits="causal=True")
     for which in outputs:
         if which not in OUTPUTS:
             raise Refused(f"output {which!r}", where="scan", fits=nearest(which, OUTPUTS))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from ..nodes import op_name
 from ..refusal import Refused
 from ..regions import attention_in_regions
 from .deferred import normalise_first
@@ -18,7 +19,7 @@ from .einsums import split_einsums
 from .flex import erase_block_masks, is_flex, place_of_flex
 from .found import place_of
 from .inplace import make_values
-from .layout import erase_idle, op_name
+from .layout import erase_idle
 from .likeness import forget_likeness
 from .near import NearMiss, Unraised, module_path
 from .place import Place, write

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..nodes import op_name
 from ..symbols import Expr, build, const, name
 from .axes import Axis, Group, Groups, all_leaves, extent, extents, leaves, product, same
-from .layout import SIZES, op_name, tensor_of
+from .layout import SIZES, tensor_of
 from .near import Unraised
 
 aten = torch.ops.aten

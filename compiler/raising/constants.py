@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from ..nodes import op_name
 from ..plain_graph import CONSTANTS
-from .layout import CASTS, KEEPING, VIEWS, op_name, tensor_of
+from .layout import CASTS, KEEPING, VIEWS, tensor_of
 
 COMPUTED = frozenset({"sqrt", "rsqrt", "mul", "div", "pow", "neg", "reciprocal", "add", "sub", "exp", "log"})
 COMPUTED |= VIEWS | KEEPING | CASTS | {"expand"}

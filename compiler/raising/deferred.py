@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import fx
 
+from ..nodes import args_of, op_name
 from .axes import Groups, aligned, all_leaves, extents, fresh, fresh_groups, leaves
 from .build import Builder, aten
-from .layout import KEEPING, TURNS, VIEWS, ahead, argument, back, data_users, op_name, tensor_of
+from .layout import KEEPING, TURNS, VIEWS, ahead, argument, back, data_users, tensor_of
 from .near import Unraised
 from .products import Product, product_of
 from .softmaxes import is_exponential
@@ -58,7 +59,7 @@ def _move(node: fx.Node, top: Any, below: Any) -> bool:
     now = builder.call(aten.div.Tensor, found.exponentials, by)
     was = found.exponentials
     for step in found.steps:
-        was, now = step, builder.call(step.target, *_instead(step.args, was, now), **step.kwargs)  # type: ignore[arg-type]
+        was, now = step, builder.call(step.target, *_instead(args_of(step), was, now), **step.kwargs)  # type: ignore[arg-type]
     node.replace_all_uses_with(now)
     node.graph.erase_node(node)
     for step in reversed(found.steps):
@@ -130,4 +131,4 @@ def _divisor(node: fx.Node, below: fx.Node, out: Groups) -> tuple[fx.Node, Group
         if moved is None:
             return None
         below, groups = moved
-    return over[-1].args[0], groups  # type: ignore[return-value]
+    return args_of(over[-1])[0], groups

@@ -13,8 +13,9 @@ from typing import Any
 
 from torch import fx
 
+from ..nodes import op_name
 from .build import Builder, aten
-from .layout import op_name, tensor_of
+from .layout import tensor_of
 
 Labels = tuple[str, ...]
 

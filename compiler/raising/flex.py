@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..nodes import higher_order_name, op_name
 from ..regions import mapped
 from ..symbols import FUNCTIONS, Expr, as_expr, build, const, name
 from .axes import Group, fresh, fresh_groups
-from .layout import CASTS, KEEPING, argument, erase_idle, op_name, tensor_of
+from .layout import CASTS, KEEPING, argument, erase_idle, tensor_of
 from .near import Unraised
 from .place import Operand, Place
 from .sdpa import outer_of
@@ -31,7 +32,7 @@ _NEGATED = ("logical_not", "bitwise_not")
 def is_flex(node: fx.Node) -> bool:
     """The output of a flex_attention."""
     inner = node.args[0] if node.target is operator.getitem else None
-    return isinstance(inner, fx.Node) and _kind(inner) == "flex_attention" and node.args[1:] == (0,)
+    return isinstance(inner, fx.Node) and higher_order_name(inner) == "flex_attention" and node.args[1:] == (0,)
 
 
 def place_of_flex(node: fx.Node) -> Place:
@@ -72,11 +73,6 @@ def erase_block_masks(graph: fx.Graph) -> None:
 def _held(node: fx.Node) -> Any:
     module: Any = node.graph.owning_module
     return getattr(module, str(node.target), None)
-
-
-def _kind(node: fx.Node) -> str:
-    """The name of a higher-order operator."""
-    return node.target.name() if isinstance(node.target, torch._ops.HigherOrderOperator) else ""
 
 
 def _number(module: fx.GraphModule, node: fx.Node) -> Expr | None:

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..nodes import args_of, op_name
 from ..regions import mapped
 from .build import Builder
-from .layout import CASTS, KEEPING, TURNS, VIEWS, argument, erase_idle, op_name, tensor_of
+from .layout import CASTS, KEEPING, TURNS, VIEWS, argument, erase_idle, tensor_of
 from .parts import same_part, step_on_part, views_of
 from .scores import carries_scores
 
@@ -38,7 +39,7 @@ def _onto_itself(node: fx.Node) -> bool:
     target, source = node.args[:2]
     if not (op_name(source).endswith("_") and not node.users):
         return False
-    return same_part(source.args[0], target)  # type: ignore[union-attr]
+    return same_part(args_of(source)[0], target)
 
 
 def _make_value(node: fx.Node) -> None:

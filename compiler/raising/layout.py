@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..nodes import op_name
 from .axes import Group, Groups, cut, extents, fresh, leaves, quotient, regroup
 
 VIEWS = frozenset({"view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze", "view_as"})
@@ -17,12 +18,6 @@ TURNS = frozenset(
     {"transpose", "permute", "t", "swapaxes", "swapdims", "movedim", "moveaxis", "mT", "numpy_T", "adjoint"}
 )
 SIZES = frozenset({"sym_size", "sym_numel", "sym_stride", "_assert_tensor_metadata"})
-
-
-def op_name(node: Any) -> str:
-    """aten.view.default -> "view"; anything else -> ""."""
-    target = getattr(node, "target", None)
-    return target._overloadpacket.__name__ if isinstance(target, torch._ops.OpOverload) else ""
 
 
 def tensor_of(node: Any) -> Any:

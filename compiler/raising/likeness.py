@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..nodes import op_name
 from .build import Builder, aten
-from .layout import op_name, tensor_of
+from .layout import tensor_of
 from .near import Unraised
 from .parts import views_of
 from .scores import carries_scores

@@ -8,9 +8,10 @@ from typing import Any
 
 from torch import fx
 
+from ..nodes import args_of, op_name
 from .axes import Axis, Group, Groups, all_leaves, fresh, leaves
 from .constants import constant
-from .layout import ahead, argument, back, data_users, is_upcast, op_name, tensor_of
+from .layout import ahead, argument, back, data_users, is_upcast, tensor_of
 
 PROJECTIONS = frozenset(
     {"linear", "addmm", "mm", "matmul", "conv1d", "conv2d", "convolution", "_convolution", "einsum"}
@@ -135,11 +136,11 @@ def _selected(node: fx.Node, groups: Groups) -> tuple[fx.Node, Groups] | None:
         source, dim = node.args[0], node.args[1]
     elif getattr(node.target, "__name__", "") == "getitem" and op_name(node.args[0]) in (*_SPLITS, "unbind"):
         splitting = node.args[0]
-        source = splitting.args[0]  # type: ignore[union-attr]
+        source = args_of(splitting)[0]
         dim = argument(splitting, 1 if op_name(splitting) == "unbind" else 2, "dim", 0)  # type: ignore[arg-type]
         name = "select" if op_name(splitting) == "unbind" else "split"
     elif name == "slice":
-        return node.args[0], groups  # type: ignore[return-value]
+        return args_of(node)[0], groups
     else:
         return None
     value = tensor_of(source)

@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..nodes import op_name
 from .build import Builder, aten
-from .layout import argument, op_name, tensor_of
+from .layout import argument, tensor_of
 
 _ALL = 2**62  # an end that is written as "to the end"
 _STEPS = {"add": aten.add, "sub": aten.sub, "mul": aten.mul, "div": aten.div}
@@ -46,11 +47,11 @@ def step_on_part(node: fx.Node, chain: list[Any], builder: Builder) -> fx.Node |
 
 def _step(node: fx.Node) -> tuple[str, Any]:
     """What is done and by what: s[:2] += 1, s[:2] = 1, and s[:2] = s[:2] + 1."""
-    kind, number = op_name(node).removesuffix("_"), node.args[1] if len(node.args) > 1 else None
+    kind, number = op_name(node).removesuffix("_"), argument(node, 1, "src")
     if kind == "zero":
         return "fill", 0.0
-    if kind == "copy" and op_name(number) in _STEPS and not number.kwargs and same_part(number.args[0], node.args[0]):  # type: ignore[union-attr]
-        return op_name(number), number.args[1]  # type: ignore[union-attr]
+    if kind == "copy" and op_name(number) in _STEPS and not number.kwargs and same_part(number.args[0], node.args[0]):
+        return op_name(number), number.args[1]
     if kind in ("fill", "copy"):
         return "fill", number
     return kind, number if kind in _STEPS else None

@@ -9,12 +9,13 @@ from typing import Any
 
 from torch import fx
 
+from ..nodes import op_name
 from ..primitives.attend import attend_op
 from ..primitives.attend_spec import AttendSpec
 from ..symbols import TRUE, Expr, as_expr, name
 from .axes import Axis, Group, Groups, all_leaves, leaves, same
 from .build import INDICES, Builder, aten
-from .layout import is_idle, op_name, tensor_of
+from .layout import is_idle, tensor_of
 from .near import Unraised
 from .operands import Stage, beside_features, best, onward, origin, stages, without_factor
 from .weights import DRAWN

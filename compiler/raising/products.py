@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from ..nodes import args_of, op_name
 from .axes import Groups, cut, extents, fresh
 from .einsums import terms_of
-from .layout import argument, op_name, tensor_of
+from .layout import argument, tensor_of
 
 Labels = tuple[str, ...]
 
@@ -109,7 +110,7 @@ def _multiply_and_sum(node: fx.Node) -> Product | None:
     times, dims = node.args[0], argument(node, 1, "dim")
     if op_name(times) != "mul" or not isinstance(dims, list | tuple) or len(dims) != 1:
         return None
-    left, right = times.args[:2]  # type: ignore[union-attr]
+    left, right = args_of(times)[:2]
     if tensor_of(left) is None or tensor_of(right) is None or len(times.users) != 1:  # type: ignore[union-attr]
         return None
     rank = tensor_of(times).ndim

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..nodes import args_of, op_name
 from ..symbols import TRUE, Expr, build, const, name
 from .axes import Axis, Group, Groups, aligned, all_leaves, extents, fresh, fresh_groups, leaves
 from .constants import constant
-from .layout import CASTS, KEEPING, argument, back, op_name, tensor_of
+from .layout import CASTS, KEEPING, argument, back, tensor_of
 from .near import Unraised
 from .products import Product, product_of
 from .softmaxes import Softmax, shift_of
@@ -78,12 +79,12 @@ def read_scores(softmax: Softmax) -> Scores:
         if factor is not None:
             factors.append(factor)
             inside.add(node)
-            node = node.args[0]  # type: ignore[assignment]
+            node = args_of(node)[0]
         elif shift is not None:
             node, inside = shift.scores, inside | shift.inside
         elif op_name(node) in CASTS | KEEPING:
             inside.add(node)
-            node = node.args[0]  # type: ignore[assignment]
+            node = args_of(node)[0]
         elif op_name(node) == "cat" and sink is None:
             inside.add(node)
             part, extra, sink_at = _sink_column(node, softmax.dim)
@@ -101,7 +102,7 @@ def read_scores(softmax: Softmax) -> Scores:
             break
     value = reader.read(node, groups)
     if value is None:
-        raise Unraised(node, _what_instead(node))
+        raise Unraised(node, _why_no_score(node))
     for kind, number in reversed(factors):
         value = value.moved(lambda e, kind=kind, number=number: build(kind, e, number))  # type: ignore[misc]
     if softmax.factor != 1:
@@ -160,14 +161,14 @@ def _padded_column(node: fx.Node, dim: int) -> tuple[fx.Node, float, int]:
     raise Unraised(node, f"scores are padded by {list(sides)}, a sink is one column along the softmax")
 
 
-def _what_instead(node: fx.Node) -> str:
+def _why_no_score(node: fx.Node) -> str:
     """Why there is no score: the operator where the chain of pointwise steps ends."""
     seen = 0
     while seen < 64 and node.op == "call_function":
         seen += 1
         inner = [a for a in node.all_input_nodes if tensor_of(a) is not None]
         if op_name(node) == "" and op_name(node.args[0]):  # one of several results
-            node = node.args[0]  # type: ignore[assignment]
+            node = args_of(node)[0]
             break
         if (
             op_name(node) not in (*UNARY, *BINARY, "where", "masked_fill", "clamp", "neg")

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..nodes import op_name
 from ..symbols import TRUE, Expr, build, const, name
 from .axes import Axis, Group, Groups, cut, extent, extents, fresh, fresh_groups, leaves
-from .layout import op_name, tensor_of
+from .layout import tensor_of
 from .near import Unraised
 from .place import Operand, Place
 from .scores import unexpanded

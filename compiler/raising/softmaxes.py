@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import fx
 
+from ..nodes import args_of, op_name
 from .axes import Groups, aligned
 from .constants import constant
-from .layout import CASTS, KEEPING, VIEWS, argument, back, op_name, tensor_of
+from .layout import CASTS, KEEPING, VIEWS, argument, back, tensor_of
 from .near import Unraised
 from .totals import Change, Total, inversion, is_constant_along, through, total_of
 from .zero_one import is_zero_one
@@ -49,7 +50,7 @@ class Shift:
 def softmax_at(node: fx.Node) -> Softmax | None:
     name = op_name(node)
     if name in FUSED and tensor_of(node) is not None:
-        return Softmax(node, node.args[0], _dim(node, node.args[1]))  # type: ignore[arg-type]
+        return Softmax(node, args_of(node)[0], _dim(node, args_of(node)[1]))
     if name == "exp":
         return _exp_of_logs(node)
     if name in ("div", "mul", "true_divide"):
@@ -65,7 +66,7 @@ def _exp_of_logs(node: fx.Node) -> Softmax | None:
     """exp(log_softmax(x)) and exp(x - logsumexp(x)), with softplus or logaddexp around it for a sink."""
     inner = through(node.args[0])
     if op_name(inner) in ("log_softmax", "_log_softmax"):
-        return Softmax(node, inner.args[0], _dim(inner, inner.args[1]), frozenset({inner}))  # type: ignore[arg-type]
+        return Softmax(node, args_of(inner)[0], _dim(inner, args_of(inner)[1]), frozenset({inner}))
     if op_name(inner) != "sub" or any(tensor_of(a) is None for a in inner.args[:2]) or inner.kwargs:
         return None
     scores = inner.args[0]
@@ -155,7 +156,7 @@ def _added(change: Change, number: float | None, shift: Shift | None) -> Sink | 
     node, groups = _behind(change.other, change.groups)
     if op_name(node) != "exp":
         return None
-    return (node.args[0], groups) if shift is None else _unshifted(node.args[0], groups, shift)  # type: ignore[return-value]
+    return (args_of(node)[0], groups) if shift is None else _unshifted(args_of(node)[0], groups, shift)
 
 
 def _unshifted(exponent: Any, groups: Groups, shift: Shift) -> Sink | None:
@@ -200,10 +201,10 @@ def _exponential(top: fx.Node) -> tuple[fx.Node, set[fx.Node], tuple[tuple[fx.No
             return None
         inside.add(node)
         if op_name(node) in CASTS | KEEPING:
-            node = node.args[0]  # type: ignore[assignment]
+            node = args_of(node)[0]
         elif op_name(node) == "masked_fill" and node.args[2] == 0:
-            kept.append((node.args[1], False))  # type: ignore[arg-type]
-            node = node.args[0]  # type: ignore[assignment]
+            kept.append((args_of(node)[1], False))
+            node = args_of(node)[0]
         elif op_name(node) == "mul" and _factor(node) is not None:
             rest, mask = _factor(node)  # type: ignore[misc]
             kept.append((mask, True))
@@ -212,7 +213,7 @@ def _exponential(top: fx.Node) -> tuple[fx.Node, set[fx.Node], tuple[tuple[fx.No
             break  # the exponential of scores less their logsumexp
         else:
             return None
-    return node.args[0], inside | {node}, tuple(kept)  # type: ignore[return-value]
+    return args_of(node)[0], inside | {node}, tuple(kept)
 
 
 def _factor(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
@@ -229,7 +230,7 @@ def _truth(node: object) -> fx.Node | None:
     """The boolean tensor that a factor is made of, or the factor itself where it is zeros and ones."""
     value, factor = tensor_of(node), node
     while value is not None and op_name(node) in CASTS and value.dtype.is_floating_point:
-        node = node.args[0]  # type: ignore[attr-defined]
+        node = args_of(node)[0]
         value = tensor_of(node)
     if value is not None and value.dtype == torch.bool:
         return node  # type: ignore[return-value]

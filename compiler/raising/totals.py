@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import fx
 
+from ..nodes import op_name
 from .axes import Groups, aligned, all_leaves, fresh_groups, leaves, same
-from .layout import CASTS, KEEPING, VIEWS, argument, back, op_name, tensor_of
+from .layout import CASTS, KEEPING, VIEWS, argument, back, tensor_of
 
 STEPS = frozenset({"add", "maximum", "clamp", "clamp_min", "softplus", "logaddexp"})
 LIMIT = 12  # nodes between the rows and their total

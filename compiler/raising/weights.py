@@ -8,11 +8,12 @@ from typing import Any
 
 from torch import fx
 
+from ..nodes import args_of, op_name
 from ..symbols import Expr, build, const, name
 from .axes import Group, Groups, all_leaves, cut, extents, fresh, leaves
 from .axes import product as extent_of
 from .constants import constant
-from .layout import KEEPING, TURNS, VIEWS, ahead, argument, data_users, op_name, tensor_of
+from .layout import KEEPING, TURNS, VIEWS, ahead, argument, data_users, tensor_of
 from .near import Unraised
 from .products import Product, product_of
 
@@ -53,7 +54,7 @@ def follow_weights(
         if product is not None and walk.node in product.operands:
             return _weighted(walk, product)
         if not _step(walk, user, table):
-            raise Unraised(user, _what_instead(user))
+            raise Unraised(user, _why_no_product(user))
 
 
 def _only_user(node: fx.Node) -> fx.Node:
@@ -86,7 +87,7 @@ def _coming_product(user: fx.Node) -> Product | None:
     return found if found is not None and user in found.inside else None
 
 
-def _what_instead(user: fx.Node) -> str:
+def _why_no_product(user: fx.Node) -> str:
     return f"the weights meet %{user.name} ({op_name(user) or user.op}) before any product with values"
 
 
@@ -103,7 +104,7 @@ def _step(walk: _Walk, user: fx.Node, table: dict[str, tuple[fx.Node, Groups]]) 
         if argument(user, 1, "nan", 0.0) not in (None, 0, 0.0):
             return False
     elif kind == "masked_fill" and user.args[0] is walk.node and constant(user.args[2]) is not None:
-        chosen = _leaf(user.args[1], walk.groups, table)  # type: ignore[arg-type]
+        chosen = _leaf(args_of(user)[1], walk.groups, table)
         walk.after = build("where", chosen, constant(user.args[2]), walk.after)
     elif kind in ("mul", "div") and _scaled(walk, user, table):
         pass
@@ -117,7 +118,7 @@ def _step(walk: _Walk, user: fx.Node, table: dict[str, tuple[fx.Node, Groups]]) 
 
 
 def _drop(walk: _Walk, user: fx.Node) -> None:
-    p, active = float(user.args[1]), bool(user.args[2])  # type: ignore[arg-type]
+    p, active = float(args_of(user)[1]), bool(args_of(user)[2])
     if active and p > 0.0:
         kept = 1.0 - p
         scaled = build("truediv", walk.after, kept) if kept else const(0.0)
@@ -199,7 +200,7 @@ def _without_zeros(
     if dim is None or not zero or not constant_mode or given + [0] * (len(sides) - len(given)) != sides:
         raise Unraised(product.node, "the sink's column meets the values")
     walk.groups = tuple(walk.columns if d == at[0] else g for d, g in enumerate(walk.groups))
-    return values.args[0]  # type: ignore[return-value]
+    return args_of(values)[0]
 
 
 def _other_axis(walk: _Walk, product: Product, known: dict[str, Group]) -> str:

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from ..nodes import op_name
 from .constants import constant
-from .layout import CASTS, KEEPING, TURNS, VIEWS, op_name, tensor_of
+from .layout import CASTS, KEEPING, TURNS, VIEWS, tensor_of
 
 LIMIT = 12  # steps back
 MADE = frozenset({"ones", "zeros", "ones_like", "zeros_like", "new_ones", "new_zeros", "eye"})

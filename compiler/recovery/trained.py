@@ -39,7 +39,9 @@ class Trained:
             return
         places = ", ".join(s.path for s in sites) or "no rewritten site"
         fits = "train: lora, sites or all" if train == "new" else "train: all, or a mechanism with tensors of its own"
-        raise Refused(f"nothing to train: train={train}, and {places} has no such tensor", where="recover", fits=fits)
+        raise Refused(
+            f"nothing to train: train={train}, and there is no such tensor at {places}", where="recover", fits=fits
+        )
 
     @property
     def touched(self) -> frozenset[str]:

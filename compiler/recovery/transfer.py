@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..held_out import Batch
+from ..nodes import args_of
 from ..pipeline import Outcome
 from ..program import Change
 from ..taps import stream_groups
@@ -70,7 +71,7 @@ def _transfer(outcome: Outcome, path: str, changes: list[Change], learns: frozen
     if changes[0].mechanism.part in ("core", "cache"):
         asked -= {"o"}  # a gate reads what the core before it gives
     wanted = {name: ports.nodes[name] for name in sorted(asked) if name in ports.nodes}
-    wanted |= {f"table_{k}": node for k, node in enumerate(ports.attend.args[2])}  # type: ignore[arg-type]
+    wanted |= {f"table_{k}": node for k, node in enumerate(args_of(ports.attend)[2])}
     expected: Any = ports.projected if region else ports.nodes["o"]
     stops = {ports.nodes[n] for n in ("x", "x_kv") if n in ports.nodes}
     behind, boundary, inside = _behind(reference.graph, wanted, stops, learns)

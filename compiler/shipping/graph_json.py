@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..leaves import is_leaf
+from ..nodes import is_overload, overload_of
 from ..refusal import Refused
 
 NAMESPACES = ("aten", "reattend")
@@ -65,7 +66,7 @@ def _entry(node: fx.Node, module: fx.GraphModule) -> dict[str, Any]:
 
 
 def _operator_name(node: fx.Node) -> str:
-    if isinstance(node.target, torch._ops.OpOverload) and node.target.namespace in NAMESPACES:
+    if is_overload(node.target) and node.target.namespace in NAMESPACES:
         return str(node.target)
     if node.target in _NAME_OF:
         return _NAME_OF[node.target]
@@ -152,9 +153,8 @@ def operator_of(name: Any) -> Any:
     parts = _OPERATOR.fullmatch(name) if isinstance(name, str) and len(name) < 200 else None
     if parts is None or parts[1] not in NAMESPACES:
         raise Refused(f"operator {str(name)[:80]!r}", where="graph", fits=_FITS)
-    packet = getattr(getattr(torch.ops, parts[1]), parts[2], None)
-    found = getattr(packet, parts[3], None) if isinstance(packet, torch._ops.OpOverloadPacket) else None
-    if not isinstance(found, torch._ops.OpOverload):
+    found = overload_of(getattr(getattr(torch.ops, parts[1]), parts[2], None), parts[3])
+    if found is None:
         raise Refused(f"operator {name}", where="graph", fits=f"one that torch {torch.__version__} and reattend have")
     if any("file" in a.name for a in found._schema.arguments):
         raise Refused(f"operator {name}", where="graph", fits="operators that touch no files")

@@ -11,7 +11,7 @@ from itertools import groupby, zip_longest
 
 from torch import Tensor, fx
 
-from ..ports import op_name
+from ..nodes import op_name
 from .view import Module, Operation
 
 _SILENT = frozenset({"placeholder", "output", "get_attr"})

@@ -16,7 +16,7 @@ from ..decisions import decide
 from ..devices import device_of
 from ..heads.table import HeadTable
 from ..kv_bytes import cache_bytes
-from ..ports import op_name
+from ..nodes import args_of, op_name
 from ..program import Change, Program
 from ..recipe import Recipe
 from ..site import Site
@@ -51,8 +51,8 @@ class Details:
     @staticmethod
     def of(reference: Program, program: Program, recipe: Recipe) -> Details:
         attends = {site.path: reference.ports[site.path].attend for site in reference.sites}
-        keys = {path: sizes(node.args[1][0].meta["val"]) for path, node in attends.items()}  # type: ignore[index,union-attr]
-        queries = {path: node.args[0].meta["val"] for path, node in attends.items()}  # type: ignore[union-attr]
+        keys = {path: sizes(args_of(node)[1][0].meta["val"]) for path, node in attends.items()}
+        queries = {path: args_of(node)[0].meta["val"] for path, node in attends.items()}
         own: dict[str, list[Change]] = {}
         for change in program.changes:
             own.setdefault(change.site.path, []).append(change)

@@ -33,7 +33,7 @@ def task_for(model: nn.Module, wanted: str | Task = "", data: Iterable[Any] | st
         if name == wanted or (not wanted and fits(model)):
             return make(model)
     kinds = "a byte-level causal language model, a classifier of the shipped pictures, minilm"
-    fits_ = f"{kinds}; of any other model: data=[calls]"
+    fits_ = f"{kinds}; of any other model: data=[calls], --data FILE"
     raise Refused(f"no task for a {type(model).__name__}", where="quality", fits=fits_)
 
 

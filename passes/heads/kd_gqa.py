@@ -102,7 +102,7 @@ class KdGqa(Mechanism):
         even = Param((G,), lambda t: t.fill_(site.heads // G), torch.long)
         return {"cache": Param((G,), dtype=torch.float32), "allocation": even, "step": Param((1,), dtype=torch.long)}
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         site: Any,
         p: Any,

@@ -90,7 +90,7 @@ class MoH(Mechanism):
             own["w_balance"] = Param((2, site.width))
         return own
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         site: Any,
         p: Any,

@@ -78,7 +78,7 @@ class Duo(Mechanism):
     def near(self, i: Any, j: Any) -> Any:
         return (i - j < self.recent_size) | (j < self.sink_size)
 
-    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Any:  # type: ignore[override]
+    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Any:
         if self.prompt == "full":
             return attend(q, k, v, site=site), Aux(losses={"gates": self.reg_weight * p.gate.abs().mean()})
         gate = p.gate.clamp(0, 1).repeat_interleave(q.shape[1] // k.shape[1])

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from ...compiler.mechanism import Mechanism, register
+from ...compiler.nodes import args_of
 from ...compiler.ports import Ports
 from ...compiler.primitives.attend_meaning import attend_meaning
 from ...compiler.primitives.attend_spec import AttendSpec
@@ -56,7 +57,7 @@ class Tidal(Mechanism):
     def _select(self, program: Program, ports: Ports) -> fx.Node:
         """(B, H, 1, M), true where a key is among the top_k of the last row: of the only one, where it is asked."""
         attend = ports.attend
-        tables = {f"table_{k}": node for k, node in enumerate(attend.args[2])}  # type: ignore[arg-type]
+        tables = {f"table_{k}": node for k, node in enumerate(args_of(attend)[2])}
         spec = AttendSpec.of(str(attend.args[3]))
 
         def select(q: Tensor, k: Tensor, **tables: Tensor) -> Tensor:
@@ -84,7 +85,7 @@ def top_keys(
 
 def _restrict(attend: fx.Node, selected: fx.Node) -> None:
     """This site keeps the selected keys only, where a single row is asked (N < 2)."""
-    tables = list(attend.args[2])  # type: ignore[arg-type]
+    tables = list(args_of(attend)[2])
     spec = AttendSpec.of(str(attend.args[3]))
     keep = spec.keep_expr & (parse(f"t{len(tables)}[b, h, 0, j]") | (name("N") >= 2))
     attend.args = (attend.args[0], attend.args[1], [*tables, selected], replace(spec, keep=keep.text, empty="").text)

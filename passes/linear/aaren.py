@@ -51,9 +51,7 @@ class Aaren(Mechanism):
     def params(self, site: Site) -> Mapping[str, Param]:
         return {"q": Param((site.heads, site.dim))}
 
-    def forward(  # type: ignore[override]
-        self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor | None = None) -> Tensor:
         logits, values = self._elements(site, p, q, k, v)
         if key_padding is not None:
             logits = torch.where(key_padding[:, None], logits, -torch.inf)

@@ -94,7 +94,7 @@ class Agent(Mechanism):
             own["dwc_bias"] = Param((channels,))
         return own
 
-    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         scale = site.scale if self.scale is None else self.scale
         a = self._agents(site, q)
         b1, b2 = self._biases(site, p, q, k) if self.use_bias else (None, None)

@@ -57,7 +57,7 @@ class AgentSD(Mechanism):
         made_here = site.self_attention and "agents" not in site.ports
         return off_grid(site, "agent_sd", prefix=False) if made_here else None
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor, agents: Tensor | None = None, x: Tensor | None = None
     ) -> Tensor:
         if not site.self_attention:

@@ -95,7 +95,7 @@ class Based(Mechanism):
             name: torch.cat(parts) for name, parts in zip(("proj_q", "proj_k"), zip(*pairs, strict=True), strict=True)
         }
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         site: Any,
         p: Any,

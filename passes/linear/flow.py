@@ -61,9 +61,7 @@ class Flow(Mechanism):
             return f"flow counts sources and sinks together when causal, this site is {site.pattern}"
         return None
 
-    def forward(  # type: ignore[override]
-        self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor | None = None) -> Tensor:
         narrow, sinks, sources = q.dtype, torch.sigmoid(widened(q)), torch.sigmoid(widened(repeat_heads(k, q)))
         v = widened(repeat_heads(v, q))
         there = torch.ones_like(sources[..., :1])

@@ -97,7 +97,7 @@ class InLine(Mechanism):
         own = {"res_w1": Param((width, per_head), start), "res_b1": Param((width,), start)}
         return own | {"res_w2": Param((taps * width, per_head)), "res_b2": Param((taps * width,))}
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor, x: Tensor | None = None, x_mean: Tensor | None = None
     ) -> Tensor:
         narrow, v = q.dtype, widened(repeat_heads(v, q))

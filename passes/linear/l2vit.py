@@ -55,9 +55,7 @@ class L2ViT(Mechanism):
     def params(self, site: Site) -> Mapping[str, Param]:
         return {"temperature": Param((site.heads,), constant(1.0))}
 
-    def forward(  # type: ignore[override]
-        self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor | None = None) -> Tensor:
         values = widened(repeat_heads(v, q))
         both = torch.cat((values, torch.ones_like(values[..., :1])), -1)  # a value of 1 carries the denominator along
         rows = scan(widened(q), widened(repeat_heads(k, q)), both, causal=site.causal, feature=torch.relu,

@@ -131,7 +131,7 @@ class Lightning(Mechanism):
             own["gate_bias"] = Param((all_heads,), constant(1.0 if self.gate == "linear" else 4.0))
         return own
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         site: Any,
         p: Any,

@@ -60,7 +60,7 @@ class Linear(Mechanism):
             return "linear starts anew with each document: their ids must be a running count of where one begins"
         return None
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         site: Any,
         p: Any,

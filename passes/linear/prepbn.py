@@ -73,7 +73,7 @@ class PRepBN(Mechanism):
             "warm": Param((), constant(self.warm), torch.long),
         }
 
-    def forward(self, site: Any, p: Any, x: Tensor, train: Tensor | None = None) -> Any:  # type: ignore[override]
+    def forward(self, site: Any, p: Any, x: Tensor, train: Tensor | None = None) -> Any:
         rows, narrow = widened(x), x.dtype
         if train is None:
             return as_type(self._batch_normed(p, rows, widened(p.bn_mean), widened(p.bn_var)), narrow)

@@ -88,7 +88,7 @@ class RAT(Mechanism):
             own |= {"z_proj": Param((channels, site.width)), "z_bias": Param((channels,), constant(4.0))}
         return own
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         site: Any,
         p: Any,

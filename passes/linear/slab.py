@@ -78,7 +78,7 @@ class Slab(Mechanism):
         own = {"pos_k": Param((1, prefix + h * w, site.heads * site.dim)), "dwc_bias": Param((site.v_dim,))}
         return own | {"dwc_weight": Param((site.v_dim, 1, self.dwc_kernel, self.dwc_kernel))}
 
-    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         narrow, v = q.dtype, widened(repeat_heads(v, q))
         place = widened(p.pos_k).unflatten(2, (site.heads, -1)).transpose(1, 2)  # (1, H, M, D)
         k = widened(repeat_heads(k, q)) + place

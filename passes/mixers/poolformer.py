@@ -44,7 +44,7 @@ class PoolFormer(Mechanism):
     def fits(self, site: Site) -> str | None:
         return None if site.self_attention else f"poolformer pools the tokens themselves, this is {site.pattern}"
 
-    def forward(self, site: Any, p: Any, x: Tensor, key_padding: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, site: Any, p: Any, x: Tensor, key_padding: Tensor | None = None) -> Tensor:
         wide = torch.promote_types(x.dtype, torch.float32)
         prefix = 0 if site.causal or site.grid is None else site.grid.prefix
         real = torch.ones_like(x[..., :1], dtype=wide)

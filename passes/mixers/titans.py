@@ -146,7 +146,7 @@ class Titans(Mechanism):
             own |= {name: Param((width,), constant(1.0)) for name in ("attention_norm", "memory_norm")}
         return own
 
-    def forward(self, site: Any, p: Any, x: Tensor, store_mask: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, site: Any, p: Any, x: Tensor, store_mask: Tensor | None = None) -> Tensor:
         narrow, x, memory = x.dtype, widened(x), self._memory(site.width)
         p = _Wide(p)
         if self.variant == "memory":

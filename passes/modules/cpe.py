@@ -51,7 +51,7 @@ class CPE(Mechanism):
         wide = site.width
         return {"conv_weight": Param((wide, 1, self.kernel, self.kernel)), "conv_bias": Param((wide,))}
 
-    def forward(self, site: Any, p: Any, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, site: Any, p: Any, x: Tensor) -> Tensor:
         image = widened(x).mT.unflatten(2, (site.grid.h, site.grid.w))
         weight, bias = widened(p.conv_weight), widened(p.conv_bias)
         near = conv2d(image, weight, bias, padding=self.kernel // 2, groups=image.shape[1]).flatten(2).mT

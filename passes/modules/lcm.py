@@ -63,7 +63,7 @@ class LCM(Mechanism):
         wide = (site.width,)
         return {"bn_mean": Param(wide, dtype=torch.float32), "bn_var": Param(wide, constant(1.0), torch.float32)}
 
-    def forward(self, site: Any, p: Any, x: Tensor, train: Tensor | None = None) -> Any:  # type: ignore[override]
+    def forward(self, site: Any, p: Any, x: Tensor, train: Tensor | None = None) -> Any:
         image = widened(x).mT.unflatten(2, (site.grid.h, site.grid.w))
         inner = gelu(self._convolved(image, p.conv1_weight, p.conv1_bias))
         mean, var, after = widened(p.bn_mean), widened(p.bn_var), {}

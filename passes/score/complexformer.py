@@ -70,7 +70,7 @@ class Complexformer(Mechanism):
         shape = (site.heads, site.dim // 2)
         return {"delta": Param(shape, constant(1.0)), "phase_bias": Param(shape)}
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor, q_nope: Tensor | None = None,
         k_nope: Tensor | None = None,
     ) -> Tensor:  # fmt: skip

@@ -79,7 +79,7 @@ class Gpsa(Mechanism):
                 weight[head] = torch.tensor([2 * (h2 - centre), 2 * (h1 - centre), -1.0])
             weight *= self.locality_strength
 
-    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         content = attend(q if self.qk_scale is None else q * (self.qk_scale / site.scale), k, v, site=site)
         wide = torch.promote_types(v.dtype, torch.float32)
         prefix, h, w = site.grid.prefix, site.grid.h, site.grid.w

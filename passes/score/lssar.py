@@ -59,9 +59,7 @@ class Lssar(Mechanism):
         if self.p < 1 or self.eps < 0:
             raise Refused(f"p={self.p}, eps={self.eps}", where="lssar", fits="p >= 1, eps >= 0")
 
-    def forward(  # type: ignore[override]
-        self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor | None = None) -> Tensor:
         here, last = partial(attend, site=site), site.causal or site.spec.align == "end"
         past = k.shape[2] - q.shape[2] if last else 0
         return self._weighed(here, site.scale, seen_keys(site, q, k, key_padding), past, q, k, v)

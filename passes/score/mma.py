@@ -61,7 +61,7 @@ class Mma(Mechanism):
         end, text = self.image_end if end is None else end, self.text_end if text is None else text
         return (j <= i) | ((i >= start) & (i < end) & (j >= end) & (j < text))
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         site: Any,
         p: Any,

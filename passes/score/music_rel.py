@@ -64,7 +64,7 @@ class MusicRel(Mechanism):
         heads = () if self.share_heads else (site.heads,)
         return {"rel_emb": Param((*heads, rows, site.dim))}
 
-    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         table = p.rel_emb[None] if self.share_heads else p.rel_emb
         back = Relative(table, lambda i, j: self.max_len - 1 - (i - j))  # the index is clamped to the rows there are
         return attend(q, k, v, relative=[back], site=site)

@@ -95,7 +95,7 @@ class QkNorm(Mechanism):
                 own[f"{name}_norm_bias"] = Param(shape)
         return own
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor, q_nope: Tensor | None = None,
         k_nope: Tensor | None = None, cos: Tensor | None = None, sin: Tensor | None = None,
     ) -> Tensor:  # fmt: skip

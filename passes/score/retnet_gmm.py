@@ -65,7 +65,7 @@ class RetNetGMM(Mechanism):
         shape = (self.num_kernels, site.heads)
         return {"sigma": Param(shape, constant(1e3)), "alpha": Param(shape, constant(1.0 / self.num_kernels))}
 
-    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         tables = Tables(site.tables)
         i, j, h = name("i"), name("j"), name("h")
         if site.grid is None:

@@ -106,7 +106,7 @@ class Sigmoid(Mechanism):
             own |= {"kernel_w2": Param((dim, dim), start), "kernel_b2": Param((dim,), start)}
         return own
 
-    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         factor = 1.0 if self.softmax_scale is None else self.softmax_scale / site.scale
         after = _divisor(self.normalize)
         if self.kernel is not None:

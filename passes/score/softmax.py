@@ -32,7 +32,7 @@ class Softmax(Mechanism):
     honours = KEPT
     paper = "arXiv 1706.03762"
 
-    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend(q, k, v, site=site)
 
     def limits(self) -> Iterable[Limit]:

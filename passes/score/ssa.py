@@ -90,7 +90,7 @@ class Ssa(Mechanism):
                 own[f"temp_weight_{name}"] = Param((1, widths[name] if self.temp_shared else site.width))
         return own
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         site: Any,
         p: Any,

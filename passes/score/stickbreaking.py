@@ -51,9 +51,7 @@ class Stickbreaking(Mechanism):
             return "add_remainder gives a row its own value, which a mask or a bias may hide: add_remainder=False"
         return None
 
-    def forward(  # type: ignore[override]
-        self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor | None = None) -> Tensor:
         if self.scale is not None:
             q = q * (self.scale / site.scale)
         keep = None if self.attend_current else (lambda i, j: j < i)

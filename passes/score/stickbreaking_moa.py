@@ -104,7 +104,7 @@ class StickbreakingMoA(Mechanism):
             own |= {"expert_centroids": Param((E, G), normal(1.0)), "temperature": Param((1,))}
         return own
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, site: Any, p: Any, x: Tensor, key_padding: Tensor | None = None, train: Tensor | None = None
     ) -> tuple[Tensor, Aux]:
         n, wide = self.heads_per_expert, torch.promote_types(x.dtype, torch.float32)

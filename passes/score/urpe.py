@@ -82,7 +82,7 @@ class Urpe(Mechanism):
         own = {"urpe_weight": Param(shape, constant(1.0) if self.constant_init else normal(0.02))}
         return own | ({"rpe_bias": Param(shape)} if self.use_bias else {})
 
-    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         C = table(self._by_distance(p.urpe_weight))
         b = table(self._by_distance(p.rpe_bias)) if self.use_bias else None
         zero = self.max_len - 1  # the row of distance 0; lookups are clamped to the rows there are

@@ -99,7 +99,7 @@ class BiFormer(Mechanism):
             "lepe_bias": Param((channels,)),
         }
 
-    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
         cut, prefix = self._cut(site), site.grid.prefix
         rows = cut.rows(q.device)

@@ -71,9 +71,7 @@ class CCA(Mechanism):
             return "cca pools by the queries of past tokens, which are not here"
         return None
 
-    def forward(  # type: ignore[override]
-        self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor | None = None) -> Tensor:
         size, window = self.group_size, self.window_size
         core_k, core_v, some = self._pooled(site.scale, q, repeat_heads(k, q), repeat_heads(v, q), key_padding)
         held = None if key_padding is None else table(some)

@@ -128,9 +128,7 @@ class Combiner(Mechanism):
             "row_key_weight": Param((width, heads, site.dim), normal(0.02)),
         }
 
-    def forward(  # type: ignore[override]
-        self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor, x: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor, x: Tensor | None = None) -> Tensor:
         k, v, size = repeat_heads(k, q), repeat_heads(v, q), self.seg_len
         if self.variant == "logsparse":
             return self._logsparse(site.scale, p, q, k, v)

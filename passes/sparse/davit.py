@@ -84,9 +84,7 @@ class DaViT(Mechanism):
             return {}
         return {"pad_k": Param((site.heads, site.dim)), "pad_v": Param((site.heads, site.v_dim))}
 
-    def forward(  # type: ignore[override]
-        self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor | None = None) -> Tensor:
         k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
         if self.over == "channel":
             return self._channels(site, q, k, v, key_padding)

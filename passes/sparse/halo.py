@@ -77,9 +77,7 @@ class Halo(Mechanism):
         rows = 2 * self.window - 1
         return {name: Param((rows, site.dim)) for name in ("rel_h", "rel_w")} if self.rel_pos else {}
 
-    def forward(  # type: ignore[override]
-        self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor | None = None) -> Tensor:
         scale = site.scale if self.scale is None else self.scale
         inside = self.query_stride if self.block % self.query_stride == 0 else 1
         o = attend_windows(

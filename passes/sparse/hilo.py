@@ -56,9 +56,7 @@ class HiLo(Mechanism):
     def fits(self, site: Site) -> str | None:
         return no_grid(site, "hilo")
 
-    def forward(  # type: ignore[override]
-        self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor | None = None) -> Tensor:
         scale = site.scale if self.scale is None else self.scale
         k, v = (t.repeat_interleave(q.shape[1] // k.shape[1], 1) for t in (k, v))
         high = 0 if self.window == 1 else q.shape[1] - int(q.shape[1] * self.alpha)

@@ -104,9 +104,7 @@ class Hyper(Mechanism):
         shape = (site.heads, self.sample_size)
         return {"uniform": Param(shape, torch.Tensor.uniform_, torch.float32)} if self.sample_size else {}
 
-    def forward(  # type: ignore[override]
-        self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor, sample_idx: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor, sample_idx: Tensor | None = None) -> Tensor:
         if not isinstance(q.shape[2], int) or not isinstance(k.shape[2], int):
             raise Refused(f"{q.shape[2]} queries, an open number", where="hyper", fits="sequences of one known length")
         run = _Run(self, p, site.scale, sample_idx)

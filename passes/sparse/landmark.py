@@ -108,7 +108,7 @@ class Landmark(Mechanism):
 
     step = prefill
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         site: Any,
         p: Any,

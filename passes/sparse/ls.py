@@ -60,7 +60,7 @@ class LS(Mechanism):
             return f"ls: {f'long heads {named}' if named else f'{self.n_long} long heads'} of {site.heads}"
         return None
 
-    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         heads, reach = site.heads, self.local_window
 
         def near(i: Any, j: Any) -> Any:

@@ -87,7 +87,7 @@ class MoA(Mechanism):
         found = [max(min(int(alpha + beta * total), total), self.min_span) for alpha, beta in self.rules(heads)]
         return [-(-span // self.block_size) * self.block_size for span in found]
 
-    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if self.length is None and any(beta for _, beta in self.rules(site.heads)):
             return attend(q, k, v, keep=self._elastic(site.heads, q.device), site=site)
         size, known = self.block_size, [span // self.block_size for span in self.spans(site.heads, 1 << 40)]

@@ -66,7 +66,7 @@ class MswMsa(Mechanism):
         drawn = Param((), lambda t: torch.randint(0, 4, (), device=t.device), torch.long)
         return {"shift_index": drawn} if self.shift_policy == "random" else {}
 
-    def forward(  # type: ignore[override]
+    def forward(
         self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor, key_padding: Tensor | None = None
     ) -> tuple[Tensor, Aux]:
         h, w = (-(-side // count) for side, count in zip((site.grid.h, site.grid.w), self.windows, strict=True))

@@ -132,7 +132,7 @@ class Neighborhood(Mechanism):
         spans = [2 * axis.window - 1 for axis in self.axes(site)]
         return {"rel_bias": Param((site.heads, *spans))}
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         site: Any,
         p: Any,

@@ -126,7 +126,7 @@ class S2(Mechanism):
         first = (kv - self.num_dense_heads) * (site.heads // kv)
         return lambda h, i, j: chosen(h, i, j) | (h >= first)
 
-    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keep = self.keep(site) if self.pattern is None else kept(self.pattern, self.block_size, q.device)
         return attend(q, k, v, keep=keep, site=site)
 

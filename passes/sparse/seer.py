@@ -105,7 +105,7 @@ class Seer(Mechanism):
             "gate_k_weight": Param((site.kv_heads, k_wide, self.gate_dim), start),
         }
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         site: Any,
         p: Any,

@@ -106,7 +106,7 @@ class SeerR(Mechanism):
             own |= {name: Param((size,), constant(1.0)) for name in ("gate_q_norm", "gate_k_norm")}
         return own
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         site: Any,
         p: Any,

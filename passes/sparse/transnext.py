@@ -104,7 +104,7 @@ class TransNeXt(Mechanism):
             own |= {"kv_weight": Param((rows, width), uniform(width)), "kv_bias": Param((rows,))}
         return own
 
-    def forward(  # type: ignore[override]
+    def forward(
         self,
         site: Any,
         p: Any,

@@ -55,7 +55,7 @@ class Window(Mechanism):
     def both_sides(self, i: Any, j: Any) -> Any:
         return ((i - j < self.window) & (j - i < self.window)) | (j < self.sinks)
 
-    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend(q, k, v, keep=self.keep if site.causal else self.both_sides, site=site)
 
     def limits(self) -> Iterable[Limit]:

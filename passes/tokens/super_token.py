@@ -70,7 +70,7 @@ class SuperToken(Mechanism):
             return f"super_token is noncausal self-attention on a picture, this site is {site.pattern}"
         return off_grid(site, "super_token")
 
-    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
         if self.cell == (1, 1):
             return attend(q, k, v, scale=site.scale)
         cut, prefix, narrow = Cut(site.grid, *self.cell), site.grid.prefix, v.dtype

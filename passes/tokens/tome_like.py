@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, fx
 
 from ...compiler.mechanism import Limit, Mechanism, register
+from ...compiler.nodes import args_of
 from ...compiler.primitives.attend_spec import AttendSpec
 from ...compiler.program import Program
 from ...compiler.refusal import Refused, nearest
@@ -139,7 +140,7 @@ def _traced(
 def _weigh_keys(attend: fx.Node, size: fx.Node) -> None:
     """score + log(size of key j)."""
     (logs,) = insert(attend, lambda size: size.squeeze(-1).log(), {"size": size}, like=attend)
-    tables = list(attend.args[2])  # type: ignore[arg-type]
+    tables = list(args_of(attend)[2])
     spec = AttendSpec.of(str(attend.args[3]))
     score = spec.score_expr + parse(f"t{len(tables)}[b, j]")
     attend.args = (attend.args[0], attend.args[1], [*tables, logs], replace(spec, score=score.text, empty="").text)
