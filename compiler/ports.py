@@ -17,9 +17,8 @@ from .primitives.attend import attend_op
 from .primitives.attend_spec import AttendSpec
 from .symbol_eval import evaluate
 from .symbols import Expr
-from .turning import by_place
+from .turning import by_place, turning
 from .turning import op_name as op_name
-from .turning import turning
 
 aten = torch.ops.aten
 ATTEND = attend_op.op

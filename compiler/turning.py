@@ -64,13 +64,14 @@ def _of_the_new(cat: fx.Node) -> Turning | None:
 
 def _of_the_first(cat: fx.Node) -> Turning | None:
     """The first part turned, what follows in what was turned handed on."""
-    first, *rest = cat.args[0]  # type: ignore[misc]
+    parts: Any = cat.args[0]
+    first, *rest = parts
     found = turning(first)
     whole = _cut_from(found.plain) if found is not None else None
     if found is None or whole is None or _rank(whole) != 4:
         return None
-    channels = [sent(part, whole) for part in (found.plain, *rest)]
-    if None in channels or sum(channels, []) != list(range(1, whole.meta["val"].shape[-1] + 1)):  # type: ignore[arg-type]
+    channels = [c for part in (found.plain, *rest) for c in sent(part, whole) or [0]]
+    if channels != list(range(1, whole.meta["val"].shape[-1] + 1)):
         return None
     return Turning(whole, found.cos, found.sin, found.pairs)
 

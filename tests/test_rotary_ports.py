@@ -1,4 +1,4 @@
-"""Rotary positions in every spelling: what was turned, by what, and which channels in pairs, or that it is not known."""
+"""Rotary positions in every spelling: what was turned, by what, in which pairs; or that it is not known."""
 
 from __future__ import annotations
 
