@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .ports import op_name
+from .nodes import op_name
 from .primitives.attend_spec import AttendSpec
 from .primitives.attend_stored import widths
 from .raising.einsums import terms_of

@@ -490,13 +490,10 @@ def place_at(root: nn.Module, target: str, value: Any) -> None:
 
 
 def config_values(model: nn.Module) -> dict[str, Any]:
-    config = getattr(model, "config", None)
-    values = getattr(config, "__dict__", {})
+    values = getattr(getattr(model, "config", None), "__dict__", {})
     return {n: v for n, v in values.items() if isinstance(v, bool | int | float | str | type(None))}
 
 
 def changed_config(model: nn.Module, state: Hosting) -> tuple[str, ...]:
     now = config_values(model)
-    if now == state.config:
-        return ()
     return tuple(f"config.{n}={v!r}" for n, v in sorted(now.items()) if n not in state.config or state.config[n] != v)

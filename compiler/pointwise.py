@@ -351,7 +351,10 @@ class _Written:
         """The steps of a leaf's forward, traced on a few rows."""
         own = vectors_of(module) or {}
         few = Seen((3,) * (len(self.size) - 1) + self.size[-1:], seen[node.all_input_nodes[0]].dtype)
-        traced = _forward_of(module, own, few)
+        try:
+            traced = _forward_of(module, own, few)
+        except RuntimeError:  # its channels are another axis, of which three rows are too few (GroupNorm)
+            raise _Unsaid from None
         inside = {n: s for n in traced.nodes if (s := Seen.of(n.meta.get("val"))) is not None}
         x, *places = traced.find_nodes(op="placeholder")
         values = {x: source}

@@ -7,18 +7,18 @@ x_kv ─ W_k, W_v ────────────────────�
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from .nodes import args_of
-from .nodes import op_name as op_name
+from .nodes import args_of, op_name
 from .primitives.attend import attend_op
 from .primitives.attend_spec import AttendSpec
 from .symbol_eval import evaluate
 from .symbols import Expr
+from .turning import by_place, turning
 
 aten = torch.ops.aten
 ATTEND = attend_op.op
@@ -42,12 +42,14 @@ class Ports:
     weights: dict[str, str] = field(default_factory=dict)
     projected: fx.Node | None = None  # W_o's output, (B, N, C)
     padding: Expr | None = None  # the condition on keys alone: t0[b, j] != 0
+    rope: bool = False  # queries or keys are turned by their positions
+    pairs: str = ""  # in which pairs of channels, where that is known
 
     def moved(self, mapped: Mapping[fx.Node, fx.Node]) -> Ports:
         """The same ports in a copy of the graph."""
         nodes = {n: mapped[x] for n, x in self.nodes.items()}
         projected = mapped[self.projected] if self.projected is not None else None
-        return Ports(mapped[self.attend], nodes, dict(self.weights), projected, self.padding)
+        return replace(self, attend=mapped[self.attend], nodes=nodes, weights=dict(self.weights), projected=projected)
 
 
 def find_ports(node: fx.Node) -> Ports:
@@ -66,11 +68,7 @@ def find_ports(node: fx.Node) -> Ports:
                 ports.nodes["x"] = _input_of(projection)
             if role == "k":
                 ports.nodes["x_kv"] = _input_of(projection)
-    for role, start in (("q", q), ("k", k)):
-        rotation = _rotation(start)
-        if rotation:
-            plain, cos, sin = rotation
-            ports.nodes |= {f"{role}_nope": plain, "cos": cos, "sin": sin}
+    _read_turning(ports, q, k)
     ports.nodes["o"] = next((u for u in node.users if u.target is not None and u.args[1:] == (0,)), node)
     _follow_output(ports)
     ports.padding = next((c for c in spec.conjuncts if is_padding(c)), None)
@@ -82,6 +80,17 @@ def find_ports(node: fx.Node) -> Ports:
     if ids is not None and monotone(ids):
         ports.nodes["documents"] = ids
     return ports
+
+
+def _read_turning(ports: Ports, q: fx.Node, k: fx.Node) -> None:
+    """What was turned by position, and by what; both or neither, so that the two stay of one kind."""
+    found = [turning(start) for start in (q, k)]
+    known = [f for f in found if f is not None]
+    ports.rope = bool(known) or any(by_place(t, _is_projection, t.meta["val"].shape[2]) for t in (q, k))
+    for role, turned in zip("qk", found):
+        if turned is not None:
+            ports.nodes |= {f"{role}_nope": turned.plain, "cos": turned.cos, "sin": turned.sin}
+    ports.pairs = known[0].pairs if len({f.pairs for f in known}) == 1 else ""
 
 
 def documents_of(condition: Expr) -> str:
@@ -140,7 +149,11 @@ def walk_back(start: fx.Node, stop: Callable[[fx.Node], bool], limit: int = 64) 
 
 
 def _projection_behind(start: fx.Node) -> fx.Node | None:
-    return walk_back(start, lambda n: op_name(n) in PROJECTIONS and _weight_of(n) != "")
+    return walk_back(start, _is_projection)
+
+
+def _is_projection(node: fx.Node) -> bool:
+    return op_name(node) in PROJECTIONS and _weight_of(node) != ""
 
 
 def _weight_of(node: fx.Node) -> str:
@@ -170,32 +183,6 @@ def _input_of(projection: fx.Node) -> fx.Node:
     if _rank(source) == 2 and op_name(source) in ("view", "reshape", "_unsafe_view") and _rank(source.args[0]) == 3:
         source = source.args[0]
     return source
-
-
-def _bare(node: Any) -> Any:
-    while op_name(node) in ("to", "_to_copy", "slice", "contiguous", "clone") and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
-    return node
-
-
-def _rotation(node: fx.Node) -> tuple[fx.Node, fx.Node, fx.Node] | None:
-    """(plain, cos, sin) where node is plain * cos + rotate(plain) * sin, a cat around it allowed (partial rotary)."""
-    node = _bare(node)
-    if op_name(node) == "cat":
-        parts = [_rotation(p) for p in args_of(node)[0] if isinstance(p, fx.Node)]
-        return next((p for p in parts if p), None)
-    if op_name(node) != "add":
-        return None
-    products = [_bare(a) for a in node.args[:2]]
-    if not all(op_name(p) == "mul" for p in products):
-        return None
-    for first, second in (products, products[::-1]):
-        for plain, cos in (first.args[:2], first.args[1::-1]):
-            for turned, sin in (second.args[:2], second.args[1::-1]):
-                source = walk_back(turned, lambda n, plain=plain: n is plain, limit=12) if turned is not plain else None  # type: ignore[misc]
-                if source is not None and op_name(turned) in ("cat", "view", "reshape", "flatten"):
-                    return plain, cos, sin
-    return None
 
 
 def _follow_output(ports: Ports) -> None:

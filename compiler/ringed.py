@@ -22,7 +22,8 @@ from torch import Tensor, fx
 from .capture import Captured
 from .containers import is_cache
 from .held_rows import as_numbers, numbers_like, rows_held
-from .ports import ATTEND, op_name
+from .nodes import op_name
+from .ports import ATTEND
 from .primitives.attend_spec import AttendSpec
 from .program import insert_before
 from .ranges import Sizes, Symbol

@@ -43,6 +43,7 @@ class Site:
     queries: str = ""  # N and M as the graph knows them: "197" or "s1"
     keys: str = ""
     window: int | None = None
+    pairs: str = ""  # channels that rotary positions turn together: "halves", "neighbours"; "" where it is not known
     width: int = 0  # C of the hidden state x that feeds the projections; 0 where it is not known
 
     @property

@@ -311,3 +311,21 @@ def test_the_faster_way_is_taken_once_it_is_right() -> None:
     faster("wrong", first, lambda: torch.zeros(3))
     faster("cannot", first, lambda: None)
     assert faster.found == {"kind": True, "slower": False, "wrong": False, "cannot": False}
+
+
+class Grouped(nn.Module):
+    """A norm over groups of channels in front of attention: its channels are not the last axis (HuBERT)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.layer = nn.GroupNorm(16, 16), nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.layer(nn.functional.gelu(self.norm(x)).mT)
+        return y
+
+
+def test_a_leaf_that_no_few_rows_can_enter_stays_as_it_is() -> None:
+    model, x = Grouped().eval(), torch.randn(4, 16, 200)
+    fast = reattend.optimize(model, IDENTITY, x, measure=False)
+    assert agree(calls(fast, {"x": x}), calls(model, {"x": x}, 1))

@@ -40,8 +40,9 @@ class QkNorm(Mechanism):
     True
 
     Where the site rotates, what was projected is normalised and then rotated by the site's own angles: in halves
-    (llama) or, interleaved, in neighbouring pairs. It needs training: per token a scale is lost for good. The paper's
-    z-loss is a loss on the output logits and no rewrite of attention.
+    (llama) or, interleaved, in neighbouring pairs; left out it is as the graph has it. It needs
+    training: per token a scale is lost for good. The paper's z-loss is a loss on the output logits and no rewrite of
+    attention.
     """
 
     norm: str = "layernorm"
@@ -52,7 +53,7 @@ class QkNorm(Mechanism):
     softmax_scale: float | None = None
     mu_p: bool = False
     softcap: float | None = None
-    interleaved: bool = False
+    interleaved: bool | None = None
 
     part = "core"
     kind = "needs recovery"
@@ -81,6 +82,8 @@ class QkNorm(Mechanism):
             return "qk_norm's softcap comes before a bias, and this site's score is capped or biased already"
         if "rope" in site.features and not {"q_nope", "k_nope"} <= set(site.ports):
             return "qk_norm comes before a rotation, and what was rotated here is not known"
+        if "rope" in site.features and self.interleaved is None and not site.pairs:
+            return "qk_norm comes before a rotation, and which channels it pairs is not known: interleaved says it"
         return None
 
     def params(self, site: Site) -> Mapping[str, Param]:
@@ -105,7 +108,8 @@ class QkNorm(Mechanism):
             found = f"{k.shape[2]} keys before their rotation, {v.shape[2]} values: a cache keeps rotated keys"
             raise Refused(found, where="qk_norm", fits="use_cache=False")
         if q_nope is not None and cos is not None and sin is not None:
-            q, k = (self._rotated(t, cos, sin) for t in (q, k))
+            pairs = site.pairs == "neighbours" if self.interleaved is None else self.interleaved
+            q, k = (self._rotated(t, cos, sin, pairs) for t in (q, k))
         scale = 1 / site.dim if self.mu_p else site.scale if self.softmax_scale is None else self.softmax_scale
         if self.norm == "l2":
             wide = torch.promote_types(q.dtype, torch.float32)
@@ -133,11 +137,11 @@ class QkNorm(Mechanism):
             weight = weight.unflatten(0, (t.shape[1], t.shape[3]))
         return weight[:, None] if weight.ndim == 2 else weight
 
-    def _rotated(self, t: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def _rotated(self, t: Tensor, cos: Tensor, sin: Tensor, pairs: bool) -> Tensor:
         """Turned by the site's angles (B|1, N, R) or (B|1, 1, N, R); channels behind the first R stay."""
         cos, sin = (a if a.ndim == 4 else a.unsqueeze(-3) for a in (cos, sin))
         head, tail = t[..., : cos.shape[-1]], t[..., cos.shape[-1] :]
-        if self.interleaved:
+        if pairs:
             turned = torch.stack((-head[..., 1::2], head[..., ::2]), -1).flatten(-2)
         else:
             first, second = head.chunk(2, -1)
