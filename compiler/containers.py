@@ -20,8 +20,19 @@ from .refusal import Refused
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, enum.Enum, type, torch.Size)
 MUTABLE = ("object", "mapping", "items")  # kinds of layouts whose values a call may change
 _CACHES = ("Cache", "CacheLayerMixin", "LinearAttentionCacheLayerMixin")
-_GROWING = ("DynamicLayer", "DynamicSlidingWindowLayer", "RingLayer", "StateLayer")  # layers that a graph takes and gives back
-_FILLED_IN = ("is_initialized", "dtype", "device", "rows", "stands_for")  # attributes of a cache layer that its tensors say again
+_GROWING = (
+    "DynamicLayer",
+    "DynamicSlidingWindowLayer",
+    "RingLayer",
+    "StateLayer",
+)  # layers that a graph takes and gives back
+_FILLED_IN = (
+    "is_initialized",
+    "dtype",
+    "device",
+    "rows",
+    "stands_for",
+)  # attributes of a cache layer that its tensors say again
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A cache layer's keys in a captured graph: the past ones that come in, the joining with new ones, how many came before.
+"""A cache layer's keys in a captured graph: the past ones, the joining with new ones, how many came before.
 
 Where a layer keeps something shorter than all its keys, the number of keys that ever came is an input of its own, and
 every place that asked how long the past is asks that.
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .ports import op_name
+from .nodes import op_name
 from .program import insert_before
 from .refusal import Refused
 from .tracing import trace_function

@@ -19,7 +19,17 @@ from torch import Tensor, fx
 
 from .capture import Captured
 from .containers import Layout, is_cache, put_together, take_apart
-from .grown import LENGTH, Entered, count_from_the_start, enter, joined, lengthened, like_rows, put, without_whole_slices
+from .grown import (
+    LENGTH,
+    Entered,
+    count_from_the_start,
+    enter,
+    joined,
+    lengthened,
+    like_rows,
+    put,
+    without_whole_slices,
+)
 from .held_rows import as_numbers, numbers_like, rows_held
 from .nodes import op_name
 from .ports import ATTEND
@@ -75,7 +85,7 @@ def ringed(captured: Captured, call: Call) -> Captured:
 def as_captured(
     captured: Captured, call: Call, tensors: Sequence[Tensor]
 ) -> tuple[Call, tuple[Tensor, ...], tuple[frozenset[int], ...]]:
-    """The call with rings and states unrolled, its tensors and open dimensions: what the model itself was captured with."""
+    """The call with rings and states unrolled, its tensors, open dimensions: what the model was captured with."""
     parts, bytes_of = ("keys", "values", LENGTH), rows_held(captured)
     seen = {f"{path}.{part}": layer for path, layer in _short_layers(call).items() for part in parts}
     sizes, opened, states = [], [], _stood_for(captured)
@@ -168,7 +178,8 @@ def _stood_for(captured: Captured) -> dict[str, tuple[int, int, str]]:
 
 def _carried_on(output: fx.Node, carried: Sequence[Carried]) -> dict[str, tuple[fx.Node, fx.Node]]:
     """By input path: the node that the cache gave back in its place, and what it gives back now."""
-    told, found = tell(output, carried) if carried else {}, {}
+    told = tell(output, carried)
+    found: dict[str, tuple[fx.Node, fx.Node]] = {}
     for one in carried:
         path, (keys, values) = one.layer.path, one.cats
         for cat in one.cats:
@@ -285,7 +296,7 @@ def _cut(output: fx.Node, bound: Reach, cat: fx.Node) -> fx.Node:
 
 
 def _sizes(dims: Sizes, layers: Sequence[Entered], states: Mapping[str, Carried]) -> Sizes:
-    """The logical length takes the past's symbol; how many rows a ring holds is its own affair, a state has its size."""
+    """The logical length takes the past's symbol; a ring's rows are its own affair, a state has its size."""
     paths = {layer.path for layer in layers}
     inputs: list[str] = []
     shapes: list[tuple[int | str, ...]] = []

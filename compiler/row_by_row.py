@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from .ports import op_name
+from .nodes import op_name
 
 _MOVES = frozenset({"unsqueeze", "squeeze", "transpose", "permute", "movedim", "swapaxes", "expand", "contiguous",
                     "clone", "to", "_to_copy", "alias", "detach", "type_as", "t", "mT", "numpy_T"})  # fmt: skip

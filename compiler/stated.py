@@ -1,4 +1,4 @@
-"""A causal scan over all keys in a captured graph becomes one over the new keys, from a state that comes in and goes out.
+"""A causal scan over all keys in a captured graph becomes one over the new ones, from a state to a state.
 
 Between the joined keys and the scan every row is made of its own row alone (`row_by_row.py`), so the same nodes over
 the new rows give the new rows. What else has a row for every key, such as a padding mask, is cut to the new ones; that
@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, fx
 
 from .grown import Entered, joined, put, without_whole_slices
-from .ports import aten, op_name
+from .nodes import op_name
+from .ports import aten
 from .primitives.same_past import digest, same_past_op
 from .primitives.scan import scan_op
 from .primitives.scan_meaning import scan_shapes
@@ -43,7 +44,7 @@ class Carried:
 
 
 def carry(layer: Entered) -> Carried:
-    """The layer's scan made one over its new rows; its placeholders now stand for the state and for what it was told."""
+    """The layer's scan made one over its new rows; its placeholders are now the state and what it was told."""
     cats = joined(layer, layer.keys), joined(layer, layer.values)
     for cat in cats:
         without_whole_slices(cat)
@@ -53,8 +54,9 @@ def carry(layer: Entered) -> Carried:
     if not spec.causal or spec.state or spec.documents or spec.outputs != ("o",):
         raise Refused(f"a scan {spec.text}", where=layer.path, fits=_FITS)
     q, new = _queries(layer, scan), _NewRows(layer, cats, rows, scan)
+    given: Any = scan.args
     with new.fake_mode, torch.no_grad():
-        kv, tables = [new.of(n) for n in scan.args[1]], [new.of(n) for n in scan.args[2]]  # type: ignore[union-attr]
+        kv, tables = [new.of(n) for n in given[1]], [new.of(n) for n in given[2]]
         text = replace(spec, state=f"t{len(tables)}", outputs=("o", "state")).text
         o, after = _scanned(scan, q, kv, [*tables, layer.keys], text)
     _enters_as(layer, after.meta["val"])
@@ -189,7 +191,9 @@ class _NewRows:
         sources = _sources(node)
         if row_dim(node.meta["val"], self.rows) is None:
             if sources & set(self.cats) or any(n.op == "placeholder" for n in sources):
-                self._refuse(f"{op_name(node)} (%{node.name}), which is the same for all keys, is made by each call anew")
+                self._refuse(
+                    f"{op_name(node)} (%{node.name}), which is the same for all keys, is made by each call anew"
+                )
             return node
         if keeps_rows(node, self.rows):
             return self._again(node)
