@@ -92,7 +92,7 @@ class Captured:
         if all(t is not None for t in given):
             return given  # type: ignore[return-value]
         first = next(t for t in given if t is not None)
-        return tuple(t if t is not None else self._empty(k, first) for k, t in enumerate(given))
+        return tuple(t if t is not None else self._empty(k, call.leaves[k], first) for k, t in enumerate(given))
 
     def result(self, call: Call, flat: Sequence[Any]) -> Any:
         """The output as the model gives it, from the graph's flat one; arguments that grow are grown."""
@@ -102,9 +102,9 @@ class Captured:
             start += layout.count
         return put_together(self.output, flat[: self.output.count], values)
 
-    def _empty(self, index: int, first: Tensor) -> Tensor:
+    def _empty(self, index: int, leaf: Leaf, first: Tensor) -> Tensor:
         shape = list(self.dims.shapes[index])
-        sizes = [first.shape[0], shape[1], 0, *shape[3:]]
+        sizes = [first.shape[0], *shape[1:]] if leaf.whole else [first.shape[0], shape[1], 0, *shape[3:]]
         return torch.zeros(sizes, dtype=self.dims.dtypes[index], device=first.device)  # type: ignore[arg-type]
 
 

@@ -20,8 +20,19 @@ from .refusal import Refused
 PLAIN = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device, enum.Enum, type, torch.Size)
 MUTABLE = ("object", "mapping", "items")  # kinds of layouts whose values a call may change
 _CACHES = ("Cache", "CacheLayerMixin", "LinearAttentionCacheLayerMixin")
-_GROWING = ("DynamicLayer", "DynamicSlidingWindowLayer", "RingLayer")  # layers that a graph takes and gives back
-_FILLED_IN = ("is_initialized", "dtype", "device", "rows")  # attributes of a cache layer that its tensors say again
+_GROWING = (
+    "DynamicLayer",
+    "DynamicSlidingWindowLayer",
+    "RingLayer",
+    "StateLayer",
+)  # layers that a graph takes and gives back
+_FILLED_IN = (
+    "is_initialized",
+    "dtype",
+    "device",
+    "rows",
+    "stands_for",
+)  # attributes of a cache layer that its tensors say again
 
 
 @dataclass(frozen=True)
@@ -60,6 +71,7 @@ class Leaf:
     path: str
     tensor: Tensor | None
     cached: bool = False  # part of a cache: it grows from call to call, and may still be missing
+    whole: bool = False  # a state: it has its full size, zeros, before anything came
 
 
 def _text(value: Any) -> str:
@@ -187,7 +199,8 @@ def _apart_object(value: Any, path: str, leaves: list[Leaf], known: Mapping[int,
     states = [given.pop("keys", None), given.pop("values", None)]
     names, parts = [], []
     for name, state in zip(("keys", "values"), states):
-        leaves.append(Leaf(f"{path}.{name}", state if state is not None and state.numel() else None, cached=True))
+        found = state if state is not None and state.numel() else None
+        leaves.append(Leaf(f"{path}.{name}", found, cached=True, whole=getattr(value, "is_state", False)))
         names.append(name)
         parts.append(Layout("tensor"))
     for name, part in given.items():

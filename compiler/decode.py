@@ -75,8 +75,14 @@ class Decoder:
         return o
 
 
-def ring_cache(fast: nn.Module) -> Any:
-    """An empty transformers cache for an optimized model: `fast.generate(ids, past_key_values=ring_cache(fast))`."""
-    from .ring_cache import ring_cache as made  # transformers is needed here alone
+def cache_for(fast: nn.Module) -> Any:
+    """An empty transformers cache for an optimized model: `fast.generate(ids, past_key_values=cache_for(fast))`.
+
+    Its layers keep a ring of keys, the state of a scan, or all keys, as the attention of each allows.
+    """
+    from .cache_for import cache_for as made  # transformers is needed here alone
 
     return made(fast)
+
+
+ring_cache = cache_for  # what it was called when rings were all there was

@@ -10,8 +10,9 @@ from small_models import decided_llama
 
 import reattend
 from reattend import Refused
+from reattend.compiler.cache_for import held_bytes
 from reattend.compiler.decode import ring_cache
-from reattend.compiler.ring_cache import RingLayer, held_bytes
+from reattend.compiler.ring_cache import RingLayer
 
 pytest.importorskip("transformers")
 

@@ -152,7 +152,7 @@ def _type_of(name: Any, kind: str, model: nn.Module) -> type:
     near = module in known or (
         module.split(".")[0] == "transformers" and "transformers" in {k.split(".")[0] for k in known}
     )
-    if near or module.endswith(".compiler.ring_cache"):
+    if near or module.endswith((".compiler.ring_cache", ".compiler.state_cache")):
         found = vars(sys.modules[module]).get(last) if module in sys.modules else None
         if isinstance(found, type) and _holds(found, kind):
             return found

@@ -154,7 +154,7 @@ class Lightning(Mechanism):
         if self.lrpe:
             angles = _positions(site, k, positions)[..., None] * widened(p.lrpe_theta)[:, None]  # (B|1, H, N, D)
             turning = [silu(t) if act else t for t in (q, repeat_heads(k, q))]
-            q, k = (torch.cat((t * angles.cos(), t * angles.sin()), -1) for t in turning)
+            q, k = (_turned(t, angles) for t in turning)
             act, v = None, repeat_heads(v, q)
         log_decay = -p.slopes if self.decay else None
         o: Tensor = scan(q, k, v, feature=act, log_decay=log_decay, reset=documents)
@@ -211,6 +211,12 @@ def slope_rule(heads: int, *, alibi: bool = True) -> list[float]:
     if near == heads or not alibi:
         return [2.0 ** (-8 * (h + 1) / heads) for h in range(heads)]
     return slope_rule(near) + slope_rule(2 * near)[0 : 2 * (heads - near) : 2]
+
+
+def _turned(rows: Tensor, angles: Tensor) -> Tensor:
+    """[x cos, x sin]; where there are fewer rows than angles, queries behind a past, they are the last."""
+    own = angles[:, :, angles.shape[2] - rows.shape[2] :]
+    return torch.cat((rows * own.cos(), rows * own.sin()), -1)
 
 
 def _positions(site: Any, k: Tensor, given: Tensor | None) -> Tensor:
