@@ -59,7 +59,8 @@ class Aaren(Mechanism):
             one = torch.ones_like(values[:, :, :1, :1])
             pooled = attend(one, logits[..., None], values, scale=1.0)
             return as_type(pooled, v.dtype).expand(-1, -1, q.shape[2], -1)
-        return as_type(prefix("softmax", logits, values)[0], v.dtype)
+        o = prefix("softmax", logits, values)[0]
+        return as_type(o[:, :, k.shape[2] - q.shape[2] :], v.dtype)  # fewer queries than keys are the last rows
 
     def _elements(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """(B, H, M) scores and (B, H, M, Dv) values, what the softmax monoid is over."""
