@@ -26,9 +26,10 @@ def made(**knobs: Any) -> Module:
 
 
 def by_steps(layer: Module, x: Tensor, mask: Tensor | None = None) -> Tensor:
-    """A sample and a head at a time; the weights are kept as a list: gamma, then the matrices."""
+    """A sample and a head at a time, in float64; the weights are kept as a list: gamma, then the matrices."""
     m: Any = layer.mechanism
-    p, dim, (reads, size) = layer.reattend.tensors, m.dim_head or 6, _pair(m.chunk_size)
+    p = {name: tensor.double() for name, tensor in layer.reattend.tensors.items()}
+    dim, (reads, size) = m.dim_head or 6, _pair(m.chunk_size)
     act = {None: lambda t: t, "silu": silu}[m.activation]
 
     def net(weights: list[Tensor], rows: Tensor) -> Tensor:
@@ -79,7 +80,8 @@ def by_steps(layer: Module, x: Tensor, mask: Tensor | None = None) -> Tensor:
         return normed(r, "post_norm", h, m.post_rmsnorm)
 
     answers = []
-    for sample, seen in zip(x, torch.ones(x.shape[:2]) if mask is None else mask.float(), strict=True):
+    written = torch.ones(x.shape[:2]) if mask is None else mask
+    for sample, seen in zip(x.double(), written.double(), strict=True):
         found = [head(sample, seen, h) for h in range(m.heads)]
         if m.heads > 1:
             gates = torch.sigmoid(linear(rms_norm(sample, (6,)) * p["retrieve_norm"], p["retrieve_gate"]))
