@@ -33,7 +33,8 @@ primitives that it calls and the kernels that ran a small problem: generated whe
 operations with the primitive's own reason. `reattend check NAME` shows the same for one, knob by knob.
 What each reason would take: "no kernel yet" (group, route, gather, merge, reduce_kv on a CPU, prefix on a GPU) a loop
 over rows in the manner of `codegen/cpu`; most move rows, a small part of what a mechanism costs. "plain torch
-operations" are convolutions, products and pools that torch has kernels for.
+operations" are convolutions, products and pools that torch has kernels for. In the graph of a model on a GPU `group` is
+folded into the loads of the attend that reads its rows ([triton.md](triton.md)); here each primitive is called alone.
 
 | mechanism | files | lines | primitives | CPU | Triton |
 |---|---|---|---|---|---|"""
