@@ -40,9 +40,8 @@ class QkNorm(Mechanism):
     True
 
     Where the site rotates, what was projected is normalised and then rotated by the site's own angles: in halves
-    (llama) or, interleaved, in neighbouring pairs; left out it is as the graph has it. It needs
-    training: per token a scale is lost for good. The paper's z-loss is a loss on the output logits and no rewrite of
-    attention.
+    (llama) or, interleaved, in neighbouring pairs; left out, as the graph has it. It needs training: per token a scale
+    is lost for good. The paper's z-loss is a loss on the output logits and no rewrite of attention.
     """
 
     norm: str = "layernorm"
