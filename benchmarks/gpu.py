@@ -2,8 +2,9 @@
 
     python benchmarks/gpu.py [--tokens 1024 4096 16384] [--dim 64 128] [--out out/gpu.json]
 
-Numbers are checked against float32 torch first; a kernel that fails the check has no speed. Contestants of one row run
-interleaved; a figure is the median. Peers: torch's own attention, compiled flex_attention.
+Numbers are checked against float32 torch first; a kernel that fails the check has no speed, nor has a peer that answers
+otherwise. Contestants of one row run interleaved; a figure is the median. Peers: torch's own attention, compiled
+flex_attention, flash-linear-attention where it is installed (benchmarks/gpu_cases.py).
 """
 
 from __future__ import annotations
@@ -13,130 +14,170 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from reattend.codegen.triton import launch, launch_gradient, qlinear
-from reattend.codegen.used import Call, calls_of
-from reattend.compiler.cost import density
-from reattend.compiler.primitives.attend import attend
-from reattend.compiler.primitives.attend_meaning import attend_meaning
-from reattend.compiler.primitives.qlinear import qlinear_meaning
-from reattend.compiler.primitives.qlinear_spec import QLinearSpec
-from reattend.compiler.symbols import table
+from reattend.benchmarks.gpu_cases import FORMATS, Case, Run, Sizes, cases, dense_layer, layer, one_token
+from reattend.codegen import triton
+from reattend.codegen.used import Call
+from reattend.compiler.primitives.operator import PRIMITIVES, Kernel
 
 HEADS, BATCH_TOKENS, ROUNDS, BUDGET = 16, 16384, 15, 420.0  # seconds that the whole may take
-LAYER = 4096  # inputs and outputs of a quantized layer
+LAYER, CHECKED = 4096, 300  # inputs and outputs of a quantized layer; tokens of a check
 TOLERANCE = 2e-2  # of bfloat16, relative to the largest number
-SLOPES = 2.0 ** -torch.arange(1.0, HEADS + 1)
-CASES: dict[str, dict[str, Any]] = {
-    "causal": {"causal": True},
-    "full": {},
-    "window 256 and 4 sinks": {"causal": True, "keep": lambda i, j: (i - j < 256) | (j < 4)},
-    "softcap": {"causal": True, "score": lambda s: torch.tanh(s / 30) * 30},
-    "slopes of heads": {"causal": True, "score": lambda s, h, i, j: s + table(SLOPES)[h] * (j - i)},
-    "sigmoid": {"causal": True, "weight": torch.sigmoid, "normaliser": "none"},
-    "relu squared over its sum": {"causal": True, "weight": lambda s: torch.relu(s) ** 2, "normaliser": "sum"},
-    "stick-breaking": {"causal": True, "normaliser": "stick"},
-}
-Timed = dict[str, Callable[[], object]]
-Made = Callable[[tuple[int, ...]], Tensor]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A case at the sizes of one row of the table, and at those that its numbers are checked at."""
+
+    case: Case
+    at: Sizes
+    checked: Sizes
+    beside: Callable[[Call], dict[str, Run]] = lambda call: {}  # timed along, with numbers of their own
+
+
+@dataclass
+class Device:
+    """What is measured on: its name and versions, and the most that it does."""
+
+    about: dict[str, str]
+    most: Mapping[str, float]
+    wrong: dict[str, str] = field(default_factory=dict)  # by case and head size, "" where nothing is
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", nargs="*", type=int, default=[1024, 4096, 16384])
     parser.add_argument("--dim", nargs="*", type=int, default=[64, 128])
-    parser.add_argument("--cases", nargs="*", default=list(CASES))
+    parser.add_argument("--cases", nargs="*", default=[])
     parser.add_argument("--out", type=Path, default=Path("out/gpu.json"))
     given = parser.parse_args()
     if not torch.cuda.is_available():
         sys.exit("no GPU here: `python benchmarks/triton_table.py` compiles the kernels for those that are elsewhere")
     began, rows = time.monotonic(), list[dict[str, Any]]()
-    about, most = device(), ceilings()
-    print(json.dumps(about | most))
-    rows += tokens_and_layers(given.dim)
-    for case in given.cases:
-        for dim in given.dim:
-            wrong = check(case, dim)
-            for tokens in given.tokens:
-                if time.monotonic() - began > BUDGET:
-                    print("the time is up: the rest is left out")
-                    return
-                row = {"case": case, "dim": dim, "tokens": tokens, "wrong": wrong}
-                row |= {} if wrong else measured(case, dim, tokens, most["TFLOP/s"])
-                rows.append(row)
-                print(json.dumps(row), flush=True)
-                given.out.parent.mkdir(parents=True, exist_ok=True)
-                given.out.write_text(json.dumps({"device": about, "ceilings": most, "rows": rows}, indent=1))
+    device = Device(about(), ceilings())
+    print(json.dumps({**device.about, **device.most}))
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    for asked in table(given.tokens, given.dim, given.cases):
+        if time.monotonic() - began > BUDGET:
+            print("the time is up: the rest is left out")
+            break
+        rows.append(row(asked, device))
+        print(json.dumps(rows[-1]), flush=True)
+        given.out.write_text(json.dumps({"device": device.about, "ceilings": device.most, "rows": rows}, indent=1))
 
 
-def tokens_and_layers(dims: list[int]) -> list[dict[str, Any]]:
-    """One token that reads many keys, by programs that share them and by one each; quantized layers."""
-    rows = []
+def table(tokens: list[int], dims: list[int], names: list[str]) -> Iterator[Asked]:
+    """What is asked, the short ones first: there is a limit to the time."""
     for dim in dims:
-        for keys in (4096, 32768):
-            rows.append({"case": "one token", "dim": dim, "tokens": keys} | one_token(dim, keys))
-    for format, group in (("int8", 0), ("qoq", 128), ("int4", 128)):
-        for tokens in (16, 2048):
-            rows.append({"case": f"layer of {format}", "dim": LAYER, "tokens": tokens} | layer(format, group, tokens))
-    for row in rows:
-        print(json.dumps(row), flush=True)
-    return rows
+        for keys in (4096, 32768):  # how keys are shared depends on their number: checked at the same
+            sizes = Sizes(8, HEADS, keys, dim, "cuda")
+            yield Asked(one_token(), sizes, sizes)
+    for format, group in FORMATS:
+        for rows in (16, 2048):
+            sizes = Sizes(1, 1, rows, LAYER, "cuda")
+            yield Asked(layer(format, group), sizes, sizes, lambda call: {"bfloat16": dense_layer(call)})
+    for case in cases():
+        for dim in dims:
+            for length in tokens:
+                if not names or case.name in names:
+                    sizes = Sizes(max(1, BATCH_TOKENS // length), HEADS, length, dim, "cuda")
+                    yield Asked(case, sizes, Sizes(1, HEADS, CHECKED, dim, "cuda"))
 
 
-def one_token(dim: int, keys: int) -> dict[str, Any]:
-    q = torch.randn(8, 4 * HEADS // 2, 1, dim, device="cuda", dtype=torch.bfloat16)
-    k, v = (torch.randn(8, HEADS // 2, keys, dim, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    (call,) = calls_of(lambda: attend(*(t.cpu()[:, :, :4] for t in (q, k, v))))
-    groups = [[q], [k, v], []]
-    exact = attend_meaning([[t.float() for t in group] for group in groups], call.text)[0]
-    contestants: Timed = {
-        "ours": lambda: launch.run(groups, call.text),
-        "not shared": lambda: launch.run(groups, call.text, shares=1),
-        "sdpa": lambda: F.scaled_dot_product_attention(q, k, v, enable_gqa=True),
-    }
-    return timed(contestants, launch.run(groups, call.text)[0], exact, 2.0 * (k.numel() + v.numel()))
+def row(asked: Asked, device: Device) -> dict[str, Any]:
+    """What is wrong, or milliseconds and how near they come to the most that the device does."""
+    case, at = asked.case, asked.at
+    found: dict[str, Any] = {"case": case.name, "dim": at.dim, "tokens": at.tokens}
+    key = f"{case.name} {asked.checked}"
+    if key not in device.wrong:
+        device.wrong[key] = check(case, asked.checked)
+    if device.wrong[key]:
+        return found | {"wrong": device.wrong[key]}
+    call = case.call(at)
+    results = kernel(call).run(call.groups, call.text)
+    same, others = agreeing(case.others(call), results[0])
+    times = medians({"ours": lambda: kernel(call).run(call.groups, call.text), **same, **asked.beside(call)})
+    touched = [t for group in (*call.groups, results) for t in group]
+    flops, read = case.flops(at, call.text), sum(t.numel() * t.element_size() for t in touched)
+    bound = max(flops / device.most["TFLOP/s"] / 1e9, read / device.most["TB/s"] / 1e9)
+    found |= {f"{name} ms": round(ms, 4) for name, ms in times.items()} | others
+    found |= {"TFLOP/s": round(flops / times["ours"] / 1e9, 1), "TB/s": round(read / times["ours"] / 1e9, 3)}
+    found["of the ceiling"] = round(bound / times["ours"], 3)
+    return found | backwards(case, call, results)
 
 
-def layer(format: str, group: int, tokens: int) -> dict[str, Any]:
-    """Any codes: the time does not depend on them."""
-    spec = QLinearSpec(format, LAYER, group, "" if format == "int4" else "int8")
-    x = torch.randn(tokens, LAYER, device="cuda", dtype=torch.bfloat16)
-    small: Made = lambda sizes: torch.rand(sizes, device="cuda", dtype=torch.float16) * 0.01
-    whole: Made = lambda sizes: torch.randint(1, 9, sizes, device="cuda", dtype=torch.int8)
-    codes = torch.randint(0, 256, (LAYER, LAYER // 2), device="cuda", dtype=torch.uint8)
-    size = (LAYER, spec.groups)
-    tensors = {
-        "int8": [whole((LAYER, LAYER)), small((LAYER,))],
-        "int4": [codes, small(size), small(size)],
-        "qoq": [codes, small((LAYER,)), whole(size), whole(size)],
-    }[format]
-    groups = [[x], tensors]
-    dense = torch.randn(LAYER, LAYER, device="cuda", dtype=torch.bfloat16)
-    contestants: Timed = {"ours": lambda: qlinear.run(groups, spec.text), "bfloat16": lambda: F.linear(x, dense)}
-    found, exact = qlinear.run(groups, spec.text)[0], qlinear_meaning(groups, spec.text)[0]
-    return timed(contestants, found, exact.float(), float(tensors[0].numel()))
+def backwards(case: Case, call: Call, results: list[Tensor]) -> dict[str, float]:
+    ours = kernel(call).gradients
+    if not case.learns or ours is None:
+        return {}
+    run: Run = lambda: ours(call.groups, call.text, results, {0: results[0]}, case.learns)
+    times = medians({"ours": run, **case.backwards(call)})
+    return {f"{name} backward ms": round(ms, 4) for name, ms in times.items()}
 
 
-def timed(contestants: Timed, found: Tensor, exact: Tensor, read: float) -> dict[str, Any]:
-    """Milliseconds, and the bytes of keys or codes that pass in one; only of results that are right."""
-    apart = float((found.float() - exact).abs().max() / exact.abs().max())
-    if not apart < TOLERANCE:
-        return {"wrong": f"{apart:.2g} apart"}
-    times = medians(contestants)
-    return {f"{name} ms": round(ms, 4) for name, ms in times.items()} | {"TB/s": round(read / times["ours"] / 1e9, 3)}
+def check(case: Case, sizes: Sizes) -> str:
+    """What is wrong with values or gradients, "" where nothing is."""
+    call = case.call(sizes)
+    primitive, ours = PRIMITIVES[call.primitive], kernel(call)
+    reason = ours.refuses(call.groups, call.text)
+    if reason:
+        return f"refused: {reason}"
+    exact = [[wide(t) for t in group] for group in call.groups]
+    leaves = [[t for group in exact for t in group][n].requires_grad_() for n in case.learns]
+    expected, results = primitive.meaning(exact, call.text)[0], ours.run(call.groups, call.text)
+    pairs = [("o", results[0], expected)]
+    if case.learns and ours.gradients is not None:
+        up = torch.randn_like(expected)
+        slopes = torch.autograd.grad(expected, leaves, up)
+        found = ours.gradients(call.groups, call.text, results, {0: up.to(results[0].dtype)}, case.learns)
+        if found is None:
+            return "no gradient"
+        pairs += [(f"d{n}", a, b) for n, a, b in zip(case.learns, found, slopes, strict=True) if a is not None]
+    wrong = [f"{name} is {apart(a, b):.2g} apart" for name, a, b in pairs if not apart(a, b) < TOLERANCE]
+    return ", ".join(wrong)
 
 
-def device() -> dict[str, Any]:
-    import triton
+def wide(t: Tensor) -> Tensor:
+    return t.float() if t.dtype == torch.bfloat16 else t.clone()
 
-    return {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
+
+def apart(found: Tensor, exact: Tensor) -> float:
+    found, exact = found.detach().float(), exact.detach().float()
+    return float((found - exact).abs().max() / exact.abs().max())
+
+
+def agreeing(others: Mapping[str, Run], ours: Tensor) -> tuple[dict[str, Run], dict[str, str]]:
+    """The peers that compute the same, and why the rest have no times."""
+    same, reasons = dict[str, Run](), dict[str, str]()
+    for name, run in others.items():
+        try:
+            found = run()
+        except Exception as error:  # whatever a peer does not take is said in its column
+            reasons[name] = f"{type(error).__name__}: {str(error).splitlines()[0][:80] if str(error) else ''}"
+            continue
+        distance = apart(found if isinstance(found, Tensor) else found[0], ours)
+        if distance < 2 * TOLERANCE:
+            same[name] = run
+        else:
+            reasons[name] = f"{distance:.2g} apart"
+    return same, reasons
+
+
+def kernel(call: Call) -> Kernel:
+    return next(k for k in PRIMITIVES[call.primitive].kernels["cuda"] if k.name == triton.NAME)
+
+
+def about() -> dict[str, str]:
+    import triton as compiler
+
+    return {"device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": compiler.__version__,
             "date": time.strftime("%Y-%m-%d")}  # fmt: skip
 
 
@@ -148,87 +189,7 @@ def ceilings() -> dict[str, float]:
     return {"TFLOP/s": round(2 * 8192**3 / product / 1e9, 1), "TB/s": round(2 * b.numel() / copy / 1e9, 2)}
 
 
-def asked(case: str, dim: int, tokens: int, dtype: torch.dtype = torch.bfloat16) -> Call:
-    """The call of a case: its text is that of a few tokens."""
-    few = torch.zeros(1, HEADS, 4, dim)
-    (call,) = calls_of(lambda: attend(few, few, few, **CASES[case]))
-    sizes = max(1, BATCH_TOKENS // tokens), HEADS, tokens, dim
-    q, k, v = (torch.randn(sizes, device="cuda", dtype=dtype) for _ in range(3))
-    return Call(call.primitive, [[q], [k, v], [t.cuda() for t in call.groups[2]]], call.text)
-
-
-def check(case: str, dim: int) -> str:
-    """What is wrong with values or gradients, "" where nothing is."""
-    call = asked(case, dim, 300)
-    small = [[t[:1] if t.ndim == 4 else t for t in group] for group in call.groups]
-    exact = [[t.float().requires_grad_() for t in group] for group in small]
-    (expected,) = attend_meaning(exact, call.text)
-    up = torch.randn_like(expected)
-    leaves = [exact[0][0], *exact[1]]
-    slopes = torch.autograd.grad(expected, leaves, up)
-    (o,) = launch.run(small, call.text)
-    found = launch_gradient.gradients(small, call.text, [o], {0: up.to(o.dtype)}, (0, 1, 2))
-    assert found is not None
-    for name, a, b in zip(("o", "dq", "dk", "dv"), (o, *found), (expected, *slopes)):
-        assert a is not None
-        apart = float((a.float() - b).abs().max() / b.abs().max())
-        if not apart < TOLERANCE:
-            return f"{name} is {apart:.2g} apart"
-    return ""
-
-
-def measured(case: str, dim: int, tokens: int, peak: float) -> dict[str, Any]:
-    call = asked(case, dim, tokens)
-    (q,), (k, v), _ = call.groups
-    (o,) = launch.run(call.groups, call.text)
-    flops = 4 * q.numel() * tokens * density(call.text, tokens, tokens)
-    times = medians({"ours": lambda: launch.run(call.groups, call.text), **peers(case, q, k, v)})
-    row: dict[str, Any] = {f"{name} ms": round(ms, 4) for name, ms in times.items()}
-    row |= {
-        "TFLOP/s": round(flops / times["ours"] / 1e9, 1),
-        "of the ceiling": round(flops / times["ours"] / 1e9 / peak, 3),
-    }
-    if launch_gradient.gradients(call.groups, call.text, [o], {0: o}, (0, 1, 2)) is not None:
-        both = {"ours": lambda: launch_gradient.gradients(call.groups, call.text, [o], {0: o}, (0, 1, 2))}
-        row |= {f"{name} backward ms": round(ms, 4) for name, ms in medians(both | backwards(case, q, k, v)).items()}
-    return row
-
-
-def peers(case: str, q: Tensor, k: Tensor, v: Tensor) -> Timed:
-    """Other ways to compute the same."""
-    found: Timed = {}
-    if case in ("full", "causal"):
-        found["sdpa"] = lambda: F.scaled_dot_product_attention(q, k, v, is_causal=case == "causal")
-    flex = flexed(case, q)
-    return found | ({"flex": lambda: flex(q, k, v)} if flex is not None else {})
-
-
-def backwards(case: str, q: Tensor, k: Tensor, v: Tensor) -> Timed:
-    if case not in ("full", "causal"):
-        return {}
-    q, k, v = (t.detach().requires_grad_() for t in (q, k, v))
-    o = F.scaled_dot_product_attention(q, k, v, is_causal=case == "causal")
-    return {"sdpa": lambda: torch.autograd.grad(o, (q, k, v), o.detach(), retain_graph=True)}
-
-
-def flexed(case: str, q: Tensor) -> Callable[..., Tensor] | None:
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    tokens, slopes = q.shape[2], SLOPES.cuda()
-    scores: dict[str, Any] = {
-        "softcap": lambda s, b, h, i, j: torch.tanh(s / 30) * 30,
-        "slopes of heads": lambda s, b, h, i, j: s + slopes[h] * (j - i),
-    }
-    masks: dict[str, Any] = {"window 256 and 4 sinks": lambda b, h, i, j: (j <= i) & ((i - j < 256) | (j < 4))}
-    if case in ("sigmoid", "relu squared over its sum", "stick-breaking"):
-        return None
-    keep = None if case == "full" else masks.get(case, lambda b, h, i, j: j <= i)
-    blocks = None if keep is None else create_block_mask(keep, None, None, tokens, tokens, device="cuda")
-    compiled = torch.compile(flex_attention, dynamic=False)
-    return lambda q, k, v: compiled(q, k, v, score_mod=scores.get(case), block_mask=blocks)
-
-
-def medians(contestants: Timed) -> dict[str, float]:
+def medians(contestants: Mapping[str, Run]) -> dict[str, float]:
     """Milliseconds, interleaved."""
     for call in contestants.values():
         for _ in range(3):

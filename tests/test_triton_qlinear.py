@@ -35,7 +35,7 @@ def test_qlinear(spec: QLinearSpec, rows: tuple[int, ...]) -> None:
 def test_rows_are_rounded_as_the_meaning_rounds_them() -> None:
     """To the nearest, to the even one of two, with the scale in the type of the weights' scales; 0 stays 0."""
     x = torch.cat([torch.randn(5, 300), torch.zeros(1, 300), torch.arange(300.0)[None] / 2 - 23.5])
-    for like in (torch.float32, torch.float16):  # the interpreter does not round to bfloat16, it cuts
+    for like in (torch.float32, torch.float16, torch.bfloat16):
         whole, scale = qlinear._rounded(x, like)
         expected, of_rows = rounded_rows(x, like)
         assert torch.equal(scale[:, None], of_rows) and torch.equal(whole.float(), expected)
