@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm
 from torch.nn.modules import transformer
 
+from .inside import inside
+
 
 @contextmanager
 def masks_as_given() -> Iterator[None]:
@@ -30,7 +32,7 @@ def masks_as_given() -> Iterator[None]:
 def may_fuse(model: nn.Module) -> bool:
     """Whether layers of the model may run their fused op here: under a CPU's autocast, without gradients, in eval."""
     low = torch.is_autocast_enabled("cpu") and not torch.is_grad_enabled()
-    return low and any(isinstance(m, nn.TransformerEncoderLayer) and not m.training for m in model.modules())
+    return low and any(isinstance(m, nn.TransformerEncoderLayer) and not m.training for m in inside(model))
 
 
 @contextmanager

@@ -15,6 +15,7 @@ from .attempts import AS_GIVEN, Attempt
 from .capture import Captured, operations_at, setting
 from .checkpointing import cut_where_asked, run_graph
 from .compiling import at_hand, make_ready
+from .config_values import changed_config, config_values
 from .containers import lay_out_caches
 from .difference import said_frozen, said_limit
 from .encoder import encoding
@@ -315,7 +316,7 @@ def _found(model: Any, state: Hosting, call: Call) -> tuple[SignatureKey, Captur
 
 
 def _key(model: Any, state: Hosting, call: Call) -> SignatureKey:
-    return call.key((*setting(model), *changed_config(model, state)))
+    return call.key((*setting(model), *changed_config(model, state.config)))
 
 
 _NO_GRAPH = "this call has no graph yet: make it by fast.prepare(...) or one call before compiling"
@@ -484,16 +485,3 @@ def place_at(root: nn.Module, target: str, value: Any) -> None:
         module.register_buffer(last, value, persistent=not target.startswith(f"{CONSTANTS}."))
     else:
         setattr(module, last, value)
-
-
-# --- config values that a forward reads -------------------------------------------------------------------------------
-
-
-def config_values(model: nn.Module) -> dict[str, Any]:
-    values = getattr(getattr(model, "config", None), "__dict__", {})
-    return {n: v for n, v in values.items() if isinstance(v, bool | int | float | str | type(None))}
-
-
-def changed_config(model: nn.Module, state: Hosting) -> tuple[str, ...]:
-    now = config_values(model)
-    return tuple(f"config.{n}={v!r}" for n, v in sorted(now.items()) if n not in state.config or state.config[n] != v)

@@ -12,11 +12,10 @@ def inside(model: nn.Module) -> list[nn.Module]:
     >>> len(inside(nn.Sequential(shared, nn.Sequential(shared))))
     3
     """
-    found, seen, waiting = [], set(), [model]
-    while waiting:
-        module = waiting.pop()
-        if id(module) not in seen:
-            seen.add(id(module))
-            found.append(module)
-            waiting += [m for m in module._modules.values() if m is not None]
+    found, seen = [model], {model}
+    for module in found:  # which grows
+        for held in module._modules.values():
+            if held is not None and held not in seen:
+                seen.add(held)
+                found.append(held)
     return found

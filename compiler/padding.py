@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .inside import inside
+
 KEPT = "padding kept"  # in a signature: padding holds what attention made of it
 
 
@@ -27,7 +29,7 @@ def keeps_padding(model: nn.Module) -> bool:
 
 
 def _packable(model: nn.Module) -> list[nn.TransformerEncoder]:
-    return [m for m in model.modules() if isinstance(m, nn.TransformerEncoder) and _packs(m)]
+    return [m for m in inside(model) if isinstance(m, nn.TransformerEncoder) and _packs(m)]
 
 
 def _learns(encoder: nn.TransformerEncoder) -> bool:
