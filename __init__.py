@@ -27,6 +27,7 @@ from reattend.api import (
     save,
     sites,
 )
+from reattend.compiler.decode import cache_for
 from reattend.compiler.functional import attention
 from reattend.compiler.layers import Attention, module
 from reattend.compiler.mechanism import Aux, Limit, Mechanism, Param, mechanism, mechanisms, register
@@ -50,6 +51,7 @@ __all__ = [
     "attn_implementation",
     "bench",
     "build",
+    "cache_for",
     "check",
     "explain",
     "heads",

@@ -14,7 +14,6 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import reattend
-from reattend.compiler.decode import cache_for
 
 SIZES: dict[str, Any] = dict(
     hidden_size=512, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=8, vocab_size=1000
@@ -44,7 +43,7 @@ def main() -> None:
     recipe = {"version": 1, "sites": [{"match": "*", "attention": "linear"}]}
     fast = reattend.optimize(model, recipe, {"input_ids": torch.randint(1, 1000, (2, 16))}, measure=False)
     makers: tuple[tuple[str, Callable[[], Any]], ...] = (
-        ("states", lambda: cache_for(fast)),
+        ("states", lambda: reattend.cache_for(fast)),
         ("all keys", lambda: DynamicCache(config=fast.config)),
     )
     for name, made in makers:

@@ -17,6 +17,7 @@ from .draft import drafting
 from .fidelity import against_model, too_far
 from .held_out import Batch, calibration
 from .held_rows import as_bytes, as_numbers
+from .keeping import Ring, State, keeping
 from .kernel_status import by_torch
 from .lowering import lower_calls
 from .mechanism import KINDS
@@ -78,6 +79,7 @@ class Rewriting:
     batches: tuple[Batch, ...] = ()  # held-out calls that quality is judged on
     described: str = ""  # how the report names them
     trained: str = ""  # how the original's weights were changed by recovery
+    kept: Mapping[int, Ring | State] | None = None  # by layer, once it was asked for or read from a file
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Rewriting:
         """A copied model is rewritten by the same decisions; its tensors are its own."""
@@ -90,6 +92,13 @@ class Rewriting:
     @property
     def recipe(self) -> Recipe:
         return self.recipes[-1]
+
+    @property
+    def keeps(self) -> Mapping[int, Ring | State] | None:
+        """What layers of a decoder keep in place of all rows; None before the first call was rewritten."""
+        if self.kept is None and self.first is not None:
+            self.kept = keeping(self.first.outcome.program)
+        return self.kept
 
     def program_for(self, model: nn.Module, call: Call) -> Captured:
         """The lowered graph of one call's signature."""

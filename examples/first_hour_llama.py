@@ -11,7 +11,6 @@ import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 import reattend
-from reattend.compiler.decode import cache_for
 
 RECIPE = {
     "version": 1,
@@ -34,7 +33,7 @@ def main(name: str = "") -> None:
     fast = reattend.optimize(model, RECIPE, {"input_ids": ids})
     print(fast.report)
 
-    cache = cache_for(fast)
+    cache = reattend.cache_for(fast)
     out = fast.generate(ids, past_key_values=cache, max_new_tokens=48, do_sample=False, pad_token_id=0)
     kept = cache.layers[0].keys.shape[2]
     print(

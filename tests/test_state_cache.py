@@ -11,9 +11,8 @@ from small_models import decided_llama
 from torch import Tensor
 
 import reattend
-from reattend import Refused
+from reattend import Refused, cache_for
 from reattend.compiler.cache_for import held_bytes
-from reattend.compiler.decode import cache_for
 from reattend.compiler.primitives.same_past import digest
 
 pytest.importorskip("transformers")
@@ -135,3 +134,16 @@ def test_a_model_that_decoded_over_states_is_saved_and_loaded(fast: Any, tmp_pat
     fast.save_pretrained(tmp_path)
     again = reattend.load(tmp_path)
     assert tokens(again, attention_mask=PADDED) == found
+
+
+def test_a_loaded_model_keeps_what_the_saved_one_did(tmp_path: Path) -> None:
+    fast = swapped({"match": {"layer": 0}, "attention": {"window": {"window": 5, "sinks": 1}}},
+                   {"match": "*", "attention": "linear"})  # fmt: skip
+    fast.save_pretrained(tmp_path)
+    loaded = reattend.load(tmp_path)
+    caches = cache_for(fast), cache_for(loaded)
+    assert [type(layer).__name__ for layer in caches[1].layers] == ["RingLayer", "StateLayer"]
+    assert tokens(fast, past_key_values=caches[0]) == tokens(loaded, past_key_values=caches[1])
+    assert held_bytes(caches[0]) == held_bytes(caches[1]) > 0
+    again = reattend.load(fast.save_pretrained(tmp_path / "again") or tmp_path / "again")  # of one that has decoded
+    assert tokens(again, past_key_values=cache_for(again)) == tokens(fast, use_cache=False)

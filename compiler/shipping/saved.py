@@ -21,7 +21,9 @@ from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
 from ..capture import Captured
-from ..hosted import adopt, changed_config, host, hosting, is_hosted, place_at, way_out
+from ..config_values import changed_config
+from ..hosted import adopt, host, hosting, is_hosted, place_at, way_out
+from ..keeping import keeping_json, keeping_of
 from ..plain_graph import CONSTANTS
 from ..program import Store
 from ..quantized_linear import QuantizedLinear, described, layer_of, quantized_layers
@@ -79,6 +81,7 @@ def write_beside(fast: Any, folder: str | Path) -> None:
         "recipes": len(work.recipes),
         "sources": [recipe.source for recipe in work.recipes],
         "settled": _settled(work),
+        "keeps": _keeps(fast, work),
         "new": _new_tensors(fast),
         "quantized": {path: described(layer) for path, layer in quantized_layers(fast).items()},
         "report": work.report.to_dict() if work.report is not None else None,
@@ -99,10 +102,20 @@ def _settled(work: Rewriting) -> dict[str, Any] | None:
     }
 
 
+def _keeps(fast: Any, work: Rewriting) -> dict[str, list[Any]] | None:
+    """What a decoder's layers keep; nothing of a model that does not decode, or of layers that no cache is made for."""
+    if not hasattr(fast, "generate"):
+        return None
+    try:
+        return None if work.keeps is None else keeping_json(work.keeps)
+    except Refused:
+        return None
+
+
 def _signatures(fast: Any) -> tuple[list[dict[str, Any]], list[str]]:
     """Each captured signature as JSON that was read back once, and those that JSON cannot say, with the reason."""
     state = hosting(fast)
-    changed = changed_config(fast, state)
+    changed = changed_config(fast, state.config)
     kept, left_out = [], []
     for key, captured in state.graphs.items():
         if tuple(s for s in key.setting if s.startswith("config.")) != changed:
@@ -257,6 +270,8 @@ def _work(source: Path, facts: Mapping[str, Any]) -> Rewriting:
         back = {str(k): str(v) for k, v in decided["rolled_back"].items()}
         changed = {str(path): tuple(map(str, now)) for path, now in decided["changed"].items()}
         work.settled = Settled(back, changed, frozenset((str(path), str(slug)) for path, slug in decided["refused"]))
+    kept = facts.get("keeps")
+    work.kept = None if kept is None else keeping_of(kept)
     work.report = _report(facts["report"])
     return work
 
