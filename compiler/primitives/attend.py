@@ -10,7 +10,7 @@ score for them (`empty`): a model that fills with a finite number gives such row
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..refusal import Refused, nearest
 from ..symbol_read import read
+from ..symbol_same import sameness
 from ..symbols import FALSE, TRUE, Expr, Table, as_expr, build, name
 from .attend_blocks import attend_in_blocks
 from .attend_meaning import attend_meaning, attend_shapes
@@ -33,6 +34,9 @@ attend_op = Primitive("attend", ("q", "kv*", "tables*"), attend_meaning, attend_
 Predicate = Callable[..., Any]
 _KINDS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INDICES = {n: name(n) for n in ("b", "h", "i", "j", "N", "M")}
+_CAUSAL = (_INDICES["j"] <= _INDICES["i"]).text
+_MOST_READ = 4096  # functions whose texts are kept
+_READ: dict[Hashable, tuple[str, list[int]]] = {}  # what functions say, and which of the tables that they name are new
 
 
 @dataclass(frozen=True)
@@ -177,8 +181,33 @@ class Tables:
             return e
         return build(e.op, *(self.settle(a) for a in e.args))
 
-    def text(self, function: Predicate | None, known: dict[str, Expr], what: str) -> str:
-        return "" if function is None else self.settle(read(function, known, what=what)).text
+    def text(
+        self, function: Predicate | None, known: Mapping[str, Expr], what: str, more: Callable[[Expr], Expr] = as_expr
+    ) -> str:
+        """What a function says, in names of these tables; functions that say the same are read once."""
+        if function is None:
+            return ""
+        live: list[Table] = []
+        key = None if torch.compiler.is_compiling() else sameness(function, live)
+        if key is None:
+            return self.settle(more(read(function, known, what=what))).text
+        had = len(self.tensors)
+        places = tuple([self._place(each.tensor) for each in live])
+        whole = key, tuple([(n, e.text) for n, e in known.items()]), more, had, places
+        if whole not in _READ:
+            text = self.settle(more(read(function, known, what=what))).text
+            order = [n for t in self.tensors[had:] for n, each in enumerate(live) if each.tensor is t]
+            if len(order) == len(self.tensors) - had:  # none that the function made for itself
+                if len(_READ) >= _MOST_READ:
+                    _READ.clear()
+                _READ[whole] = text, order
+            return text
+        text, order = _READ[whole]
+        self.tensors += [live[n].tensor for n in order]
+        return text
+
+    def _place(self, tensor: Tensor) -> int:
+        return next((n for n, known in enumerate(self.tensors) if known is tensor), -1)
 
 
 def with_terms(relative: Sequence[Relative]) -> Expr:
@@ -190,12 +219,17 @@ def with_terms(relative: Sequence[Relative]) -> Expr:
 
 
 def segment_texts(tables: Tables, part: Segment, scaled: Expr, causal: bool, terms: int = 0) -> tuple[str, str, str]:
-    keep = TRUE if part.keep is None else read(part.keep, _INDICES, what="keep")
-    if causal:
-        keep = keep & (_INDICES["j"] <= _INDICES["i"])
+    if part.keep is None:
+        keep = _CAUSAL if causal else ""
+    else:
+        keep = _predicate(tables.text(part.keep, _INDICES, "keep", _in_order if causal else as_expr))
     known = {"s": scaled, **_INDICES, **_terms(terms)}
-    score = scaled if part.score is None else read(part.score, known, what="score")
-    return _predicate(tables.settle(as_expr(keep))), tables.settle(as_expr(score)).text, tables.name_of(part.positions)
+    score = scaled.text if part.score is None else tables.text(part.score, known, "score")
+    return keep, score, tables.name_of(part.positions)
+
+
+def _in_order(keep: Expr) -> Expr:
+    return keep & (_INDICES["j"] <= _INDICES["i"])
 
 
 def row_texts(
@@ -244,10 +278,10 @@ def _terms(count: int) -> dict[str, Expr]:
     return {f"r{number}": name(f"r{number}") for number in range(count)}
 
 
-def _predicate(keep: Expr) -> str:
-    if keep.text == FALSE.text:
+def _predicate(keep: str) -> str:
+    if keep == FALSE.text:
         raise Refused("a predicate that keeps no key", where="attend")
-    return "" if keep.text == TRUE.text else keep.text
+    return "" if keep == TRUE.text else keep
 
 
 def _check(q: Tensor, kv: Sequence[Tensor], tables: Sequence[Tensor], spec: AttendSpec) -> None:
