@@ -11,7 +11,6 @@ from torch import Tensor
 from .primitives.attend import Relative, Segment, Tables, Tiles, run, segment_texts, source_texts, with_terms
 from .primitives.attend_spec import AttendSpec
 from .site import Grid, Site
-from .symbol_read import read
 from .symbol_text import parse
 from .symbols import TRUE, Expr, name
 
@@ -64,25 +63,23 @@ class LiveSite:
         tables = Tables(self.tables)
         scaled = name("s") * self.facts.scale
         more = tuple(segment_texts(tables, part, scaled, causal=False) for part in segments)
-        kept = own.keep_expr & (TRUE if keep is None else tables.settle(read(keep, _INDICES, what="keep")))
+        kept = tables.text(keep, _INDICES, "keep", own.keep_expr)
         terms = {f"r{number}": name(f"r{number}") for number in range(len(relative))}
-        scored: Expr = own.score_expr.replace({"s": with_terms(relative)})
-        if score is not None:
-            scored = tables.settle(read(score, {"s": scored, **_INDICES, **terms}, what="score"))
+        scored: Expr = own.score_expr.replace({"s": with_terms(relative)}) if relative else own.score_expr
+        logits = tables.text(score, {"s": scored, **_INDICES, **terms}, "score") or scored.text
         done = parse(own.after) if own.after else name("w")
-        if after is not None:
-            done = tables.settle(read(after, {"w": done, **_INDICES, **terms}, what="after"))
+        left = tables.text(after, {"w": done, **_INDICES, **terms}, "after") or done.text
         refined = any((keep, score, segments, relative, tiles, leader, rows is not None, normaliser != "softmax"))
         sources = source_texts(tables, (Segment(k, v, rows=rows), *segments), relative, tiles, kv_heads, leader)
         spec = replace(
             own,
-            keep="" if kept.text == TRUE.text else kept.text,
-            score=scored.text,
+            keep="" if kept == TRUE.text else kept,
+            score=logits,
             weight=tables.text(weight, {"s": name("s"), **{n: _INDICES[n] for n in ("b", "h", "i")}}, "weight"),
             normaliser=normaliser,
             eps=eps,
             sink=tables.text(sink, {n: _INDICES[n] for n in ("b", "h", "i")}, "sink") or own.sink,
-            after="" if done.text == "w" else done.text,
+            after="" if left == "w" else left,
             more=(*own.more, *more),
             empty="" if refined else own.empty,  # what the old keys gave says nothing of other ones
             outputs=tuple(outputs),

@@ -9,6 +9,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
+from functools import lru_cache
 from typing import Any, ClassVar
 
 import torch
@@ -139,10 +140,7 @@ class Mechanism:
     @classmethod
     def asked_ports(cls) -> tuple[tuple[str, ...], tuple[str, ...]]:
         """Ports a forward must have, and those it takes where they exist."""
-        found = [q for n, q in inspect.signature(cls.forward).parameters.items() if n not in ("self", "site", "p")]
-        named = [q for q in found if q.kind not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)]
-        must = tuple(q.name for q in named if q.default is inspect.Parameter.empty)
-        return must, tuple(q.name for q in named if q.name not in must)
+        return _asked(cls.forward)
 
     def wanted_ports(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
         return self.asked_ports()
@@ -170,6 +168,14 @@ class Mechanism:
 
 _REGISTRY: dict[str, type[Mechanism]] = {}
 _LISTENERS: list[Callable[[str], None]] = []
+
+
+@lru_cache(maxsize=1024)
+def _asked(forward: Callable[..., Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    found = [q for n, q in inspect.signature(forward).parameters.items() if n not in ("self", "site", "p")]
+    named = [q for q in found if q.kind not in (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)]
+    must = tuple(q.name for q in named if q.default is inspect.Parameter.empty)
+    return must, tuple(q.name for q in named if q.name not in must)
 
 
 def register(slug: str) -> Callable[[type[Mechanism]], type[Mechanism]]:

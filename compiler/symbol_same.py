@@ -61,7 +61,7 @@ def _of(value: Any, tables: list[Table], depth: int) -> Hashable:
         return kind, *(_of(each, tables, depth - 1) for each in value)
     if kind is types.ModuleType and value in _MODULES:
         return value
-    if is_dataclass(value) and kind.__dataclass_params__.frozen:  # type: ignore[attr-defined]
+    if is_dataclass(value) and kind.__dataclass_params__.frozen:
         own = vars(value)
         if own.keys() == {field.name for field in fields(value)}:
             return kind, *(_of(each, tables, depth - 1) for each in own.values())

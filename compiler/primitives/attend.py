@@ -20,7 +20,7 @@ from torch import Tensor
 from ..refusal import Refused, nearest
 from ..symbol_read import read
 from ..symbol_same import sameness
-from ..symbols import FALSE, TRUE, Expr, Table, as_expr, build, name
+from ..symbols import FALSE, TRUE, Expr, Table, build, name
 from .attend_blocks import attend_in_blocks
 from .attend_meaning import attend_meaning, attend_shapes
 from .attend_spec import NORMALISERS, AttendSpec, count_of
@@ -34,7 +34,7 @@ attend_op = Primitive("attend", ("q", "kv*", "tables*"), attend_meaning, attend_
 Predicate = Callable[..., Any]
 _KINDS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INDICES = {n: name(n) for n in ("b", "h", "i", "j", "N", "M")}
-_CAUSAL = (_INDICES["j"] <= _INDICES["i"]).text
+IN_ORDER = _INDICES["j"] <= _INDICES["i"]
 _MOST_READ = 4096  # functions whose texts are kept
 _READ: dict[Hashable, tuple[str, list[int]]] = {}  # what functions say, and which of the tables that they name are new
 
@@ -181,30 +181,35 @@ class Tables:
             return e
         return build(e.op, *(self.settle(a) for a in e.args))
 
-    def text(
-        self, function: Predicate | None, known: Mapping[str, Expr], what: str, more: Callable[[Expr], Expr] = as_expr
-    ) -> str:
-        """What a function says, in names of these tables; functions that say the same are read once."""
+    def text(self, function: Predicate | None, known: Mapping[str, Expr], what: str, beside: Expr | None = None) -> str:
+        """What a function says, in names of these tables, and what holds beside it.
+
+        Functions that say the same are read once.
+        """
         if function is None:
-            return ""
+            return "" if beside is None else beside.text
         live: list[Table] = []
         key = None if torch.compiler.is_compiling() else sameness(function, live)
         if key is None:
-            return self.settle(more(read(function, known, what=what))).text
-        had = len(self.tensors)
-        places = tuple([self._place(each.tensor) for each in live])
-        whole = key, tuple([(n, e.text) for n, e in known.items()]), more, had, places
-        if whole not in _READ:
-            text = self.settle(more(read(function, known, what=what))).text
-            order = [n for t in self.tensors[had:] for n, each in enumerate(live) if each.tensor is t]
-            if len(order) == len(self.tensors) - had:  # none that the function made for itself
-                if len(_READ) >= _MOST_READ:
-                    _READ.clear()
-                _READ[whole] = text, order
+            return self._read(function, known, what, beside)
+        had, places = len(self.tensors), tuple([self._place(each.tensor) for each in live])
+        names = tuple([(n, e.text) for n, e in known.items()])
+        whole = key, names, None if beside is None else beside.text, had, places
+        if whole in _READ:
+            text, order = _READ[whole]
+            self.tensors += [live[n].tensor for n in order]
             return text
-        text, order = _READ[whole]
-        self.tensors += [live[n].tensor for n in order]
+        text = self._read(function, known, what, beside)
+        order = [n for t in self.tensors[had:] for n, each in enumerate(live) if each.tensor is t]
+        if len(order) == len(self.tensors) - had:  # none that the function made for itself
+            if len(_READ) >= _MOST_READ:
+                _READ.clear()
+            _READ[whole] = text, order
         return text
+
+    def _read(self, function: Predicate, known: Mapping[str, Expr], what: str, beside: Expr | None) -> str:
+        found = read(function, known, what=what)
+        return self.settle(found if beside is None else found & beside).text
 
     def _place(self, tensor: Tensor) -> int:
         return next((n for n, known in enumerate(self.tensors) if known is tensor), -1)
@@ -219,17 +224,10 @@ def with_terms(relative: Sequence[Relative]) -> Expr:
 
 
 def segment_texts(tables: Tables, part: Segment, scaled: Expr, causal: bool, terms: int = 0) -> tuple[str, str, str]:
-    if part.keep is None:
-        keep = _CAUSAL if causal else ""
-    else:
-        keep = _predicate(tables.text(part.keep, _INDICES, "keep", _in_order if causal else as_expr))
+    keep = _predicate(tables.text(part.keep, _INDICES, "keep", IN_ORDER if causal else None))
     known = {"s": scaled, **_INDICES, **_terms(terms)}
     score = scaled.text if part.score is None else tables.text(part.score, known, "score")
     return keep, score, tables.name_of(part.positions)
-
-
-def _in_order(keep: Expr) -> Expr:
-    return keep & (_INDICES["j"] <= _INDICES["i"])
 
 
 def row_texts(
