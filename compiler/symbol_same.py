@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-from .symbols import FUNCTIONS, Table
+from .symbols import FUNCTIONS, Table, build
 
 _PLAIN = (int, float, bool, str, bytes, type(None), torch.dtype)
 _MODULES = (torch, torch.nn, torch.nn.functional, math, operator)
-_FUNCTIONS = frozenset(FUNCTIONS.values())
+_FUNCTIONS = frozenset([*FUNCTIONS.values(), build])
 _DEPTH = 8  # functions that functions call; one that calls itself comes to it
 
 

@@ -161,4 +161,5 @@ def _channels(t: Tensor) -> Tensor:
 
 
 def _plus(bias: Tensor | None) -> Any:
-    return None if bias is None else lambda s, h, i, j: s + table(bias)[h, i, j]
+    added = None if bias is None else table(bias)
+    return None if added is None else lambda s, h, i, j: s + added[h, i, j]

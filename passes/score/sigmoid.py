@@ -136,7 +136,10 @@ class Sigmoid(Mechanism):
     def _sink_logit(self, p: Any) -> Callable[..., Any] | None:
         if self.sink == "off_by_one":
             return lambda: 0.0
-        return (lambda h: table(p.z_sink)[h]) if self.sink == "logit" else None
+        if self.sink != "logit":
+            return None
+        logit = table(p.z_sink)
+        return lambda h: logit[h]
 
     def _sink_key(self, p: Any, v: Tensor) -> tuple[Segment, ...]:
         """One key that stands beside the sequence: seen by every query, never rotated, in no cache."""

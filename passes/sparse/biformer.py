@@ -160,9 +160,9 @@ class BiFormer(Mechanism):
             shares = scores.softmax(-1).repeat_interleave(size, -1)[:, None, :, :, None]
             shares = torch.cat((shares, torch.ones_like(shares[:, :, :, :1]).expand(-1, -1, -1, prefix, -1)), 3)
             near_k, near_v = ((t * shares).to(q.dtype) for t in (near_k, near_v))
-        flags = (held | (keys < 0) if self.pad_mode == "zero" else held)[:, 0].flatten(0, 1)
+        flags = table((held | (keys < 0) if self.pad_mode == "zero" else held)[:, 0].flatten(0, 1))
         own = [t.transpose(1, 2).flatten(0, 1) for t in (group(q, rows)[0], near_k, near_v)]
-        o = attend(own[0], own[1], own[2], scale=scale, keep=lambda b, j: table(flags)[b, j])
+        o = attend(own[0], own[1], own[2], scale=scale, keep=lambda b, j: flags[b, j])
         return o.unflatten(0, (-1, count)).transpose(1, 2).flatten(2, 3)
 
     def _convolved(self, site: Any, p: Any, v: Tensor) -> Tensor:

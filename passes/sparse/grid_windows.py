@@ -119,7 +119,7 @@ def attend_windows(
     o = gather(o.unflatten(0, (q.shape[0], -1)).transpose(1, 2).flatten(2, 3), cut.every(stride).back(device))
     if not prefix:
         return o
-    seen = None if key_padding is None else (lambda b, j: table(key_padding)[b, j])
+    seen = _seen(key_padding)
     return torch.cat((attend(q[:, :, :prefix], k, v, scale=scale, keep=seen), o), 2)
 
 
@@ -135,10 +135,18 @@ def _samples(t: Tensor) -> Tensor:
     return t.transpose(1, 2).flatten(0, 1)
 
 
+def _seen(flags: Tensor | None) -> Any:
+    """The keys that stand, where some do not."""
+    if flags is None:
+        return None
+    standing = table(flags)
+    return lambda b, j: standing[b, j]
+
+
 def _kept(flags: Tensor | None, apart: Tensor | None, count: int) -> Any:
     """Which keys stand, by sample; and which queries of a window see them, the same in every picture."""
     if apart is None:
-        return None if flags is None else (lambda b, j: table(flags)[b, j])
+        return _seen(flags)
     own, windows = table(apart), apart.shape[0]
 
     def near(b: Any, i: Any, j: Any) -> Any:

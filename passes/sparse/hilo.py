@@ -75,7 +75,8 @@ class HiLo(Mechanism):
         alone = torch.arange(prefix, device=q.device)[:, None].expand(prefix, rows.shape[1])
         alone = torch.where(torch.arange(rows.shape[1], device=q.device) == 0, alone, -1)
         k, v, mass = reduce_kv(k, v, torch.cat((alone, rows)), valid=key_padding)
-        seen = None if key_padding is None else (lambda b, h, j: table(mass)[b, h, j] > 0)
+        held = table(mass)
+        seen = None if key_padding is None else (lambda b, h, j: held[b, h, j] > 0)
         return attend(q, k, v, scale=scale, keep=seen)
 
     def limits(self) -> Iterable[Limit]:

@@ -160,7 +160,8 @@ class _Run:
             near = attend(
                 q, k, v, scale=self.scale, tiles=Tiles(place[..., None], 1, self.how.block_size), outputs=("o", "lse")
             )
-            return self._with_samples(q, k, v, near, lambda b, h, i: table(place)[b, h, i])
+            places = table(place)
+            return self._with_samples(q, k, v, near, lambda b, h, i: places[b, h, i])
         order = _sorted(self._hash(q))
         q, back = gather(q, order), order.argsort(2)
         size = self._query_block(q.shape[2], k.shape[2])

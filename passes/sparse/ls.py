@@ -61,10 +61,10 @@ class LS(Mechanism):
         return None
 
     def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        heads, reach = site.heads, self.local_window
+        heads, reach, causal = site.heads, self.local_window, site.causal
 
         def near(i: Any, j: Any) -> Any:
-            return i - j < reach if site.causal else (i - j < reach) & (j - i < reach)
+            return i - j < reach if causal else (i - j < reach) & (j - i < reach)
 
         if self.long_heads is None:
             first = heads - self.n_long

@@ -155,7 +155,8 @@ class Neighborhood(Mechanism):
     def _rules(self, site: Any, p: Any, front: Any, prefix: int) -> tuple[Any, Any]:
         """keep(i, j) and score(s, h, i, j), the first `front` positions being keys of everybody."""
         axes = self.axes(site)
-        steps = [prod(axis.size or 1 for axis in axes[n + 1 :]) for n in range(len(axes))]
+        steps = tuple(prod(axis.size or 1 for axis in axes[n + 1 :]) for n in range(len(axes)))
+        biases = table(p.rel_bias) if self.rel_bias else None
         far = sum(axis.far * step for axis, step in zip(axes, steps, strict=True))
 
         def places(i: Any) -> list[Any]:
@@ -172,7 +173,8 @@ class Neighborhood(Mechanism):
 
         def score(s: Any, h: Any, i: Any, j: Any) -> Any:
             index = [axis.offset(x, y) for axis, x, y in zip(axes, places(i), places(j), strict=True)]
-            bias = table(p.rel_bias)[(h, *index)]
+            assert biases is not None
+            bias = biases[(h, *index)]
             return s + (build("where", (i >= front) & (j >= front), bias, 0.0) if prefix or front else bias)
 
         return keep, score if self.rel_bias else None

@@ -106,11 +106,11 @@ class S2(Mechanism):
         step = self.head_sliding_step
         step = max(1, self.vert_stride // site.heads) if step is None else step
         place = self.vert_position_type or ("absolute" if site.causal else "relative")
-        (left, right), size, stride = self._sides, self.block_size, self.vert_stride
+        (left, right), size, stride, shared = self._sides, self.block_size, self.vert_stride, site.heads // kv
 
         def absolute(h: Any, i: Any, j: Any) -> Any:
             a, c = i // size, j // size
-            phase = self.head_sliding_offset if self.homo_head else h // (site.heads // kv) * step
+            phase = self.head_sliding_offset if self.homo_head else h // shared * step
             phase = phase if self.homo_head else phase + self.head_sliding_offset
             return ((a - c < left) & (c - a < right)) | ((c + phase) % stride == 0)
 
@@ -123,7 +123,7 @@ class S2(Mechanism):
         chosen = absolute if place == "absolute" else relative
         if not self.num_dense_heads:
             return chosen
-        first = (kv - self.num_dense_heads) * (site.heads // kv)
+        first = (kv - self.num_dense_heads) * shared
         return lambda h, i, j: chosen(h, i, j) | (h >= first)
 
     def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
