@@ -7,7 +7,8 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, NoReturn
 
 import typer
@@ -37,6 +38,13 @@ def answers(*, as_json: bool = False) -> Iterator[None]:
         if _lacks_memory(fault):
             _refusal("out of memory: fewer or shorter inputs, or a smaller model", as_json=as_json)
         _fault(fault)
+
+
+def write(path: Path, text: str) -> None:
+    """A file of text; its folder is made where there is none."""
+    with suppress(FileExistsError):  # a file stands where the folder would: writing below it says so, by the whole path
+        path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
 
 
 class Commands(typer.core.TyperGroup):

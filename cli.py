@@ -12,6 +12,7 @@ import typer
 from .answers import Commands
 from .answers import answers as _answers
 from .answers import working as _working
+from .answers import write as _write
 from .cli_arguments import AsJson, ModelName, RecipeName
 from .cli_heads import heads, plan, plan_bits
 from .cli_report import report
@@ -111,7 +112,7 @@ def optimize(
         if report is not None:
             fast.report.write(report)
         if graph is not None:
-            graph.write_text(fast.graph.code, encoding="utf-8")
+            _write(graph, fast.graph.code)
         if save is not None:
             api.save(fast, save)
         print(json.dumps(fast.report.to_dict()) if as_json else fast.report.text())

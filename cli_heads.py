@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .answers import answers, working
+from .answers import answers, working, write
 from .cli_arguments import AsJson, ModelName
 from .compiler.refusal import Refused
 
@@ -32,7 +32,7 @@ def heads(
         found = _heads(model, measures.split(","), task, length, quiet=as_json)
         if out is not None:
             written = {".csv": found.csv, ".json": found.json, ".txt": found.text}[out.suffix]
-            out.write_text(written().rstrip("\n") + "\n", encoding="utf-8")
+            write(out, written().rstrip("\n") + "\n")
         print(found.json() if as_json else found.text())
 
 
@@ -57,7 +57,7 @@ def plan(
         if out is None:
             print(recipe.text(), end="")
         else:
-            out.write_text(f"# heads of {model} kept by {', '.join(keep)}\n{recipe.text()}", encoding="utf-8")
+            write(out, f"# heads of {model} kept by {', '.join(keep)}\n{recipe.text()}")
             print(f"wrote {out}: {len(recipe.rules)} of {len(table.sites)} sites change")
 
 
@@ -80,7 +80,7 @@ def plan_bits(
         found = api.plan_bits(loaded.model, calls, bits=bits, schemes=[_scheme(text) for text in schemes.split(",")])
         print(json.dumps(found.to_dict(), indent=1) if as_json else found.text())
         if out is not None:
-            out.write_text(f"# {model} at {found.bits:.2f} bits a weight\n{found.recipe.text()}", encoding="utf-8")
+            write(out, f"# {model} at {found.bits:.2f} bits a weight\n{found.recipe.text()}")
 
 
 def _scheme(text: str) -> Any:

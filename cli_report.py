@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .answers import answers, working
+from .answers import answers, working, write
 from .cli_arguments import ModelName
 from .compiler.refusal import Refused
 
@@ -45,8 +45,7 @@ def report(
         written = [(path, make()) for path, make in writers if path is not None]
         print(view.verdict if written else markdown.document(view).rstrip())
         for path, text in written:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(text, encoding="utf-8")
+            write(path, text)
             print(f"wrote {path}")
 
 

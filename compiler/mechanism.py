@@ -33,6 +33,12 @@ class Param:
     init: Callable[[Tensor], Any] = torch.Tensor.zero_  # fills the tensor in place, drawing from torch's generator
     dtype: torch.dtype | None = None  # the site's own where None
 
+    def started(self, like: Tensor) -> Tensor:
+        """A new tensor of the site's own type and device, filled."""
+        tensor = torch.empty(self.shape, dtype=self.dtype or like.dtype, device=like.device)
+        self.init(tensor)
+        return tensor
+
 
 @dataclass(frozen=True)
 class Limit:

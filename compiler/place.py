@@ -167,8 +167,7 @@ def started(declared: Mapping[str, Param], like: Tensor) -> dict[str, Tensor]:
                 raise Refused(
                     f"{own_name} is a {type(one).__name__}", where="params", fits="reattend.Param(shape, init)"
                 )
-            made[own_name] = torch.empty(one.shape, dtype=one.dtype or like.dtype, device=like.device)
-            one.init(made[own_name])
+            made[own_name] = one.started(like)
     return made
 
 

@@ -159,11 +159,9 @@ def mount(root: nn.Module, path: str, tensor: Tensor) -> None:
 
 def _filled(name: str, declared: Param, like: Tensor) -> Tensor:
     """A tensor as its mechanism wants it to start; random starts depend on the name alone."""
-    tensor = torch.empty(declared.shape, dtype=declared.dtype or like.dtype, device=like.device)
     seed = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
     with from_seed(seed, like.device), torch.no_grad():
-        declared.init(tensor)
-    return tensor
+        return declared.started(like)
 
 
 def insert_before(

@@ -81,7 +81,7 @@ def forward(mechanism: Mechanism, setting: Setting, values: Mapping[str, Tensor]
     live = LiveSite(setting.site, setting.spec, tuple(tables), _ports(values))
     like = next(iter(values.values()))
     for name, declared in mechanism.draws(setting.site).items():
-        own[name] = declared.init(torch.empty(declared.shape, dtype=declared.dtype or like.dtype, device=like.device))
+        own[name] = declared.started(like)
     must, may = mechanism.wanted_ports()
     ports = {n: values[n] for n in (*must, *may) if n in values}
     answer = mechanism.forward(live, Tensors(own), **ports)

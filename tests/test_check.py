@@ -254,6 +254,22 @@ def test_what_draws_and_declares_it_is_deterministic() -> None:
     assert not asked(Noisy, "deterministic").failure
 
 
+def test_a_drawn_tensor_is_filled_as_a_learned_one_is_whatever_its_function_returns() -> None:
+    def ones(tensor: torch.Tensor) -> None:
+        tensor.fill_(1.0)
+
+    @dataclass(frozen=True)
+    class Drawing(Plain):
+        def draws(self, site: Site) -> Mapping[str, Param]:
+            return {"factor": Param((site.dim,), ones)}
+
+        def forward(self, site: Any, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return attend(q * p.factor, k, v, site=site)
+
+    q, k, v = torch.randn(3, 1, 2, 5, 4)
+    torch.testing.assert_close(reattend.attention(q, k, v, Drawing()), reattend.attention(q, k, v, Plain()))
+
+
 def test_each_size_is_made_less_until_it_would_not_fail() -> None:
     def ask(case: Case) -> int:
         if case.n >= 3 and case.heads >= 2 and case.dim >= 4:

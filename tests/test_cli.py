@@ -36,6 +36,28 @@ def test_optimize_writes_report_and_graph(tmp_path: Path) -> None:
     assert json.loads(facts.read_text())["rows"][0]["status"] == "rewritten"
 
 
+def test_what_is_written_makes_its_folder(tmp_path: Path) -> None:
+    page, graph = tmp_path / "pages" / "report.html", tmp_path / "graphs" / "of" / "exact.py"
+    result = run("optimize", "encoder_layer", "exact", "--report", str(page), "--graph", str(graph))
+    assert result.exit_code == 0, result.output
+    assert page.is_file() and "def forward" in graph.read_text()
+    table = tmp_path / "tables" / "heads.csv"
+    assert run("heads", "encoder_layer", "--out", str(table)).exit_code == 0 and table.is_file()
+
+
+def test_what_torchao_logs_when_it_is_imported_is_not_read_with_a_model(tmp_path: Path) -> None:
+    """In a process of its own: in this one it has been imported long ago."""
+    (tmp_path / "load.py").write_text(
+        "import logging, sys\n"
+        "from reattend.models.load import load_model\n"
+        "load_model('llama')\n"
+        "assert 'torchao' in sys.modules\n"
+        "logging.getLogger('torchao').warning('logged afterwards')\n"
+    )
+    done = subprocess.run([sys.executable, str(tmp_path / "load.py")], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0 and done.stderr == "logged afterwards\n", done.stderr
+
+
 def test_a_rewritten_model_is_written_and_says_how_it_ships(tmp_path: Path) -> None:
     result = run("optimize", "encoder_layer", "exact", "--save", str(tmp_path / "saved"))
     assert result.exit_code == 0 and f"wrote {tmp_path / 'saved'}" in result.output

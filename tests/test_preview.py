@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import stack
+from small_models import decided_llama, stack
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertModel, DynamicCache, LlamaConfig, LlamaForCausalLM
@@ -16,6 +16,8 @@ from typer.testing import CliRunner
 import reattend
 from reattend import Refused
 from reattend.cli import app
+from reattend.compiler.cache_for import held_bytes
+from reattend.compiler.decode import cache_for
 from reattend.compiler.peak_memory import peak_bytes
 
 WINDOW = {"version": 1, "sites": [{"match": "*", "attention": {"window": {"window": 8, "sinks": 2}}}]}
@@ -71,6 +73,31 @@ def test_a_scan_keeps_a_state_that_does_not_grow() -> None:
     short, long = (reattend.preview(LLAMA, LINEAR, tokens=n, dtype=torch.float32) for n in (16, 64))
     assert short.after.kv == long.after.kv == 2 * 4 * 16 * (16 + 1) * 4  # layers, heads, D, Dv and the normaliser
     assert long.before.kv == 4 * short.before.kv
+
+
+MARKS = 2 * 2 * 8  # by sequences and bytes: two whole numbers of each, which tell a state's past from another
+KEPT = [
+    pytest.param({"attention": {"window": {"window": 5, "sinks": 2}}}, 0, id="ring"),
+    pytest.param({"attention": "linear"}, MARKS, id="state"),
+    pytest.param({"kv": "int8"}, 0, id="int8"),
+    pytest.param({}, 0, id="rows"),
+]
+
+
+@pytest.mark.parametrize(("wish", "marks"), KEPT)
+def test_predicted_bytes_are_those_that_generate_leaves_in_the_cache(wish: dict[str, Any], marks: int) -> None:
+    recipe = {"version": 1, "sites": [{"match": "*", **wish}]} if wish else "exact"
+    ids = torch.randint(1, 97, (2, 9))
+    fast = reattend.optimize(decided_llama(32), recipe, {"input_ids": ids}, measure=False, max_signatures=16)
+    after: dict[int, float] = {}  # by the tokens that the cache has seen
+    for new in (1, 12):  # the prompt alone, and what generate() went on with
+        cache = cache_for(fast)
+        fast.generate(ids, past_key_values=cache, max_new_tokens=new, pad_token_id=0, eos_token_id=None)
+        after[cache.get_seq_length()] = held_bytes(cache) - len(cache.layers) * marks
+    found = reattend.preview(decided_llama(32), recipe, tokens=20, batch=2, dtype=torch.float32)
+    assert found.after.kv == after[20]
+    shown = [layer.kv for layer in fast.report.view().layers if layer.kv is not None]
+    assert len(shown) == 2 and sum(kv.after for kv in shown) == after[9]
 
 
 def test_an_encoder_has_no_cache() -> None:

@@ -5,7 +5,8 @@ KV = prefix_sum[m](FK * V, decay=...);  NUM = sum[e](FQ * KV);  KS, DEN the same
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from ..primitives.prefix_spec import PrefixSpec
@@ -18,7 +19,56 @@ from .einsum import Ranks
 
 def scan_fragment(b: Builder, text: str, groups: Sequence[Sequence[Held]]) -> list[Held]:
     (q,), (k, v), tables = groups
-    spec = ScanSpec.of(text)
+    at = _scan_of(b, ScanSpec.of(text), q, k, v, tables)
+    spec = at.spec
+    fq = _featured(b, "FQ", spec.feature_q, q)
+    fk = _featured(b, "FK", spec.feature_k, k)
+    if spec.valid:
+        fk = b.node("FK", (*at.head, at.m, at.e), f"{fk} * {_by_row(tables, spec.valid)}", at=(at.m, at.m))
+    sums = {"KV": _summed(at, "KV", f"{fk} * {v.name}", (at.e, at.f))}
+    if spec.normaliser == "sum":
+        sums["KS"] = _summed(at, "KS", fk, (at.e,))
+    ranks = (*at.head, at.p)
+    num = b.node("NUM", (*ranks, at.f), f"{fq} * {sums['KV'].read}", "reduce", monoid="sum", over=(at.e,))
+    norm = _normaliser(at, fq, sums["KS"].read) if "KS" in sums else ""
+    rows = tuple((r,) for r in ranks)
+    made = {}
+    if "o" in spec.outputs:
+        made["o"] = Held(b.node("AV", (*ranks, at.f), f"{num} / {norm}") if norm else num, (*rows, (at.f,)))
+    if "norm" in spec.outputs:
+        made["norm"] = Held(norm or b.node("DEN", ranks, "1.0"), rows)
+    if "state" in spec.outputs:
+        made["state"] = _state_after(at, sums)
+    return [made[which] for which in spec.outputs]
+
+
+@dataclass(frozen=True)
+class _Scan:
+    """One scan in writing: what it is, and how its ranks are called."""
+
+    b: Builder
+    spec: ScanSpec
+    tables: Sequence[Held]
+    head: Ranks
+    p: str  # queries
+    m: str  # keys
+    e: str  # channels of keys
+    f: str  # channels of values
+
+    @property
+    def state(self) -> Held | None:
+        return _table(self.tables, self.spec.state) if self.spec.state else None
+
+
+@dataclass(frozen=True)
+class _Sum:
+    """A sum over rows: as each query reads it, and as it is after the last row."""
+
+    read: str
+    last: str = ""
+
+
+def _scan_of(b: Builder, spec: ScanSpec, q: Held, k: Held, v: Held, tables: Sequence[Held]) -> _Scan:
     p, m, e, f = q.dims[2][0], k.dims[2][0], k.dims[3][0], v.dims[3][0]
     b.same(e, q.dims[3][0])
     b.same(m, v.dims[2][0])
@@ -27,49 +77,40 @@ def scan_fragment(b: Builder, text: str, groups: Sequence[Sequence[Held]]) -> li
     for mine, key, value in zip(q.dims[:2], k.dims[:2], v.dims[:2]):
         b.same_dims(mine, key)
         b.same_dims(mine, value)
-    head = (*q.dims[0], *q.dims[1])
-    fq = _featured(b, "FQ", spec.feature_q, q)
-    fk = _featured(b, "FK", spec.feature_k, k)
-    if spec.valid:
-        fk = b.node("FK", (*head, m, e), f"{fk} * {_by_row(tables, spec.valid)}", at=(m, m))
-    state = _table(tables, spec.state) if spec.state else None
-    sums = {"KV": (f"{fk} * {v.name}", (e, f))} | ({"KS": (fk, (e,))} if spec.normaliser == "sum" else {})
-    found: dict[str, str] = {}
-    last: dict[str, str] = {}
-    for word, (product, inner) in sums.items():
-        kept = (*head, m, *inner)
-        if spec.causal:
-            init = f"{state.name}" if state else ""
-            more = {"decay": _decay(b, spec, tables, head, m, e), "init": init, "at": (m, m)}
-            found[word] = _states(b, word, kept, product, m, spec, more)
-            if spec.documents and spec.read == "before":
-                same = _same(tables, spec.documents)
-                found[word] = b.node(word, kept, f"where({same}, {found[word]}, 0.0)", at=(m, m))
-            if "state" in spec.outputs:
-                whole = found[word] if spec.read == "after" else _states(b, word, kept, product, m, ScanSpec(), more)
-                last[word] = b.node("LS", (*head, *inner), whole, "last", over=(m,))
-        else:
-            found[word] = _total(b, word, (*head, *inner), product, m, spec, tables, state)
-            last[word] = found[word]
-    ranks = (*head, p)
-    num = b.node("NUM", (*ranks, f), f"{fq} * {found['KV']}", "reduce", monoid="sum", over=(e,))
-    rows = tuple((r,) for r in ranks)
-    norm = ""
-    if spec.normaliser == "sum":
-        norm = b.node("DEN", ranks, f"{fq} * {found['KS']}", "reduce", monoid="sum", over=(e,))
-        norm = b.node("DEN", ranks, f"{norm} + {spec.eps!r}") if spec.eps else norm
-    made = {}
-    if "o" in spec.outputs:
-        made["o"] = Held(b.node("AV", (*ranks, f), f"{num} / {norm}") if norm else num, (*rows, (f,)))
-    if "norm" in spec.outputs:
-        made["norm"] = Held(norm or b.node("DEN", ranks, "1.0"), rows)
-    if "state" in spec.outputs:
-        dims = (*((r,) for r in head), (e,), (f,))
-        joined = last["KV"]
-        if "KS" in last:
-            joined = b.node("ST", (*head, e, f), last["KV"], "global", monoid="cat", over=(), also=(last["KS"],))
-        made["state"] = Held(joined, dims)
-    return [made[which] for which in spec.outputs]
+    return _Scan(b, spec, tables, (*q.dims[0], *q.dims[1]), p, m, e, f)
+
+
+def _summed(at: _Scan, word: str, product: str, inner: Ranks) -> _Sum:
+    b, spec = at.b, at.spec
+    if not spec.causal:
+        total = _total(at, word, product, inner)
+        return _Sum(total, total)
+    kept = (*at.head, at.m, *inner)
+    init = at.state.name if at.state else ""
+    more = {"decay": _decay(at), "init": init, "at": (at.m, at.m)}
+    found = _states(b, word, kept, product, at.m, spec, more)
+    if spec.documents and spec.read == "before":
+        same = _same(at.tables, spec.documents)
+        found = b.node(word, kept, f"where({same}, {found}, 0.0)", at=(at.m, at.m))
+    if "state" not in spec.outputs:
+        return _Sum(found)
+    whole = found if spec.read == "after" else _states(b, word, kept, product, at.m, ScanSpec(), more)
+    return _Sum(found, b.node("LS", (*at.head, *inner), whole, "last", over=(at.m,)))
+
+
+def _normaliser(at: _Scan, fq: str, keys: str) -> str:
+    ranks = (*at.head, at.p)
+    norm = at.b.node("DEN", ranks, f"{fq} * {keys}", "reduce", monoid="sum", over=(at.e,))
+    return at.b.node("DEN", ranks, f"{norm} + {at.spec.eps!r}") if at.spec.eps else norm
+
+
+def _state_after(at: _Scan, sums: Mapping[str, _Sum]) -> Held:
+    """The state that a later call starts from: the normaliser's sum is one more column."""
+    joined = sums["KV"].last
+    if "KS" in sums:
+        also = (sums["KS"].last,)
+        joined = at.b.node("ST", (*at.head, at.e, at.f), joined, "global", monoid="cat", over=(), also=also)
+    return Held(joined, (*((r,) for r in at.head), (at.e,), (at.f,)))
 
 
 def _featured(b: Builder, word: str, text: str, t: Held) -> str:
@@ -96,36 +137,29 @@ def _states(b: Builder, word: str, ranks: Ranks, product: str, m: str, spec: Sca
     return b.node(word, ranks, product, "scan", monoid="sum", over=(m,), before=spec.read == "before", **more)
 
 
-def _decay(b: Builder, spec: ScanSpec, tables: Sequence[Held], head: Ranks, m: str, e: str) -> str:
+def _decay(at: _Scan) -> str:
     """The factor of each row: the decay, 0 where a document starts."""
-    factor = ""
+    spec, factor = at.spec, ""
     if spec.decay:
-        held = _table(tables, spec.decay)
-        for own, known in zip(held.dims, (head[:1], head[1:], (m,), (e,))):
-            b.same_dims(own, known)
+        held = _table(at.tables, spec.decay)
+        for own, known in zip(held.dims, (at.head[:1], at.head[1:], (at.m,), (at.e,))):
+            at.b.same_dims(own, known)
         factor = f"exp({held.name})" if spec.log_decay else held.name
         if spec.valid:
-            factor = f"where({_by_row(tables, spec.valid)} != 0, {factor}, 1.0)"
+            factor = f"where({_by_row(at.tables, spec.valid)} != 0, {factor}, 1.0)"
     if spec.documents:
-        factor = f"where({_same(tables, spec.documents)}, {factor or '1.0'}, 0.0)"
+        factor = f"where({_same(at.tables, spec.documents)}, {factor or '1.0'}, 0.0)"
     return parse(factor).text if factor else ""
 
 
-def _total(
-    b: Builder,
-    word: str,
-    ranks: Ranks,
-    product: str,
-    m: str,
-    spec: ScanSpec,
-    tables: Sequence[Held],
-    state: Held | None,
-) -> str:
-    also = (_table(tables, spec.documents).name,) if spec.documents else ()
-    if also:  # every row reads its own document: sums by document, looked up by row
-        return b.node(word, ranks, product, "global", monoid="sums_by_document", over=(m,), also=also)
-    total = b.node(word, ranks, product, "reduce", monoid="sum", over=(m,), at=(m, m))
-    return b.node(word, ranks, f"{total} + {state.name}") if state else total
+def _total(at: _Scan, word: str, product: str, inner: Ranks) -> str:
+    """Without an order of the rows all of them read one sum, or that of their document."""
+    b, ranks, over = at.b, (*at.head, *inner), (at.m,)
+    if at.spec.documents:  # every row reads its own document: sums by document, looked up by row
+        also = (_table(at.tables, at.spec.documents).name,)
+        return b.node(word, ranks, product, "global", monoid="sums_by_document", over=over, also=also)
+    total = b.node(word, ranks, product, "reduce", monoid="sum", over=over, at=(at.m, at.m))
+    return b.node(word, ranks, f"{total} + {at.state.name}") if at.state else total
 
 
 def prefix_fragment(b: Builder, text: str, groups: Sequence[Sequence[Held]]) -> list[Held]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -67,51 +67,83 @@ class Scores:
 def read_scores(softmax: Softmax) -> Scores:
     """Raise Unraised, with the node, where the softmax is not one of scores."""
     reader = _Reader()
-    node, groups = softmax.scores, softmax.axes or fresh_groups(tensor_of(softmax.scores))
-    columns = groups[softmax.dim] or (Axis(1),)
-    groups = shape = tuple(columns if d == softmax.dim else g for d, g in enumerate(groups))
-    inside, sink, sink_at = set(softmax.inside), _in_the_sum(softmax, reader), None
-    factors: list[tuple[str, float]] = []
-    while True:
-        # behind a sink's column a shift would move the sink
-        shift = shift_of(node, softmax.dim) if sink_at is None else None
-        factor = _over_a_shift(node, softmax.dim) if sink_at is None else None
-        if factor is not None:
-            factors.append(factor)
-            inside.add(node)
-            node = args_of(node)[0]
-        elif shift is not None:
-            node, inside = shift.scores, inside | shift.inside
-        elif op_name(node) in CASTS | KEEPING:
-            inside.add(node)
-            node = args_of(node)[0]
-        elif op_name(node) == "cat" and sink is None:
-            inside.add(node)
-            part, extra, sink_at = _sink_column(node, softmax.dim)
-            columns = fresh(tensor_of(part).shape[softmax.dim])
-            bare = tuple(() if d == softmax.dim else g for d, g in enumerate(groups))
-            groups = tuple(columns if d == softmax.dim else g for d, g in enumerate(groups))
-            sink, node = reader.leaf(*_flat(extra, bare)), part
-        elif op_name(node) in ("pad", "constant_pad_nd") and sink is None:
-            inside.add(node)
-            part, number, sink_at = _padded_column(node, softmax.dim)
-            columns = fresh(tensor_of(part).shape[softmax.dim])
-            groups = tuple(columns if d == softmax.dim else g for d, g in enumerate(groups))
-            sink, node = const(number), part
-        else:
-            break
-    value = reader.read(node, groups)
+    front = _front_of(softmax, reader)
+    while front.peeled(reader):
+        pass
+    value = reader.read(front.node, front.groups)
     if value is None:
-        raise Unraised(node, _why_no_score(node))
-    for kind, number in reversed(factors):
+        raise Unraised(front.node, _why_no_score(front.node))
+    for kind, number in reversed(front.factors):
         value = value.moved(lambda e, kind=kind, number=number: build(kind, e, number))  # type: ignore[misc]
     if softmax.factor != 1:
         value = value.moved(lambda e: build("mul", e, softmax.factor))
     for mask, sense in softmax.kept:
-        found = reader.leaf(mask, aligned(tensor_of(mask), groups))
+        found = reader.leaf(mask, aligned(tensor_of(mask), front.groups))
         found = found if tensor_of(mask).dtype == torch.bool else build("ne", found, 0)
         value = reader.masked(value, found if sense else ~found, const(-math.inf))
-    return reader.scores(value, columns, shape, frozenset(inside), sink, sink_at)
+    return reader.scores(value, front.columns, front.shape, frozenset(front.inside), front.sink, front.sink_at)
+
+
+@dataclass
+class _Front:
+    """What stands in front of a softmax and changes no score: shifts, casts and a sink's column, peeled off in turn."""
+
+    node: fx.Node  # what is left
+    dim: int  # of the softmax
+    shape: Groups  # the softmax's input
+    groups: Groups  # the axes of what is left
+    columns: Group
+    inside: set[fx.Node]  # what was peeled off
+    sink: Expr | None
+    sink_at: int | None = None
+    factors: list[tuple[str, float]] = field(default_factory=list)  # of shifted scores, the outermost first
+
+    def peeled(self, reader: _Reader) -> bool:
+        """One node nearer to the scores; False where a node is more than front."""
+        kind = op_name(self.node)
+        if self.sink_at is None and self._shift_peeled():  # behind a sink's column a shift would move the sink
+            return True
+        if kind in CASTS | KEEPING:
+            self._go(args_of(self.node)[0])
+        elif kind == "cat" and self.sink is None:
+            part, extra, self.sink_at = _sink_column(self.node, self.dim)
+            bare = tuple(() if d == self.dim else g for d, g in enumerate(self.groups))
+            self.sink = reader.leaf(*_flat(extra, bare))
+            self._go_beside_a_column(part)
+        elif kind in ("pad", "constant_pad_nd") and self.sink is None:
+            part, number, self.sink_at = _padded_column(self.node, self.dim)
+            self.sink = const(number)
+            self._go_beside_a_column(part)
+        else:
+            return False
+        return True
+
+    def _shift_peeled(self) -> bool:
+        shift, factor = shift_of(self.node, self.dim), _over_a_shift(self.node, self.dim)
+        if factor is not None:
+            self.factors.append(factor)
+            self._go(args_of(self.node)[0])
+        elif shift is not None:
+            self.inside |= shift.inside
+            self.node = shift.scores
+        return factor is not None or shift is not None
+
+    def _go(self, inner: fx.Node) -> None:
+        self.inside.add(self.node)
+        self.node = inner
+
+    def _go_beside_a_column(self, scores: fx.Node) -> None:
+        self._go(scores)
+        self.columns = fresh(tensor_of(scores).shape[self.dim])
+        self.groups = tuple(self.columns if d == self.dim else g for d, g in enumerate(self.groups))
+
+
+def _front_of(softmax: Softmax, reader: _Reader) -> _Front:
+    groups = softmax.axes or fresh_groups(tensor_of(softmax.scores))
+    columns = groups[softmax.dim] or (Axis(1),)
+    shape = tuple(columns if d == softmax.dim else g for d, g in enumerate(groups))
+    sink = _in_the_sum(softmax, reader)
+    return _Front(softmax.scores, softmax.dim, shape, shape, columns, set(softmax.inside), sink)
 
 
 def _over_a_shift(node: fx.Node, dim: int) -> tuple[str, float] | None:

@@ -300,9 +300,11 @@ def moa_search(
         points=points_per_objective,
     )
     recipes = [recipe(plan, paths, rules, block_size=block_size, **knobs) for plan in plans]
-    if validate is not None:
-        return min(recipes, key=validate)
-    worst = [max(plan.losses[n] for plan in plans) or 1.0 for n in range(len(profiled))]
-    return recipes[
-        min(range(len(plans)), key=lambda n: sum(x / y for x, y in zip(plans[n].losses, worst, strict=True)))
-    ]
+    return min(recipes, key=validate) if validate else recipes[least(plans)]
+
+
+def least(plans: Sequence[Plan]) -> int:
+    """The plan of the least sum of losses, each relative to the worst plan's."""
+    losses = torch.tensor([plan.losses for plan in plans], dtype=torch.float64)
+    worst = losses.amax(0)
+    return int((losses / torch.where(worst == 0, 1.0, worst)).sum(1).argmin())
