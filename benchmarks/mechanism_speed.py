@@ -27,7 +27,7 @@ import reattend.codegen.cpu
 import reattend.passes  # noqa: F401 - registers the mechanisms
 from reattend.codegen.used import calls_of
 from reattend.compiler.case import Case
-from reattend.compiler.place import run
+from reattend.compiler.place import values_at
 from reattend.compiler.primitives.attend_spec import AttendSpec
 from reattend.compiler.primitives.operator import watched
 from reattend.compiler.refusal import Refused
@@ -35,6 +35,7 @@ from reattend.compiler.symbol_text import parse
 from reattend.compiler.symbols import const
 from reattend.compiler.tiles import tiles_of
 from reattend.compiler.timing import interleave, timing_of
+from reattend.compiler.tracing import Setting, trace
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 TOKENS, ROOM = (1024, 4096, 16384), 12 * 10**9
@@ -55,8 +56,11 @@ def measured(slug: str, tokens: int, seconds: float, *, real_time: bool) -> dict
     tensors = case.tensors()
     place, own = case.place(tensors), case.own()
     q, k, v = (tensors.get(port, tensors.get("o", tensors.get("x", torch.empty(0))[:, None])) for port in "qkv")
-    ours: Callable[[], object] = lambda: run(case.mechanism, place, own)
+    values = values_at(case.mechanism, place, own)
     with torch.no_grad():
+        graph = trace(case.mechanism, Setting(place.site, place.spec), values).graph
+        given = tuple(values.values())
+        ours: Callable[[], object] = lambda: graph(*given)
         with watched() as ran:
             ours()
         roads = dict.fromkeys(f"{r.primitive}: {r.kernel or 'plain torch'}" for r in ran)

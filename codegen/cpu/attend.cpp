@@ -10,7 +10,7 @@
 //
 // The last segment comes first.
 
-constexpr int64_t BLOCKS = 8, FAR = 3 << 20;  // so many blocks meet a tile in turn where a head's keys and values have more bytes
+constexpr int64_t BLOCKS = 8, FAR = VL == 16 ? 3 << 19 : 3 << 20;  // so many blocks meet a tile in turn where a head's keys and values have more bytes
 
 // One tile, or its first keys.
 template <int S> static void tile(const Call& c, Block& x, const Packed& keys, int64_t number, int64_t most) {
