@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import threshold
 
 from ...compiler.functional import attention
 from ...compiler.mechanism import Limit, Mechanism, Param, register
@@ -107,7 +108,10 @@ class Gpsa(Mechanism):
 
 
 def _near(slope: Tensor, curve: Tensor, level: Tensor, size: int) -> Tensor:
-    """softmax over b of slope (b - a) + curve (b - a)^2 + level, per head: (H, size, size)."""
+    """softmax over b of slope (b - a) + curve (b - a)^2 + level, per head: (H, size, size); nothing where it is so small
+    that products with it are no whole floats, which processors multiply many times as slowly.
+    """
     place = torch.arange(size, device=slope.device, dtype=slope.dtype)
     step = place - place[:, None]
-    return torch.softmax(slope[:, None, None] * step + curve[:, None, None] * step**2 + level[:, None, None], -1)
+    logits = slope[:, None, None] * step + curve[:, None, None] * step**2 + level[:, None, None]
+    return threshold(torch.softmax(logits, -1), torch.finfo(place.dtype).tiny ** 0.75, 0.0)
