@@ -1,4 +1,4 @@
-"""Relative terms inside the loops of `attend`: which rows of R a box of pairs asks for, and R as the products take it."""
+"""Relative terms inside the loops of `attend`: which rows of R a box of pairs asks for, R as products take it."""
 
 from __future__ import annotations
 

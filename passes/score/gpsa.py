@@ -108,8 +108,8 @@ class Gpsa(Mechanism):
 
 
 def _near(slope: Tensor, curve: Tensor, level: Tensor, size: int) -> Tensor:
-    """softmax over b of slope (b - a) + curve (b - a)^2 + level, per head: (H, size, size); nothing where it is so small
-    that products with it are no whole floats, which processors multiply many times as slowly.
+    """softmax over b of slope (b - a) + curve (b - a)^2 + level, per head: (H, size, size); nothing where it is so
+    small that products with it are no whole floats, which processors multiply many times as slowly.
     """
     place = torch.arange(size, device=slope.device, dtype=slope.dtype)
     step = place - place[:, None]
