@@ -3,7 +3,8 @@
     python benchmarks/mechanism_speed.py [--only window s2] [--tokens 1024 4096 16384] [--again] [--real-time]
 
 Each row is a process of its own: the first call builds kernels and is not timed, then sdpa (causal as the site) and the
-mechanism take turns; medians and the median ratio of the pairs are kept. Rows that stand in the JSON are not run again.
+mechanism, traced as a rewritten model holds it, take turns; medians and the median ratio of the pairs are kept. Rows
+that stand in the JSON are not run again.
 The bound: pairs of 64 x 64 tiles that the mechanism's predicate leaves, against those of the site's softmax.
 --real-time asks the system for its highest priority while a row is timed, and other work then waits.
 """
@@ -21,13 +22,17 @@ from typing import Any
 
 import torch
 from memory import standing  # type: ignore[import-not-found]  # the script beside this one
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import GraphModule
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.nn.functional import scaled_dot_product_attention
 
 import reattend.codegen.cpu
 import reattend.passes  # noqa: F401 - registers the mechanisms
 from reattend.codegen.used import calls_of
 from reattend.compiler.case import Case
-from reattend.compiler.place import run
+from reattend.compiler.mechanism import Mechanism
+from reattend.compiler.place import values_at
 from reattend.compiler.primitives.attend_spec import AttendSpec
 from reattend.compiler.primitives.operator import watched
 from reattend.compiler.refusal import Refused
@@ -35,6 +40,7 @@ from reattend.compiler.symbol_text import parse
 from reattend.compiler.symbols import const
 from reattend.compiler.tiles import tiles_of
 from reattend.compiler.timing import interleave, timing_of
+from reattend.compiler.tracing import Setting, trace
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 TOKENS, ROOM = (1024, 4096, 16384), 12 * 10**9
@@ -55,8 +61,10 @@ def measured(slug: str, tokens: int, seconds: float, *, real_time: bool) -> dict
     tensors = case.tensors()
     place, own = case.place(tensors), case.own()
     q, k, v = (tensors.get(port, tensors.get("o", tensors.get("x", torch.empty(0))[:, None])) for port in "qkv")
-    ours: Callable[[], object] = lambda: run(case.mechanism, place, own)
+    values = values_at(case.mechanism, place, own)
     with torch.no_grad():
+        graph, given = graph_of(case.mechanism, Setting(place.site, place.spec), values), tuple(values.values())
+        ours: Callable[[], object] = lambda: graph(*given)
         with watched() as ran:
             ours()
         roads = dict.fromkeys(f"{r.primitive}: {r.kernel or 'plain torch'}" for r in ran)
@@ -73,6 +81,16 @@ def measured(slug: str, tokens: int, seconds: float, *, real_time: bool) -> dict
     where = f"{case.pattern}, {case.grid.h} x {case.grid.w}" if case.grid else case.pattern
     return {"site": where, "how": ", ".join(roads) or "plain torch", "sdpa_ms": timing.before, "ms": timing.after,
             "ratio": timing.ratio, "pairs": timing.runs, "bound": bound}  # fmt: skip
+
+
+def graph_of(mechanism: Mechanism, setting: Setting, values: Mapping[str, torch.Tensor]) -> GraphModule:
+    """The mechanism as a rewritten model holds it: of open sizes, of these where it needs to know them."""
+    try:
+        return trace(mechanism, setting, values).graph
+    except Refused:
+        fake = FakeTensorMode(shape_env=ShapeEnv())
+        known = {name: fake.from_tensor(t, static_shapes=True) for name, t in values.items()}
+        return trace(mechanism, setting, known).graph
 
 
 def bound_of(case: Case, ours: Callable[[], object]) -> float | None:

@@ -70,7 +70,7 @@ def _rest(text: str) -> Expr | None:
     return found[1] if found else None
 
 
-def _refuse_dense(groups: Groups, text: str) -> str | None:
+def refuses_dense(groups: Groups, text: str) -> str | None:
     reason = why_not_softmax(text)
     if reason or _rest(text) is not None:
         return reason or "a bias"
@@ -233,7 +233,7 @@ def _fused(
 for _device in ("cpu", "cuda"):
     attend_op.kernels.setdefault(_device, []).extend(
         [
-            Kernel("sdpa", _refuse_dense, _run_dense, plain=True, differentiable=True),
+            Kernel("sdpa", refuses_dense, _run_dense, plain=True, differentiable=True),
             Kernel("sdpa over kept keys", _refuse_keys, _run_keys, differentiable=True),
             Kernel("sdpa in blocks of rows", _refuse_rows, _run_rows, differentiable=True),
         ]

@@ -135,11 +135,16 @@ def run(chosen: Mechanism, place: Place, params: Mapping[str, Tensor] = {}) -> t
     reason = chosen.refuses(place.site)
     if reason:
         raise Refused(reason, where=str(place.site))
+    values = values_at(chosen, place, params)
+    return forward(chosen, Setting(place.site, place.spec), values)
+
+
+def values_at(chosen: Mechanism, place: Place, params: Mapping[str, Tensor] = {}) -> dict[str, Tensor]:
+    """All tensors that a mechanism reads there, by the names under which a traced piece takes them."""
     own = own_tensors(chosen, place.site, params, like=next(iter(place.ports.values())))
     values = dict(place.ports)
     values |= {f"table_{index}": t for index, t in enumerate(place.tables)}
-    values |= {f"param_{own_name}": t for own_name, t in own.items()}
-    return forward(chosen, Setting(place.site, place.spec), values)
+    return values | {f"param_{own_name}": t for own_name, t in own.items()}
 
 
 def own_tensors(chosen: Mechanism, site: Site, params: Mapping[str, Tensor], *, like: Tensor) -> dict[str, Tensor]:

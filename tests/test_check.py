@@ -288,7 +288,7 @@ def test_the_report_ends_with_the_kernels_and_the_smallest_case() -> None:
     )
     assert "triton  attend by generated Triton" in kernel_status(mechanism("window", window=3))
     assert "cpu     attend by sdpa in blocks of rows" in kernel_status(mechanism("window", window=3))
-    assert "attend in plain torch (fewer than 262144 scores, normaliser none)" in kernel_status(mechanism("sigmoid"))[1]
+    assert "attend in plain torch (fewer than 32768 scores, normaliser none)" in kernel_status(mechanism("sigmoid"))[1]
     once = next(question for question in QUESTIONS if question.name == "batch")
     answers = asked(SecondSampleSeesFirst, "batch"), answer(mechanism("softmax"), once)
     report = Report(answers, {"Softmax()": ("eager",)})

@@ -33,6 +33,7 @@ from kernel_calls import (
 from processes import at_once
 
 from reattend.codegen import relative
+from reattend.codegen.cpu import asked
 from reattend.codegen.cpu import attend as attending
 from reattend.codegen.cpu import attend_backward as backwards
 from reattend.codegen.cpu import scan as scanning
@@ -152,11 +153,30 @@ IN_TURN: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("name", IN_TURN)
 def test_relative_terms_of_some_rows_at_a_time(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(asked, "_MOST", 0)  # rows of R, beyond which torch makes the products
     monkeypatch.setattr(relative, "_AT_ONCE", 1)
     monkeypatch.setattr(relative, "_FEWEST", 40)
     q, k, v = drawn(B, H, N, D), drawn(B, M, 2, D).transpose(1, 2), drawn(B, 2, M, Dv)
     groups, text = said(monkeypatch, attend_front, "attend_op", lambda: attend(q, k, v, **IN_TURN[name]))
     assert relative.rows_at_once(groups, text) == 40
+    same(attending.run(groups, text), attend_meaning(wide(groups), text), 2e-6)
+
+
+LONG = drawn(H, 700, D) / 5
+BLOCK_BY_BLOCK = IN_TURN | {
+    "long rows of distances": {"relative": [Relative(LONG, lambda i, j: 600 - i + j)], "causal": True},
+    "by the way to the keys ahead": {"relative": [Relative(LONG, lambda i, j: j - i)], "keep": lambda i, j: j >= i},
+    "in a band": {"relative": [Relative(LONG, lambda i, j: 2 * (i - j))], "keep": lambda i, j: (j <= i) & (i - j < 70)},
+    "without bounds": {"relative": [Relative(LONG, lambda h, i, j: (i * j + h) % 691)]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BLOCK_BY_BLOCK)
+def test_relative_terms_of_a_block_of_queries(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = drawn(1, H, 410, D), drawn(1, 410, 2, D).transpose(1, 2), drawn(1, 2, 410, Dv)
+    groups, text = said(monkeypatch, attend_front, "attend_op", lambda: attend(q, k, v, **BLOCK_BY_BLOCK[name]))
+    must_build(monkeypatch, attending)
+    assert asked.inside(groups, text, "")
     same(attending.run(groups, text), attend_meaning(wide(groups), text), 2e-6)
 
 

@@ -1,16 +1,16 @@
 // `attend` on a processor: tiles of keys against blocks of query rows, scores in float32, weights of one tile at a time.
 //
-// In front of this text stand attend_walk.hpp, attend_keys.hpp, whose letters are used, and the file of a normaliser: begin_row,
+// In front of this text stand attend_walk.hpp, attend_keys.hpp, whose letters are used, attend_relative.hpp, and the file of a normaliser: begin_row,
 // weigh, settled, spent.
 // In front of these BM, BN, SEGMENTS, NORMALISER, EPS, SINK, VALUES (o is asked for), AFTER (a weight meets its value times a
 // factor that the sum of weights knows nothing of), STOPS (tiles may be left out once all rows are `spent`), BACK, AHEAD, SINKS;
 // for every segment S
 //   Spec<S> of a row (b, h, i, t) and the keys of a tile: score(s, j, n), weight(s), factor(j, n), keep(j, n); and ::seen(b, h, i0, i1, j0, j1): 0 none, 1 some, 2 all are kept;
-// and sink(b, h, i, t); t: the tables that the expressions look up.
+// and sink(b, h, i, t); t: the tables that the expressions look up. RELATIVE, TABLES: attend_relative.hpp.
 //
 // The last segment comes first.
 
-constexpr int64_t BLOCKS = 8, FAR = 3 << 20;  // so many blocks meet a tile in turn where a head's keys and values have more bytes
+constexpr int64_t BLOCKS = 8, FAR = VL == 16 ? 3 << 19 : 3 << 20;  // so many blocks meet a tile in turn where a head's keys and values have more bytes
 
 // One tile, or its first keys.
 template <int S> static void tile(const Call& c, Block& x, const Packed& keys, int64_t number, int64_t most) {
@@ -23,6 +23,7 @@ template <int S> static void tile(const Call& c, Block& x, const Packed& keys, i
     ready(c, s, x.b, x.h / (c.H / s.Hk), number, keys);
     product<false>(rows, rounded(width, WIDE), deep, x.q, deep, keys.k + number * deep * LN, stride(deep, LN), x.s, LN);
     const int32_t* place = s.at || s.place ? keys.j + first : nullptr;
+    ask(c, x, (int32_t)first);
     if (seen == 2 && width == BN && BN % VL == 0) weigh<S, true>(c, x, place, width, (int32_t)first);
     else weigh<S, false>(c, x, place, width, (int32_t)first);
     if (!VALUES) return;
@@ -60,6 +61,7 @@ template <int S> static void segments(const Call& c, Block* x, int64_t count, co
 }
 
 static void begin(const Call& c, Block& x) {
+    begin_asked(c, x);
     x.i0 = INT32_MAX, x.i1 = INT32_MIN;
     for (int64_t r = 0; r < x.count; r++) {
         const int64_t n = x.first + r;
@@ -111,11 +113,12 @@ extern "C" int run(const Call* call) {
 #pragma omp parallel num_threads(c.threads)
     {
         const NoSubnormals flushing;
-        const int64_t each = rows * (deep + ldo);  // floats of the rows of a block and of what it gathers
+        const int64_t each = rows * (deep + ldo) + asked_floats(c, rows);  // floats of a block: rows, what they gather and ask for
         Workspace own(side * each + 2 * rows * LN);
         Block x[BLOCKS];
         for (int64_t n = 0; n < side; n++) {
             x[n].o = own.data + n * each, x[n].q = (cell*)(x[n].o + rows * ldo), x[n].ldo = ldo;
+            place_asked(c, x[n], rows, own.data + n * each + rows * (deep + ldo));
             x[n].s = own.data + side * each, x[n].p = (cell*)(x[n].s + (sizeof(cell) == 4 ? 0 : rows * LN));
         }
 #ifdef HALVES

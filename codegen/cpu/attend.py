@@ -25,6 +25,8 @@ from ...compiler.symbol_slope import slope
 from ...compiler.symbol_text import parse
 from ...compiler.symbols import TRUE, Expr
 from .. import relative
+from ..sdpa import refuses_dense
+from . import asked
 from .memory import Rows, as_dtype, index_of, kinds_of, pointer, step, tables_of, whole_numbers
 from .printer import box
 from .skeleton import function, of_a_row, skeleton
@@ -37,12 +39,18 @@ _POWERS = ("softmax", "stick", "grouped")  # normalisers whose scores are in pow
 _ROWS = 48  # query rows of a block: a multiple of every MR
 _MOST_OF_A_GROUP = 512  # keys that share a weight of their leader: a tile holds all of them
 _MOST_D = 512  # beyond it a block of rows no longer fits the first cache
-_LEAST, _LEAST_OF_A_WALK = (
-    1 << 18,
-    1 << 14,
-)  # scores of a call, where most are not computed; fewer are not worth a library
+_LEAST = 1 << 15  # scores of a call; fewer are not worth a library
+_LEAST_OF_PLAIN = 1 << 18  # where torch has one call for it, or few rows meet all keys, which are laid out anew
+_LEAST_OF_A_WALK = 1 << 14  # where most are not computed
+_FEW_ROWS = 16
 _MOST_PRODUCTS = 1 << 27  # of rows with a relative term's table, held as numbers of float32
 _LONG = 1 << 23  # scores from which on these loops are ahead of torch's one call: docs/cpu_kernels.md
+
+
+class Asked(ctypes.Structure):
+    """The skeleton's `Relative`."""
+
+    _fields_ = [("data", ctypes.c_void_p), *[(size, ctypes.c_int64) for size in ("rows", "panels", "heads")]]
 
 
 class Source(ctypes.Structure):
@@ -53,14 +61,19 @@ class Source(ctypes.Structure):
 
 
 @lru_cache(maxsize=8)
-def _call_type(segments: int) -> Any:
-    """The skeleton's `Call`, for a number of segments."""
+def _call_type(segments: int, terms: int) -> Any:
+    """The skeleton's `Call`, for a number of segments and of relative terms."""
     fields: list[tuple[str, Any]] = [("q", Rows), ("o", Rows)]
     fields += [(size, ctypes.c_int64) for size in ("B", "H", "N", "D", "Dv", "shift", "threads")]
     fields += [("q_place", ctypes.c_void_p), ("q_place_b", ctypes.c_int64), ("q_place_h", ctypes.c_int64)]
     fields += [("list", ctypes.c_void_p)]
     fields += [(size, ctypes.c_int64) for size in ("list_b", "list_h", "list_q", "listed")]
-    fields += [("lse", ctypes.c_void_p), ("t", ctypes.c_void_p), ("source", Source * segments)]
+    fields += [
+        ("lse", ctypes.c_void_p),
+        ("t", ctypes.c_void_p),
+        ("source", Source * segments),
+        ("relative", Asked * max(1, terms)),
+    ]
     return type("Call", (ctypes.Structure,), {"_fields_": fields})
 
 
@@ -90,6 +103,8 @@ def why_not(text: str) -> str | None:
 @lru_cache(maxsize=1024)
 def source(text: str, tables: str, halves: str = "") -> str:
     """The whole C++ text of a spec; `tables` says of each table whether it holds floats ("f") or whole ones ("i")."""
+    terms = AttendSpec.of(text).relative  # made inside the loops: the last tables
+    text = relative.looked_up(text, len(tables) - len(terms))
     spec, bound = AttendSpec.of(text), reach(text)
     _, queries, keys = spec.tiles or ("", *_block(text, halves))
     normaliser = list(_WEIGHTS).index(spec.normaliser)
@@ -100,6 +115,8 @@ def source(text: str, tables: str, halves: str = "") -> str:
         f"constexpr bool SINK = {_flag(bool(spec.sink))}, VALUES = {_flag('o' in spec.outputs)};",
         f"constexpr bool AFTER = {_flag(bool(spec.after))}, STOPS = {_flag(leftover(text))};",
         f"constexpr float EPS = {spec.eps!r}f;",
+        f"constexpr int RELATIVE = {len(terms)}, TABLES = {len(tables)}, PANEL = {asked.PANEL};",
+        asked.said([index for _, index, _ in terms]),
         f"constexpr int POWER = {raised};",
         f"constexpr float RISE = {2 ** (8 / max(1, raised))!r}f;",
         *([f"constexpr int SIZE = {groups.size};"] if (groups := even_groups(spec.leader)) else []),
@@ -109,8 +126,9 @@ def source(text: str, tables: str, halves: str = "") -> str:
         function("vf sink(int b, int h, int i, const Table* t)", scores(spec, parse(spec.sink or "0.0")), "vf", tables),
     ]
     return skeleton(
-        "attend_walk.hpp", "attend_keys.hpp", _WEIGHTS[spec.normaliser], "attend.cpp", said=head, halves=halves
-    )
+        "attend_walk.hpp", "attend_keys.hpp", "attend_relative.hpp", _WEIGHTS[spec.normaliser], "attend.cpp",
+        said=head, halves=halves
+    )  # fmt: skip
 
 
 @lru_cache(maxsize=1024)
@@ -225,7 +243,8 @@ def few(groups: Groups, text: str) -> str | None:
     """Why a call is not handed to the skeleton: nothing would be gained, or it cannot be."""
     (q,), kv, _ = groups
     reason = NO_COMPILER if toolchain() is None else why_not(text)
-    least = _LEAST_OF_A_WALK if leftover(text) else _LEAST
+    plain = q.shape[2] < _FEW_ROWS or refuses_dense(groups, text) is None
+    least = _LEAST_OF_A_WALK if leftover(text) else _LEAST_OF_PLAIN if plain else _LEAST
     if reason is None and q.shape[0] * q.shape[1] * q.shape[2] * sum(k.shape[2] for k in kv[::2]) < least:
         return f"fewer than {least} scores"
     return reason or refuses(groups, text)
@@ -259,14 +278,18 @@ def refuses(groups: Groups, text: str) -> str | None:
         return "rows of keys of each query's own"
     if spec.tiles and tables[int(spec.tiles[0][1:])].shape[2] * spec.tiles[1] < q.shape[2]:
         return "tiles for fewer queries than there are"
+    kinds = kinds_of(tables) + "f" * len(spec.relative)
+    if asked.inside(groups, text, bfloat_products(q)):
+        return built(source, text, kinds)[1]
     if relative.elements(groups, spec, relative.rows_at_once(groups, text)) > _MOST_PRODUCTS:
         return f"relative terms with more than {_MOST_PRODUCTS} products"
-    kinds = kinds_of(tables) + "f" * len(spec.relative)
     return built(source, relative.looked_up(text, len(tables)), kinds)[1]
 
 
 def run(groups: Groups, text: str, halves: str | None = None, heads_inside: bool = False) -> list[Tensor]:
     """The outputs that a spec asks for: o, lse. `heads_inside`: o lies as (B, N, H, Dv)."""
+    if asked.inside(groups, text, bfloat_products(groups[0][0]) if halves is None else halves):
+        return _run(groups, text, "", heads_inside=heads_inside)
     rows, some = groups[0][0].shape[2], relative.rows_at_once(groups, text)
     if some == rows:
         return _run(*relative.as_tables(groups, text), halves, heads_inside=heads_inside)
@@ -281,7 +304,9 @@ def run(groups: Groups, text: str, halves: str | None = None, heads_inside: bool
 def _run(
     groups: Groups, text: str, halves: str | None, first: int = 0, of_all: int = 0, heads_inside: bool = False
 ) -> list[Tensor]:
-    """Relative terms are tables. `first`: where the first query stands, the first row of tables from `of_all` on."""
+    """Relative terms are tables, or made inside the loops. `first`: where the first query stands, the first row of
+    tables from `of_all` on.
+    """
     (q,), kv, given = groups
     halves = bfloat_products(q) if halves is None else halves
     if (even := even_groups(AttendSpec.of(text).leader)) and not keys_of_groups(even.size, halves):
@@ -293,16 +318,20 @@ def _run(
     B, H, N, Dv = *q.shape[:3], kv[1].shape[-1]
     o = torch.empty(B, N, H, Dv, dtype=dtype).transpose(1, 2) if heads_inside else torch.empty(B, H, N, Dv, dtype=dtype)
     lse = torch.empty(q.shape[:3]) if "lse" in spec.outputs else None
-    kinds, tables = kinds_of(given), tables_of(given, kept, along(text))
+    terms = [asked.panels(given[int(table[1:])], kept) for table, _, _ in spec.relative]
+    kinds = kinds_of(given) + "f" * len(terms)
+    tables = tables_of(given, kept, along(relative.looked_up(text, len(given))), room=len(terms))
     for own in tables[of_all:] if first else ():
         own.data, own.size[2] = own.data - 4 * first * own.stride[2], own.size[2] + first
     pairs = enumerate(zip(kv[::2], kv[1::2], strict=True))
     sources = [_source(k, v, spec, n, named, q, dtype, kept) for n, (k, v) in pairs]
-    call = _call_type(len(sources))()
+    call = _call_type(len(sources), len(terms))()
     call.q, call.o, call.lse = Rows.of(as_dtype(q, dtype, kept)), Rows.of(o), pointer(lse)
     call.B, call.H, call.N, call.D, call.Dv = *q.shape, o.shape[-1]
     call.threads = torch.get_num_threads()
     call.shift = sources[0].keys - q.shape[2] if spec.align == "end" else first
+    for number, (rows, size, panels, heads) in enumerate(terms):
+        call.relative[number] = Asked(pointer(rows), size, panels, heads)
     call.source, call.t = (Source * len(sources))(*sources), ctypes.cast(tables, ctypes.c_void_p)
     call.q_place, call.q_place_b, call.q_place_h = index_of(named.get(spec.q_positions), kept)
     if spec.tiles:

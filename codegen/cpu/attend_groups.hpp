@@ -14,7 +14,7 @@ INLINE void begin_row(const Call& c, Block& x, int64_t r) {
     x.m[r] = -INF;
     store(x.l + r * VL, vf{});
     if (SINK) {  // one key more, whose value is 0
-        const float s = sink((int)x.b, (int)x.h, x.i[r], c.t)[0];
+        const float s = sink((int)x.b, (int)x.h, x.i[r], x.t)[0];
         x.m[r] = s, x.l[r * VL] = s == -INF ? 0.f : 1.f;
     }
 }
@@ -138,7 +138,7 @@ template <int S, bool WHOLE> INLINE void weigh(const Call& c, Block& x, const in
     int32_t lines[Spec<S>::LINES * (LN + VL) + 1];  // groups begin anywhere in a vector
     const Keys keys{nullptr, j0, rounded(width, VL) + (SIZE % VL ? VL : 0), lines, LN + VL};
     for (int64_t r = 0; r < x.count; r++) {
-        const Spec<S> row((int)x.b, (int)x.h, x.i[r], c.t, keys);
+        const Spec<S> row((int)x.b, (int)x.h, x.i[r], x.t, keys);
         if (alone) weigh_row<S, WHOLE, true>(row, x, r, width, j0);
         else if (!weigh_near<S, WHOLE>(row, x, r, width, j0)) weigh_row<S, WHOLE, false>(row, x, r, width, j0);
         if (!WHOLE && DEEP > 1) memset(x.p + r * LN + width, 0, sizeof(cell) * (rounded(width, DEEP) - width));

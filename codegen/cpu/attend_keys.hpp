@@ -22,6 +22,7 @@ struct Source {
     const int32_t *at; int64_t at_b, at_h;  // the row of k, v at each place (B|1, Hk|1, keys), -1 for none; or null: in order
     const int32_t *place; int64_t place_b, place_h;  // the position j of each row, or null: 0, 1, ...
 };
+struct Relative { const float* data; int64_t rows, panels, heads; };  // R (heads, panels, D, PANEL): attend_relative.hpp
 struct Call {
     Rows q, o;
     int64_t B, H, N, D, Dv, shift, threads;
@@ -30,6 +31,7 @@ struct Call {
     float* lse;
     const Table* t;
     Source source[SEGMENTS];
+    Relative relative[RELATIVE ? RELATIVE : 1];
 };
 
 constexpr int64_t LN = (BN + WIDE - 1) / WIDE * WIDE;
@@ -113,6 +115,7 @@ static void pack(const Call& c, const Source& s, int64_t b, int64_t h, int64_t t
     }
 }
 
+struct Asked { float* data; int64_t low, high; };  // products of a block's rows with a R, and which panels are there
 struct Block {  // one block of query rows, and what it has gathered so far
     int64_t b, h, first, count;
     int32_t i[BM], i0, i1;  // positions, the least and the greatest
@@ -120,6 +123,9 @@ struct Block {  // one block of query rows, and what it has gathered so far
     cell *q, *p;  // the rows, their weights
     float *s, *o;
     int64_t ldo;
+    const Table* t;
+    Table own[RELATIVE ? TABLES : 1];
+    Asked asked[RELATIVE ? RELATIVE : 1];
 };
 
 // The bits of the largest value's size in a tile: what is no number counts as the largest.

@@ -23,7 +23,7 @@ template <int S, bool WHOLE> INLINE void weigh(const Call& c, Block& x, const in
             memset(p, 0, sizeof(cell) * larger(lanes, end));
             continue;
         }
-        const Spec<S> row((int)x.b, (int)x.h, x.i[r], c.t, keys);
+        const Spec<S> row((int)x.b, (int)x.h, x.i[r], x.t, keys);
         float taken[LN + VL];
         for (int64_t n = 0; n < lanes; n += VL) {  // apart from what follows: neither waits for the other
             const vi j = keys.at(n);

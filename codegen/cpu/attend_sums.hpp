@@ -17,9 +17,9 @@ INLINE void begin_row(const Call& c, Block& x, int64_t r) {
     x.m[r] = NO_SCORE;
     store(x.l + r * VL, vf{});
     if (SINK) {  // one key more, whose value is 0
-        const vf s = sink((int)x.b, (int)x.h, x.i[r], c.t);
+        const vf s = sink((int)x.b, (int)x.h, x.i[r], x.t);
         if (NORMALISER == SOFTMAX) x.m[r] = POWER ? exp2_(s / (float)POWER)[0] : s[0], x.l[r * VL] = s[0] == -INF ? 0.f : 1.f;
-        else x.l[r * VL] = Spec<0>((int)x.b, (int)x.h, x.i[r], c.t).weight(s)[0];
+        else x.l[r * VL] = Spec<0>((int)x.b, (int)x.h, x.i[r], x.t).weight(s)[0];
     }
 }
 
@@ -31,7 +31,7 @@ template <int S, bool WHOLE> INLINE void weigh(const Call& c, Block& x, const in
     for (int64_t r = 0; r < x.count; r++) {
         float* s = x.s + r * LN;
         cell* p = x.p + r * LN;
-        const Spec<S> row((int)x.b, (int)x.h, x.i[r], c.t, keys);
+        const Spec<S> row((int)x.b, (int)x.h, x.i[r], x.t, keys);
         // A place beyond the last key has no factor: it may be infinite there, and padded values are multiplied too.
         const auto after = [&](vf w, int64_t n) {
             const vf changed = w * row.factor(keys.at(n), n);

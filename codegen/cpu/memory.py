@@ -33,8 +33,12 @@ def kinds_of(tables: Sequence[Tensor]) -> str:
     return "".join("f" if t.is_floating_point() else "i" for t in tables)
 
 
-def tables_of(given: Sequence[Tensor], kept: list[Tensor], along: Mapping[int, int] | None = None) -> Any:
-    """All tables, one after another; `along`: of some the axis whose numbers lie one behind the other."""
+def tables_of(
+    given: Sequence[Tensor], kept: list[Tensor], along: Mapping[int, int] | None = None, room: int = 0
+) -> Any:
+    """All tables, one after another; `along`: of some the axis whose numbers lie one behind the other; `room`: for so
+    many more.
+    """
     found = []
     for number, t in enumerate(given):
         flat = as_dtype(t, torch.float32 if t.is_floating_point() else torch.int32, kept)
@@ -44,7 +48,7 @@ def tables_of(given: Sequence[Tensor], kept: list[Tensor], along: Mapping[int, i
             kept.append(flat)
         size, stride = [*flat.shape, 1, 1, 1, 1][:4], [*flat.stride(), 0, 0, 0, 0][:4]
         found.append(Table(flat.data_ptr(), _int4(*size), _int4(*stride)))
-    return (Table * len(found))(*found)
+    return (Table * (len(found) + room))(*found)
 
 
 def whole_numbers(t: Tensor, kept: list[Tensor]) -> Tensor:

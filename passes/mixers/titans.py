@@ -181,7 +181,8 @@ class Titans(Mechanism):
         if ready:
             rows, past = memory.written(p, widened(whole[:, : ready * size]), past, chunks=chunks)
         y = memory.read(p, widened(whole), rows)[:, -x.shape[1] :]
-        carried = {"base": past.base, "weights": past.weights, **dict(zip(names, past.speeds, strict=True))}
+        speeds = (torch.zeros_like(past.weights) if speed is None else speed for speed in past.speeds)
+        carried = {"base": past.base, "weights": past.weights, **dict(zip(names, speeds, strict=True))}
         after = {"waiting": whole[:, ready * size :], "chunks": torch.tensor(chunks + ready)}
         return as_type(y, x.dtype), {**after, **carried}
 

@@ -90,11 +90,13 @@ class Net:
 
 @dataclass(frozen=True)
 class Past:
-    """What is known behind a chunk, as rows (B, H, 1, P): where gradients are taken, the weights, every order's S."""
+    """What is known behind a chunk, rows (B, H, 1, P): where gradients are taken, the weights, every order's S, which
+    is None at rest.
+    """
 
     base: Tensor
     weights: Tensor
-    speeds: tuple[Tensor, ...]
+    speeds: tuple[Tensor | None, ...]
 
     @property
     def renewed(self) -> Past:
@@ -143,7 +145,7 @@ class Memory:
         gamma = p.init_norm_gamma if self.net.residual_norm else None
         row = self.net.row(gamma, [getattr(p, f"init_model_weights_{n}") for n in range(self.net.depth)])
         row = row[None, :, None].expand(batch, -1, -1, -1)
-        return Past(row, row, (torch.zeros_like(row),) * self.orders)
+        return Past(row, row, (None,) * self.orders)
 
     def written(
         self, p: Any, x: Tensor, past: Past, mask: Tensor | None = None, chunks: int = 0
@@ -171,11 +173,11 @@ class Memory:
         for here in self._batches(count, chunks):
             pushed = self.net.descent(past.base, k[:, :, here], v[:, :, here], -theta[:, :, here])
             pushed = self._tempered(pushed, None if rates is None else rates[:, :, here])
-            speeds = []
+            speeds = list[Tensor | None]()
             for order, speed in enumerate(past.speeds):
                 assert etas is not None
                 eta = etas[:, :, here, order : order + 1]
-                pushed = prefix("affine", eta, pushed, state=(speed,))
+                pushed = prefix("affine", eta, pushed, state=None if speed is None else (speed,))
                 speeds.append(pushed[:, :, -1:])
             rows = prefix("affine", pad(keep[:, :, here], (0, 0, 1, 0)), torch.cat((past.weights, pushed), 2))
             found.append(rows[:, :, 1:] if found else rows)

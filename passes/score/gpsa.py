@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import threshold
 
 from ...compiler.functional import attention
 from ...compiler.mechanism import Limit, Mechanism, Param, register
@@ -18,6 +19,8 @@ from ...compiler.problem import problem
 from ...compiler.refusal import Refused
 from ...compiler.site import Site
 from ...compiler.starts import constant
+
+_LEAST = torch.finfo(torch.float32).tiny ** 0.75  # of a positional weight
 
 
 @register("gpsa")
@@ -107,7 +110,10 @@ class Gpsa(Mechanism):
 
 
 def _near(slope: Tensor, curve: Tensor, level: Tensor, size: int) -> Tensor:
-    """softmax over b of slope (b - a) + curve (b - a)^2 + level, per head: (H, size, size)."""
+    """softmax over b of slope (b - a) + curve (b - a)^2 + level, per head: (H, size, size); nothing where it is so
+    small that products with it are no whole floats, which processors multiply many times as slowly.
+    """
     place = torch.arange(size, device=slope.device, dtype=slope.dtype)
     step = place - place[:, None]
-    return torch.softmax(slope[:, None, None] * step + curve[:, None, None] * step**2 + level[:, None, None], -1)
+    logits = slope[:, None, None] * step + curve[:, None, None] * step**2 + level[:, None, None]
+    return threshold(torch.softmax(logits, -1), _LEAST, 0.0)
