@@ -249,7 +249,7 @@ SPELLINGS = [
     Spelling("exp over its sum", weighted(lambda s: s.exp() / s.exp().sum(-1, keepdim=True))),
     Spelling("dropout that is off", weighted(lambda s: F.dropout(s.softmax(-1), 0.1, False))),
     Spelling("empty rows made zero", weighted(lambda s: s.softmax(-1).nan_to_num(0.0))),
-    Spelling("weights scaled afterwards", weighted(lambda s: s.softmax(-1) * 0.5), features="mask"),
+    Spelling("weights scaled afterwards", weighted(lambda s: s.softmax(-1) * 0.5)),
     Spelling("keys times queries", turned),
     Spelling("values first", values_first),
     Spelling("tokens before heads", tokens_first),

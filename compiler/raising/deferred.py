@@ -16,7 +16,7 @@ from .layout import KEEPING, TURNS, VIEWS, ahead, argument, back, data_users, te
 from .near import Unraised
 from .products import Product, product_of
 from .softmaxes import is_exponential
-from .totals import inversion, through, total_among
+from .totals import dividing, through, total_among
 
 LIMIT = 6  # views between a product and its division
 
@@ -42,9 +42,10 @@ def normalise_first(graph: fx.Graph) -> None:
 
 def _move(node: fx.Node, top: Any, below: Any) -> bool:
     found = _weighted(node, top) if tensor_of(top) is not None and tensor_of(below) is not None else None
-    divisor = _divisor(node, below, found.out) if found is not None else None
-    if found is None or divisor is None:
+    over = dividing(node, below, aligned(tensor_of(below), found.out)) if found is not None else None
+    if found is None or over is None:
         return False
+    divisor = over[:2]
     total = total_among(*divisor, found.rows, "sum")
     if total is None or through(total.node.args[0]) is not through(found.exponentials):
         return False
@@ -119,16 +120,3 @@ def _product_groups(product: Product, side: int, groups: Groups) -> Groups:
     for label, size in zip(product.labels[1 - side], tensor_of(product.operands[1 - side]).shape):
         known[label] = known.get(label) or fresh(size)
     return tuple(known[label] for label in product.out)
-
-
-def _divisor(node: fx.Node, below: fx.Node, out: Groups) -> tuple[fx.Node, Groups] | None:
-    """What divides, with its axes: as it stands under the line, or inside the reciprocal that is multiplied with."""
-    groups = aligned(tensor_of(below), out)
-    if op_name(node) == "div":
-        return below, groups
-    while not (over := inversion(below)):
-        moved = back(below, groups)
-        if moved is None:
-            return None
-        below, groups = moved
-    return args_of(over[-1])[0], groups

@@ -1,7 +1,8 @@
-"""Einsums of one or of many tensors as permutations, factors and einsums of two, which is what raising reads.
+"""Einsums of one or of many tensors as permutations, sums, factors and einsums of two, which is what raising reads.
 
 The order is torch's own, from the left, but for a tensor whose axes all lie in the result or in one other operand:
-that one is a factor. 'bhid,bhjd,h->bhij' is a product of queries and keys, times one number a head.
+that one is a factor. 'bhid,bhjd,h->bhij' is a product of queries and keys, times one number a head; of two operands one
+is a factor where nothing is summed: 'bhij,bhi->bhij'.
 """
 
 from __future__ import annotations
@@ -51,14 +52,12 @@ def terms_of(node: fx.Node) -> tuple[list[Term], Labels] | None:
 
 
 def split_einsums(graph: fx.Graph) -> None:
-    """Write every einsum that does not have two operands as steps that do."""
+    """Write every einsum that is no product of two tensors as steps that are, or that are none."""
     for node in list(graph.nodes):
-        found = terms_of(node) if op_name(node) == "einsum" and len(node.args[1]) != 2 else None
-        if found is not None:
-            whole = _Steps(Builder(node, [])).whole(*found)
-            if whole is not None:
-                node.replace_all_uses_with(whole)
-                graph.erase_node(node)
+        found = terms_of(node) if op_name(node) == "einsum" else None
+        if found is not None and (len(found[0]) != 2 or _scales(*found)):
+            node.replace_all_uses_with(_Steps(Builder(node, [])).whole(*found))
+            graph.erase_node(node)
 
 
 class _Steps:
@@ -66,11 +65,12 @@ class _Steps:
         self.builder = builder
 
     def whole(self, terms: Sequence[Term], out: Labels) -> Any:
-        """The result's node; None where it is no plain permutation of one tensor."""
+        """The result's node."""
         if len(terms) == 1:
-            return self._turned(terms[0], out) if sorted(terms[0].labels) == sorted(out) else None
+            return self._summed(terms[0], out)
         if len(terms) == 2:
-            return self._product(terms[0], terms[1], out)
+            small, large = sorted(terms, key=lambda t: len(t.labels))
+            return self._times(large, small) if _scales(terms, out) else self._product(terms[0], terms[1], out)
         factor = next((t for t in reversed(terms) if set(t.labels) <= set(out) and self._covered(terms, t, out)), None)
         if factor is not None:
             rest = self.whole([t for t in terms if t is not factor], out)
@@ -108,8 +108,23 @@ class _Steps:
         equation = f"{said[0]},{said[1]}->{said[2]}"
         return self.builder.call(aten.einsum.default, equation, [first.node, second.node])
 
-    def _turned(self, term: Term, out: Labels) -> Any:
-        return self.builder.call(aten.permute.default, term.node, [term.labels.index(x) for x in out])
+    def _summed(self, term: Term, out: Labels) -> Any:
+        """One tensor's axes in another order, those that the result does not have summed over."""
+        gone = [d for d, x in enumerate(term.labels) if x not in out]
+        node = self.builder.call(aten.sum.dim_IntList, term.node, gone) if gone else term.node
+        left = tuple(x for x in term.labels if x in out)
+        if gone and left == out:
+            return node
+        return self.builder.call(aten.permute.default, node, [left.index(x) for x in out])
+
+
+def _scales(terms: Sequence[Term], out: Labels) -> bool:
+    """Whether the larger of two operands has the result's axes in its order, and the other only some of them."""
+    if len(terms) != 2:
+        return False
+    small, large = sorted(terms, key=lambda t: len(t.labels))
+    within = len(small.labels) < len(out) and set(small.labels) <= set(out)
+    return within and large.labels == out and _as_large(small, large)
 
 
 def _as_large(small: Term, large: Term) -> bool:

@@ -69,19 +69,34 @@ def write(place: Place) -> fx.Node:
     ]
     tables, words = _tables(place, builder, index)
     scaled = {"s": name("s") * (q.factor * k.factor)} if q.factor * k.factor != 1 else {}
+    after, factor = _without_constant(place.after)
     spec = AttendSpec(
         score=_said(place.score.replace(scaled), words),
         keep="" if place.keep.text == TRUE.text else _said(place.keep, words),
-        after="" if place.after is None else _said(place.after, words),
+        after="" if after is None else _said(after, words),
         sink="" if place.sink is None else _said(place.sink, words),
         empty="" if place.empty is None else _said(place.empty.replace(scaled), words),
     )
     attend = builder.call(attend_op.op, tensors[0], tensors[1:], tables, spec.text)
     result = builder.call(operator.getitem, attend, 0)
+    if factor != 1:
+        result = builder.call(aten.mul.Tensor, result, factor)
     if tensor_of(result).dtype != tensor_of(place.node).dtype:
         result = builder.call(aten.to.dtype, result, tensor_of(place.node).dtype)
     _put(place, builder, result, (batch, heads, leaves(place.i), leaves(place.e)))
     return attend
+
+
+def _without_constant(after: Expr | None) -> tuple[Expr | None, float]:
+    """Weights that are all scaled alike are plain weights, and their result is scaled."""
+    factor = 1.0
+    while after is not None and after.op in ("mul", "truediv"):
+        weights, number = after.args
+        if not isinstance(number, Expr) or number.op != "const":
+            break
+        factor = factor * number.args[0] if after.op == "mul" else factor / number.args[0]
+        after = weights
+    return (None if after is None or after.text == "w" else after), factor
 
 
 def _batch_and_heads(place: Place, found: dict[str, list[Stage]]) -> tuple[Group, Group]:

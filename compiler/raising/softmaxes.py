@@ -14,7 +14,7 @@ from .axes import Groups, aligned
 from .constants import constant
 from .layout import CASTS, KEEPING, VIEWS, argument, back, tensor_of
 from .near import Unraised
-from .totals import Change, Total, inversion, is_constant_along, through, total_of
+from .totals import Change, Total, is_constant_along, sum_below, through, total_of
 from .zero_one import is_zero_one
 
 EXPONENTIALS = frozenset({"exp", "exp2"})
@@ -100,15 +100,10 @@ def _divided_by_sum(node: fx.Node) -> Softmax | None:
     for top, bottom in (given[:2], given[1::-1])[: 2 if op_name(node) == "mul" else 1]:
         if tensor_of(top) is None or tensor_of(bottom) is None or argument(node, 2, "rounding_mode"):
             continue
-        over = inversion(bottom) if op_name(node) == "mul" else [through(bottom)]
-        if not over:
-            continue
-        if op_name(node) == "mul":
-            bottom = over[-1].args[0]
         found = _exponential(top)
-        total = total_of(bottom, top, "sum") if found is not None else None
-        if found is not None and total is not None and _same(total.node.args[0], top):
-            scores, inside, kept = found
+        below = sum_below(node, top, bottom) if found is not None else None
+        if found is not None and below is not None and _same(below[0].node.args[0], top):
+            (scores, inside, kept), (total, over) = found, below
             fused = next((n for n in inside if op_name(n) in FUSED), None)
             if fused is not None and (total.changes or total.dim != _dim(fused, fused.args[1])):
                 raise Unraised(node, "masked weights are divided by something else than their sum")

@@ -113,6 +113,31 @@ def inversion(node: Any) -> list[fx.Node]:
     return passed if op_name(node) == "reciprocal" or (op_name(node) == "pow" and node.args[1] == -1) else []
 
 
+def dividing(node: fx.Node, beside: fx.Node, groups: Groups) -> tuple[fx.Node, Groups, list[fx.Node]] | None:
+    """What divides, with its axes: as it stands under the line, or inside the reciprocal that is multiplied with.
+
+    Then also the nodes from the reciprocal on.
+    """
+    passed: list[fx.Node] = []
+    if op_name(node) == "div":
+        return beside, groups, passed
+    while not (over := inversion(beside)):
+        moved = back(beside, groups)
+        if moved is None:
+            return None
+        passed.append(beside)
+        beside, groups = moved
+    return over[-1].args[0], groups, passed + over  # type: ignore[return-value]
+
+
+def sum_below(node: fx.Node, rows: fx.Node, beside: fx.Node) -> tuple[Total, list[fx.Node]] | None:
+    """The sum that a division of rows has below the line, and the nodes from its reciprocal on, if it has one."""
+    axes = fresh_groups(tensor_of(rows))
+    found = dividing(node, beside, aligned(tensor_of(beside), axes))
+    total = total_among(found[0], found[1], axes, "sum") if found is not None else None
+    return None if found is None or total is None else (total, found[2])
+
+
 def through(node: Any, *, views: bool = False) -> fx.Node:
     """Past casts and copies, and past views where asked for."""
     passed = CASTS | KEEPING | (VIEWS | {"expand"} if views else frozenset())

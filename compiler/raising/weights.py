@@ -15,6 +15,7 @@ from .axes import product as extent_of
 from .constants import constant
 from .layout import KEEPING, TURNS, VIEWS, ahead, argument, data_users, tensor_of
 from .near import Unraised
+from .own_sum import divided_by_own_sum
 from .products import Product, product_of
 
 DRAWN = "@drawn"  # uniform random numbers, one for each weight
@@ -49,6 +50,8 @@ def follow_weights(
     """Raise Unraised where the weights are used for anything but one product with values."""
     walk = _Walk(node, groups, columns, sink_at)
     while True:
+        if walk.after.text == "w" and walk.sink_at is None and _normalised_again(walk):
+            continue
         user = _only_user(walk.node)
         product = product_of(user) or _coming_product(user)
         if product is not None and walk.node in product.operands:
@@ -71,6 +74,16 @@ def _only_user(node: fx.Node) -> fx.Node:
     if users[0].op == "output":
         raise Unraised(node, "the weights are returned: no product with values follows")
     return users[0]
+
+
+def _normalised_again(walk: _Walk) -> bool:
+    found = divided_by_own_sum(walk.node, walk.groups, walk.columns)
+    if found is None:
+        return False
+    walk.node, number = found
+    if number != 1:
+        walk.after = build("truediv", walk.after, number)
+    return True
 
 
 def _is_returned(node: fx.Node) -> bool:
