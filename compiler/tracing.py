@@ -52,12 +52,23 @@ def trace(mechanism: Mechanism, setting: Setting, values: Mapping[str, Tensor]) 
 
     try:
         graph = trace_function(run, values)
-    except Refused as refused:
-        raise refused.at(f"{setting.site.path}: {mechanism.slug}") from None
-    except RuntimeError as error:  # of torch, about sizes: memory tokens beside the keys, where queries have none
+    except (Refused, RuntimeError) as error:  # of torch, about sizes: memory tokens beside the keys, queries have none
+        where = f"{setting.site.path}: {mechanism.slug}"
+        if _past_is_missing(mechanism, values):
+            found = "its forward asks for x of every key, and under a cache x is that of the new tokens alone"
+            fits = "use_cache=False (also in generate), or a mechanism of q, k and v alone"
+            raise Refused(found, where=where, fits=fits) from None
+        if isinstance(error, Refused):
+            raise error.at(where) from None
         said = f"its forward fails at this site's sizes: {str(error).splitlines()[0]}"
-        raise Refused(said, where=f"{setting.site.path}: {mechanism.slug}", fits="another mechanism here") from error
+        raise Refused(said, where=where, fits="another mechanism here") from error
     return Fragment(graph, names, told["losses"], told["buffers"])
+
+
+def _past_is_missing(mechanism: Mechanism, values: Mapping[str, Tensor]) -> bool:
+    """Whether it asks for what the keys were made of, and that has fewer rows than they: looked at where it fails."""
+    x = values.get("x") if "x" in sum(mechanism.wanted_ports(), ()) else None
+    return x is not None and str(x.shape[1]) != str(values["k"].shape[2])  # as text: a comparison would be a guard
 
 
 def trace_function(run: Callable[..., Any], values: Mapping[str, Tensor]) -> fx.GraphModule:

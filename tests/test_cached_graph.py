@@ -204,3 +204,12 @@ def test_a_config_without_a_longest_length_says_minus_one() -> None:
     config = hf.XLNetConfig(d_model=32, n_layer=1, n_head=2, d_inner=32, vocab_size=60)
     fast = reattend.optimize(hf.XLNetLMHeadModel(config).eval(), "exact", measure=False)
     assert len(fast.sites) == 1
+
+
+@pytest.mark.parametrize("slug", ["rat", "based"])
+def test_what_makes_keys_of_x_says_that_a_cache_has_none_of_it(slug: str) -> None:
+    model, x = llama(), torch.randint(3, 60, (1, 7))
+    fast = reattend.optimize(model, slug, {"input_ids": x, "use_cache": False}, measure=False)
+    cache = model(x, use_cache=True).past_key_values
+    with pytest.raises(Refused, match=f"{slug}: its forward asks for x of every key.*new tokens alone: use_cache=False"):
+        fast(input_ids=x[:, :1], past_key_values=cache, use_cache=True)
