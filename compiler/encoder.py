@@ -1,6 +1,6 @@
-"""get_encoder() of a hosted model: what generate() runs alone is rewritten as it is within the whole.
+"""Parts of a hosted model that are called alone, get_encoder() among them: rewritten as they are within the whole.
 
-The encoder's own class over the model's own modules and tensors, its forward running graphs of its calls, made by the
+A part's own class over the model's own modules and tensors, its forward running graphs of its calls, made by the
 decisions that the whole model's first call took.
 """
 
@@ -11,6 +11,8 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import nn
+
+from .refusal import Refused, nearest
 
 
 def encoding(made_from: Any) -> Callable[..., Any]:
@@ -23,6 +25,18 @@ def encoding(made_from: Any) -> Callable[..., Any]:
         return _hosted(self, path, found) if path else found
 
     return get_encoder
+
+
+def part_of(model: nn.Module, path: str) -> nn.Module:
+    """The module at a path, hosted where sites within it were rewritten; before the first decision that is not known."""
+    from .hosted import hosting
+
+    if not hosting(model).graphs:
+        raise Refused("no call has been captured yet", where="part", fits="call the whole model once, or give inputs")
+    modules = dict(model.named_modules())
+    if not path or path not in modules:
+        raise Refused(f"no module {path!r}", where="part", fits=nearest(path, filter(None, modules), kind="modules"))
+    return _hosted(model, path, modules[path])
 
 
 def _hosted(model: nn.Module, path: str, part: nn.Module) -> nn.Module:

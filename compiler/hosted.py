@@ -18,7 +18,7 @@ from .compiling import at_hand, make_ready
 from .config_values import changed_config, config_values
 from .containers import lay_out_caches
 from .difference import said_frozen, said_limit
-from .encoder import encoding
+from .encoder import encoding, part_of
 from .generating import generating
 from .hooks import hook_numbers, refuse_silent_hooks, silent_hooks
 from .leaves import in_their_places, leaves_of, modules_called, restore_leaves
@@ -174,6 +174,10 @@ class HostedModel:
         found = getattr(hosting(self).about, "report", None)
         shown: str | None = None if found is None else found._repr_html_()
         return shown
+
+    def part(self, path: str) -> nn.Module:
+        """A module inside that is called alone, rewritten as within the whole: `fast.model.encoder(x)` itself is not."""
+        return part_of(self, path)  # type: ignore[arg-type]
 
     def prepare(self, *args: Any, **kwargs: Any) -> None:
         """Make the graph of a call's signature without running it."""

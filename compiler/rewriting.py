@@ -49,8 +49,8 @@ class Settled:
     refused: frozenset[tuple[str, str]] = frozenset()  # (path, mechanism): a site that was left as it was stays so
 
     def within(self, path: str) -> Settled:
-        """What was decided for the sites of one part."""
-        inside = {p: done for p, done in self.changed.items() if p.startswith(f"{path}.")}
+        """What was decided for the sites of one part, which may be a site itself."""
+        inside = {p: done for p, done in self.changed.items() if p.startswith((f"{path}.", f"{path}#")) or p == path}
         return replace(self, changed=inside)
 
 

@@ -44,3 +44,28 @@ def test_an_encoder_as_it_came_stays_it() -> None:
     model, ids = BartForConditionalGeneration(CONFIG).eval(), torch.randint(4, 60, (2, 9))
     fast = reattend.optimize(model, "exact", {"input_ids": ids, "decoder_input_ids": ids[:, :4]}, measure=False)
     assert fast.get_encoder() is fast.model.encoder
+
+
+@pytest.mark.parametrize("path", ["model.encoder", "model.encoder.layers.0", "model.encoder.layers.0.self_attn"])
+def test_a_part_called_alone_is_rewritten_as_in_the_whole(path: str) -> None:
+    model, ids = BartForConditionalGeneration(CONFIG).eval(), torch.randint(4, 60, (2, 9))
+    given = {"input_ids": ids, "decoder_input_ids": ids[:, :4], "use_cache": False}
+    sites = [{"match": {"kind": ["noncausal-self"]}, "attention": NEAR}]
+    fast = reattend.optimize(model, {"version": 1, "sites": sites}, given, measure=False)
+    x = torch.randn(2, 9, 32)
+    call = {"input_ids": ids} if path == "model.encoder" else {"hidden_states": x, "attention_mask": None}
+    alone, plain = (part(**call)[0] for part in (fast.part(path), model.get_submodule(path)))
+    assert (alone - plain).abs().max() > 1e-4
+    near = ((torch.arange(9)[:, None] - torch.arange(9)).abs() < 2) | (torch.arange(9) < 1)
+    if path != "model.encoder":
+        masked = model.get_submodule(path)(x, attention_mask=torch.where(near, 0.0, -1e9)[None, None])[0]
+        torch.testing.assert_close(alone, masked, rtol=0, atol=1e-5)
+
+
+def test_a_part_that_is_not_there_or_not_changed() -> None:
+    model, ids = BartForConditionalGeneration(CONFIG).eval(), torch.randint(4, 60, (2, 9))
+    given = {"input_ids": ids, "decoder_input_ids": ids[:, :4]}
+    fast = reattend.optimize(model, "exact", given, measure=False)
+    with pytest.raises(reattend.Refused, match="no module 'model.encodr': did you mean 'model.encoder'"):
+        fast.part("model.encodr")
+    assert fast.part("model.encoder.embed_tokens") is fast.model.encoder.embed_tokens
