@@ -129,7 +129,7 @@ class CCA(Mechanism):
         return core_k, core_v, held[:, 0]
 
     def _weighted(self, scale: float, q: Tensor, rows: Tensor, slots: Tensor, numbers: Tensor) -> Tensor:
-        heads, groups = rows.shape[1], rows.shape[2]
+        heads = rows.shape[1]
         last = gather(q, numbers[:, -1])  # (B, H, G, D)
         folded = rows.flatten(1, 2)
         held = table(slots.flatten(1, 2))
@@ -140,7 +140,7 @@ class CCA(Mechanism):
             scale=scale,
             keep=lambda b, h, j: held[b, h, j],
         )
-        return o.squeeze(2).unflatten(1, (heads, groups))
+        return o.squeeze(2).unflatten(1, (heads, -1))  # one group here may be many at another length
 
     def limits(self) -> Iterable[Limit]:
         q, k, v = problem(11)

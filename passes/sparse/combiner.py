@@ -192,7 +192,8 @@ class Combiner(Mechanism):
             scale=scale,
             keep=lambda b, h, j: real[b, h, j],
         )
-        return pooled[..., dim:], o.squeeze(2).unflatten(1, rows.shape[1:3])
+        # -1: one span here may be many at another length
+        return pooled[..., dim:], o.squeeze(2).unflatten(1, (rows.shape[1], -1))
 
     def _logsparse(self, scale: float, p: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Each query names its rows: itself, and for every bit of i the span that the bit stands for."""
@@ -271,10 +272,10 @@ class Combiner(Mechanism):
     def _running(self, scale: float, q: Tensor, k: Tensor, v: Tensor, numbers: Tensor, place: Tensor) -> Summary:
         """The summary of every line up to each of its tokens, at the token."""
         rows = group(torch.cat((q, k, v), -1), numbers)[0].flatten(1, 2)  # (B, H * lines, T, D + D + Dv)
-        dim, lines = k.shape[-1], numbers.shape[0]
+        dim = k.shape[-1]
         pooled = prefix(self.summary_pool.removeprefix("identity-"), rows[..., : 2 * dim])
         o = attend(pooled[..., :dim], rows[..., dim : 2 * dim], rows[..., 2 * dim :], scale=scale, causal=True)
-        found = torch.cat((pooled[..., dim:], o), -1).unflatten(1, (k.shape[1], lines)).flatten(2, 3)
+        found = torch.cat((pooled[..., dim:], o), -1).unflatten(1, (k.shape[1], -1)).flatten(2, 3)
         key, value = gather(found, place).split([dim, v.shape[-1]], -1)
         return key, value
 
