@@ -28,7 +28,7 @@ def encoding(made_from: Any) -> Callable[..., Any]:
 
 
 def part_of(model: nn.Module, path: str) -> nn.Module:
-    """The module at a path, hosted where sites within it were rewritten; before the first decision that is not known."""
+    """The module at a path, hosted where sites within it were rewritten; before a first call that is not known."""
     from .hosted import hosting
 
     if not hosting(model).graphs:

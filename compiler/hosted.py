@@ -176,7 +176,7 @@ class HostedModel:
         return shown
 
     def part(self, path: str) -> nn.Module:
-        """A module inside that is called alone, rewritten as within the whole: `fast.model.encoder(x)` itself is not."""
+        """A module inside, called alone and rewritten as within the whole: `fast.model.encoder(x)` itself is not."""
         return part_of(self, path)  # type: ignore[arg-type]
 
     def prepare(self, *args: Any, **kwargs: Any) -> None:
