@@ -13,8 +13,6 @@ from .constants import constant
 from .layout import argument, data_users
 from .totals import Change, Total, sum_below, through
 
-__all__ = ["divided_by_own_sum"]
-
 
 def divided_by_own_sum(weights: fx.Node, groups: Groups, columns: Group) -> tuple[fx.Node, float] | None:
     """(the division, the number that each row is divided by); None where the weights are used in any other way."""
