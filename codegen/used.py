@@ -13,7 +13,7 @@ from ..compiler.refusal import Refused, nearest
 from .cpu import attend as cpu_attend
 from .cpu import pointwise
 from .cpu import scan as cpu_scan
-from .cpu.memory import kinds_of
+from .of_heads import settling
 from .triton.ahead import TARGETS, Compiled, compiled
 from .triton.launching import recorded
 
@@ -108,8 +108,8 @@ def _on_cpu(call: Call) -> Used:
     if (piece := call.piece) is not None:
         return _made(call, None, lambda: pointwise.source(piece))
     if call.primitive == "attend":
-        reason = cpu_attend.refuses(call.groups, call.text)
-        return _made(call, reason, lambda: cpu_attend.source(call.text, kinds_of(call.groups[2])))
+        reason = settling(cpu_attend.refuses)(call.groups, call.text)
+        return _made(call, reason, lambda: cpu_attend.source_of(call.groups, call.text))
     if call.primitive == "scan":
         reason = cpu_scan.refuses(call.groups, call.text)
         return _made(call, reason, lambda: cpu_scan.source_of(call.groups, call.text))

@@ -92,6 +92,8 @@ def _truth(value: Value) -> Value:
 
 
 def _call(function: str, parts: Sequence[Value]) -> Value:
+    if not any(isinstance(p, Tensor) for p in parts):  # of sizes alone
+        parts = [torch.full((), p, dtype=torch.float64) for p in parts]
     like = next(p for p in parts if isinstance(p, Tensor))
     if len(parts) > 1:  # a number takes the type of the tensor beside it, and is not rounded before
         kind = torch.result_type(parts[-2], parts[-1])

@@ -7,11 +7,18 @@ from ...compiler.primitives.prefix import prefix_op
 from ...compiler.primitives.qlinear import qlinear_op
 from ...compiler.primitives.scan import scan_op
 from ...compiler.quick import ATTENDS
+from ..of_heads import settling, settling_gradients
 from . import attend, attend_backward, one_call, pointwise, prefix, qlinear, qlinear_floats, qlinear_units, scan
 
 NAME = "generated C++"
 
-_attend = Kernel(NAME, attend.few, attend.run, gradients=attend_backward.gradients, source=attend.shown)
+_attend = Kernel(
+    NAME,
+    settling(attend.few),
+    settling(attend.run),
+    gradients=settling_gradients(attend_backward.gradients),
+    source=attend.shown,
+)
 attend_op.kernels.setdefault("cpu", []).insert(0, _attend)
 scan_op.kernels.setdefault("cpu", []).insert(0, Kernel(NAME, scan.few, scan.run))
 prefix_op.kernels.setdefault("cpu", []).insert(0, Kernel(NAME, prefix.few, prefix.run, gradients=prefix.gradients))

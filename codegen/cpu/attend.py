@@ -25,6 +25,7 @@ from ...compiler.symbol_slope import slope
 from ...compiler.symbol_text import parse
 from ...compiler.symbols import TRUE, Expr
 from .. import relative
+from ..of_heads import settled, without_sizes
 from ..sdpa import refuses_dense
 from . import asked
 from .memory import Rows, as_dtype, index_of, kinds_of, pointer, step, tables_of, whole_numbers
@@ -43,6 +44,7 @@ _LEAST = 1 << 15  # scores of a call; fewer are not worth a library
 _LEAST_OF_PLAIN = 1 << 18  # where torch has one call for it, or few rows meet all keys, which are laid out anew
 _LEAST_OF_A_WALK = 1 << 14  # where most are not computed
 _FEW_ROWS = 16
+_SHOWN = 32  # tables of a spec that is shown, before those that loops have in place of sizes
 _MOST_PRODUCTS = 1 << 27  # of rows with a relative term's table, held as numbers of float32
 _LONG = 1 << 23  # scores from which on these loops are ahead of torch's one call: docs/cpu_kernels.md
 
@@ -100,6 +102,15 @@ def why_not(text: str) -> str | None:
     return None
 
 
+def source_of(groups: Groups, text: str) -> str:
+    """The source that a call runs."""
+    groups, text = settled(groups, text)
+    (q,), _, tables = groups
+    kinds, halves = kinds_of(tables) + "f" * len(AttendSpec.of(text).relative), bfloat_products(q)
+    inside = asked.inside(groups, text, halves)
+    return source(text if inside else relative.looked_up(text, len(tables)), kinds, halves)
+
+
 @lru_cache(maxsize=1024)
 def source(text: str, tables: str, halves: str = "") -> str:
     """The whole C++ text of a spec; `tables` says of each table whether it holds floats ("f") or whole ones ("i")."""
@@ -145,7 +156,8 @@ def along(text: str) -> Mapping[int, int]:
 
 def shown(text: str) -> str:
     """The source for a reader, as if all tables held floats; "" where the skeleton cannot say the spec."""
-    return "" if why_not(text) else source(relative.looked_up(text), "f" * 64)
+    text = without_sizes(text, _SHOWN)[0]
+    return "" if why_not(text) else source(relative.looked_up(text), "f" * 2 * _SHOWN)
 
 
 def _ungrouped(spec: AttendSpec) -> str | None:
