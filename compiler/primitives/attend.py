@@ -195,8 +195,9 @@ class Tables:
         had, places = len(self.tensors), tuple([self._place(each.tensor) for each in live])
         names = tuple([(n, e.text) for n, e in known.items()])
         whole = key, names, None if beside is None else beside.text, had, places
-        if whole in _READ:
-            text, order = _READ[whole]
+        known_before = _READ.get(whole)
+        if known_before is not None:
+            text, order = known_before
             self.tensors += [live[n].tensor for n in order]
             return text
         text = self._read(function, known, what, beside)
