@@ -15,6 +15,7 @@ import typer
 import typer.core
 from rich.console import Console
 
+from .compiler.memory import lacks_memory
 from .compiler.refusal import Refused
 
 
@@ -35,7 +36,7 @@ def answers(*, as_json: bool = False) -> Iterator[None]:
             _fault(error)
         _refusal(f"{error.filename}: {error.strerror}", as_json=as_json)
     except Exception as fault:
-        if _lacks_memory(fault):
+        if lacks_memory(fault):
             _refusal("out of memory: fewer or shorter inputs, or a smaller model", as_json=as_json)
         _fault(fault)
 
@@ -75,12 +76,6 @@ def _refusal(text: str, *, as_json: bool) -> NoReturn:
     else:
         print(f"error: {text}", file=sys.stderr)
     raise typer.Exit(1) from None
-
-
-def _lacks_memory(fault: Exception) -> bool:
-    """Python's own error, a GPU's, or what torch says on a processor."""
-    kind = type(fault).__name__
-    return kind in ("MemoryError", "OutOfMemoryError") or "can't allocate memory" in str(fault)
 
 
 def _fault(fault: Exception) -> NoReturn:

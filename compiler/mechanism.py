@@ -244,8 +244,8 @@ def mechanism(slug: str, /, **knobs: Any) -> Mechanism:
 
 
 def _check_kind(slug: str, knob: str, annotation: Any, value: Any) -> None:
-    """A plain value is one that its knob's annotation admits; of others the mechanism itself speaks."""
-    if value is None or isinstance(value, int | float | str):
+    """A plain value or a list is one that its knob's annotation admits; of others the mechanism itself speaks."""
+    if value is None or isinstance(value, int | float | str | list | tuple):
         known = knob_type(annotation)
         try:
             known.admit(value)

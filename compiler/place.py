@@ -12,6 +12,7 @@ from torch import Tensor
 from .facts import features
 from .from_seed import from_seed
 from .mechanism import Aux, Mechanism, Param, mechanism
+from .memory import room_for
 from .primitives.attend import Tables
 from .primitives.attend_spec import AttendSpec
 from .refusal import Refused, nearest
@@ -135,8 +136,9 @@ def run(chosen: Mechanism, place: Place, params: Mapping[str, Tensor] = {}) -> t
     reason = chosen.refuses(place.site)
     if reason:
         raise Refused(reason, where=str(place.site))
-    values = values_at(chosen, place, params)
-    return forward(chosen, Setting(place.site, place.spec), values)
+    with room_for(chosen, str(place.site)):
+        values = values_at(chosen, place, params)
+        return forward(chosen, Setting(place.site, place.spec), values)
 
 
 def values_at(chosen: Mechanism, place: Place, params: Mapping[str, Tensor] = {}) -> dict[str, Tensor]:

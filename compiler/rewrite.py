@@ -13,6 +13,7 @@ from .algebra.projections import projections
 from .facts import features
 from .inserting import OnStream, on_stream, stream_at
 from .mechanism import Mechanism
+from .memory import room_for
 from .nodes import args_of
 from .ports import real_keys
 from .primitives.attend_spec import AttendSpec
@@ -40,7 +41,8 @@ def put(program: Program, path: str, mechanism: Mechanism, *, dropped: frozenset
     window = None if "window" in dropped else site.window
     setting = Setting(replace(site, features=site.features - dropped, window=window), spec)
     before = _behind(anchor) if mechanism.part in ("gate", "insert") else anchor  # these read the value they replace
-    inputs = _inputs(program, site, mechanism, attend, anchor, before)
+    with room_for(mechanism, path):
+        inputs = _inputs(program, site, mechanism, attend, anchor, before)
     fragment = _fragment(program, mechanism, setting, inputs)
     if mechanism.part == "cache":
         return _stored(program, mechanism, setting, fragment, dropped)

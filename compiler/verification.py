@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from .inserting import OnStream, stream_at
 from .mechanism import KINDS
+from .memory import room_for
 from .nodes import args_of
 from .ports import is_padding, real_keys
 from .primitives.attend_blocks import attend_in_blocks
@@ -102,7 +103,8 @@ def check_sites(reference: Program, changes: Sequence[Change], inputs: Sequence[
     results: dict[str, SiteResult] = {}
 
     def judge(path: str, values: dict[str, Tensor]) -> None:
-        results[path] = _judge(by_path[path], values)
+        with room_for(by_path[path][-1].mechanism, path):
+            results[path] = _judge(by_path[path], values)
 
     if groups:
         stream_groups(reference.graph, inputs, groups, judge)

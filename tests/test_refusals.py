@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import pytest
 import torch
+from small_models import Attend
 
 import reattend.passes  # noqa: F401 - fills the registry
+from reattend.api import optimize
 from reattend.compiler.functional import attention
 from reattend.compiler.layers import module
+from reattend.compiler.mechanism import mechanism
 from reattend.compiler.problem import hidden, problem
 from reattend.compiler.recipe_load import load_recipe
 from reattend.compiler.refusal import Refused
@@ -38,11 +42,14 @@ def test_noncausal_only_on_a_causal_site(slug: str) -> None:
         ("window", "window", None, "a whole number"), ("window", "window", True, "a whole number"),
         ("based", "eps", math.inf, "a number"), ("sigmoid", "softmax_scale", math.nan, "a number or null"),
         ("sigmoid", "bias", -math.inf, "a number or a text"), ("linear", "normalize", 2, "true or false"),
+        ("titans", "chunk_size", (5,), "a whole number or a list of 2"), ("s2", "local_blocks", (), "a list of 2"),
+        ("ls", "long_heads", ("x",), "a list, each a whole number"),
+        ("neighborhood", "window", ("x",), "a whole number"),
     ],
 )  # fmt: skip
 def test_a_knob_of_another_kind(slug: str, knob: str, value: Any, fits: str) -> None:
     q, k, v = problem(6)
-    with pytest.raises(Refused, match=f"{knob}={value!r}.*{fits}"):
+    with pytest.raises(Refused, match=f"{knob}={re.escape(repr(value))}.*{fits}"):
         attention(q, k, v, slug, causal=True, **{knob: value})
 
 
@@ -110,3 +117,35 @@ def test_channels_that_a_map_cannot_take(slug: str, dims: tuple[int, int], knobs
 def test_a_module_without_the_width_that_its_tensors_depend_on(slug: str) -> None:
     with pytest.raises(Refused, match=f"module: {slug} without a width: module.*dim=C"):
         module(slug)
+
+
+@pytest.mark.parametrize("knobs", [{"feature_dim": 400_000}, {"feature_dim": 10**13}], ids=["forward", "parameters"])
+def test_more_memory_than_there_is_is_said_at_the_site(knobs: dict[str, Any]) -> None:
+    recipe = {"version": 1, "target": "eager", "sites": [{"match": "*", "attention": {"based": knobs}}]}
+    model = Attend(16, 2, causal=True).eval()
+    with pytest.raises(Refused, match=r"based.*feature_dim=\d+.* more memory than there is: smaller knobs"):
+        optimize(model, recipe, (torch.randn(1, 12, 16),), measure=False)
+
+
+def test_a_meaning_that_asks_for_more_memory_than_there_is() -> None:
+    with pytest.raises(Refused, match=r"causal-self.*based\(feature_dim=10000000000000.*more memory than there is"):
+        attention(*problem(6), "based", causal=True, ports={"x": hidden(6)}, feature_dim=10**13)
+
+
+@pytest.mark.parametrize(
+    ("slug", "knobs", "says"),
+    [
+        ("kd_gqa", {"num_kv_heads": -1}, "num_kv_heads=-1"),
+        ("hyper", {"lsh_num_projs": 100}, "lsh_num_projs=100"),
+        ("stickbreaking_moa", {"heads_per_expert": 0}, "heads_per_expert=0"),
+        ("stickbreaking_moa", {"heads_per_expert": -1}, "heads_per_expert=-1"),
+        ("stickbreaking_moa", {"att_hidden": 0}, "att_hidden=0"),
+        ("stickbreaking_moa", {"gate_hidden": 0}, "gate_hidden=0"),
+        ("qk_norm", {"eps": -1.0}, "eps=-1.0"),
+        ("agent", {"dwc_kernel": -1}, "dwc_kernel=-1"),
+        ("biformer", {"lepe_kernel": -1}, "lepe_kernel=-1"),
+    ],
+)
+def test_sizes_that_no_tensor_has(slug: str, knobs: dict[str, Any], says: str) -> None:
+    with pytest.raises(Refused, match=re.escape(says)):
+        attention(*problem(6), mechanism(slug, **knobs), causal=True)

@@ -75,6 +75,8 @@ class KdGqa(Mechanism):
                 raise Refused(f"{knob}={getattr(self, knob)!r}", where="kd_gqa", fits=f"one of {', '.join(known)}")
         if self.window_size < 1:
             raise Refused(f"window_size={self.window_size}", where="kd_gqa", fits="window_size >= 1")
+        if self.num_kv_heads is not None and self.num_kv_heads < 1:
+            raise Refused(f"num_kv_heads={self.num_kv_heads}", where="kd_gqa", fits="at least 1, or none")
 
     def fits(self, site: Site) -> str | None:
         if site.kv_heads % self._groups(site):

@@ -52,7 +52,7 @@ class Agent(Mechanism):
     tries = ({"agent_num": 4, "bias_base": 3}, {"agent_num": 9, "use_dwc": False}, {"agent_num": 1, "use_bias": False})
 
     def __post_init__(self) -> None:
-        if self.agent_num < 1 or self.bias_base < 1 or self.dwc_kernel % 2 == 0:
+        if min(self.agent_num, self.bias_base, self.dwc_kernel) < 1 or self.dwc_kernel % 2 == 0:
             found = f"agent_num={self.agent_num}, bias_base={self.bias_base}, dwc_kernel={self.dwc_kernel}"
             raise Refused(found, where="agent", fits="agent_num, bias_base >= 1, an odd dwc_kernel")
         if self.kv_grid is not None:

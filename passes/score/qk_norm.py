@@ -75,6 +75,8 @@ class QkNorm(Mechanism):
             raise Refused(found, where="qk_norm", fits="bias with layernorm; scope='full' without per_head and l2")
         if self.softcap is not None and self.softcap <= 0:
             raise Refused(f"softcap={self.softcap}", where="qk_norm", fits="a number above 0, or none")
+        if self.eps is not None and self.eps < 0:
+            raise Refused(f"eps={self.eps}", where="qk_norm", fits="a number from 0 on, or none")
 
     def fits(self, site: Site) -> str | None:
         if self.softcap is not None and site.features & {"bias", "softcap"}:

@@ -79,6 +79,9 @@ class StickbreakingMoA(Mechanism):
         if self.gate_type not in GATES or self.aux_loss not in LOSSES:
             found, fits = f"gate_type={self.gate_type!r}, aux_loss={self.aux_loss!r}", f"{', '.join(GATES + LOSSES)}"
             raise Refused(found, where="stickbreaking_moa", fits=fits)
+        if min(self.heads_per_expert, self.att_hidden, self.gate_hidden) < 1:
+            found = f"heads_per_expert={self.heads_per_expert}, att_hidden={self.att_hidden}"
+            raise Refused(f"{found}, gate_hidden={self.gate_hidden}", where="stickbreaking_moa", fits="all at least 1")
         if not 0 <= self.sample_topk <= self.top_k:
             found = f"sample_topk={self.sample_topk} of top_k={self.top_k}"
             raise Refused(found, where="stickbreaking_moa", fits="0 <= sample_topk <= top_k")

@@ -74,7 +74,7 @@ class BiFormer(Mechanism):
         if self.kv_pool not in ("none", "avg", "max") or self.kv_pool_ratio < 1:
             found = f"kv_pool={self.kv_pool!r}, kv_pool_ratio={self.kv_pool_ratio}"
             raise Refused(found, where="biformer", fits="none, avg or max; a ratio of 1 or more")
-        if self.lepe_kernel and self.lepe_kernel % 2 == 0:
+        if self.lepe_kernel < 0 or (self.lepe_kernel and self.lepe_kernel % 2 == 0):
             raise Refused(f"lepe_kernel={self.lepe_kernel}", where="biformer", fits="an odd number, or 0")
 
     def fits(self, site: Site) -> str | None:

@@ -73,6 +73,9 @@ class Hyper(Mechanism):
         if min(self.block_size, self.min_seq_len, self.lsh_num_projs) < 1 or self.sample_size < 0:
             found = f"{self.lsh_num_projs=}, {self.block_size=}, {self.sample_size=}, {self.min_seq_len=}"
             raise Refused(found.replace("self.", ""), where="hyper", fits="all at least 1, sample_size at least 0")
+        if self.lsh_num_projs > 62:
+            fits = "at most 62: a code is as many bits of an int64"
+            raise Refused(f"lsh_num_projs={self.lsh_num_projs}", where="hyper", fits=fits)
 
     def fits(self, site: Site) -> str | None:
         if site.causal and not site.self_attention:
