@@ -56,7 +56,9 @@ def trace(mechanism: Mechanism, setting: Setting, values: Mapping[str, Tensor]) 
         where = f"{setting.site.path}: {mechanism.slug}"
         if _past_is_missing(mechanism, values):
             found = "its forward asks for x of every key, and under a cache x is that of the new tokens alone"
-            fits = "use_cache=False (also in generate), or a mechanism of q, k and v alone"
+            # generate() hands positions over, which may pack documents: a mechanism for one document is refused
+            there = "" if "packed" in mechanism.honours else ", there with `drop: [packed]`"
+            fits = f"use_cache=False (also in generate{there}), or a mechanism of q, k and v alone"
             raise Refused(found, where=where, fits=fits) from None
         if isinstance(error, Refused):
             raise error.at(where) from None

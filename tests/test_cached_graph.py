@@ -213,3 +213,21 @@ def test_what_makes_keys_of_x_says_that_a_cache_has_none_of_it(slug: str) -> Non
     cache = model(x, use_cache=True).past_key_values
     with pytest.raises(Refused, match=rf"{slug}: its forward asks for x of every key.*new tokens alone: use_cache"):
         fast(input_ids=x[:, :1], past_key_values=cache, use_cache=True)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("slug", ["rat", "based"])
+def test_the_way_out_of_a_cache_that_is_named_runs_in_generate(slug: str) -> None:
+    x = torch.randint(3, 60, (1, 7))
+    body = {"match": "*", "attention": slug}
+    recipe = {"version": 1, "sites": [body]}
+    fast = reattend.optimize(llama(), recipe, {"input_ids": x, "use_cache": False}, measure=False)
+    with pytest.raises(Refused, match=r"use_cache=False \(also in generate, there with `drop: \[packed\]`\)"):
+        fast.generate(x, max_new_tokens=3, do_sample=False)
+    recipe = {"version": 1, "sites": [body | {"drop": ["packed"]}]}
+    fast = reattend.optimize(llama(), recipe, {"input_ids": x, "use_cache": False}, measure=False)
+    got, expected = fast.generate(x, max_new_tokens=3, do_sample=False, use_cache=False), x
+    while expected.shape[1] < got.shape[1]:
+        last = fast(input_ids=expected, use_cache=False).logits[:, -1:]
+        expected = torch.cat((expected, last.argmax(-1)), 1)
+    assert torch.equal(got, expected)

@@ -142,6 +142,8 @@ def test_a_meaning_that_asks_for_more_memory_than_there_is() -> None:
         ("stickbreaking_moa", {"att_hidden": 0}, "att_hidden=0"),
         ("stickbreaking_moa", {"gate_hidden": 0}, "gate_hidden=0"),
         ("qk_norm", {"eps": -1.0}, "eps=-1.0"),
+        ("halo", {"scale": 0.0}, "scale=0.0"),
+        ("halo", {"scale": 1e-40}, "scale=1e-40"),
         ("agent", {"dwc_kernel": -1}, "dwc_kernel=-1"),
         ("biformer", {"lepe_kernel": -1}, "lepe_kernel=-1"),
     ],

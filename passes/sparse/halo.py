@@ -18,6 +18,8 @@ from ...compiler.refusal import Refused
 from ...compiler.site import Site
 from .grid_windows import Cut, attend_windows, no_grid
 
+LEAST = torch.finfo(torch.float32).tiny
+
 
 @register("halo")
 @dataclass(frozen=True)
@@ -62,6 +64,9 @@ class Halo(Mechanism):
         if self.block < 1 or self.halo < 0 or self.pad_mode not in ("mask", "zero"):
             found = f"block={self.block}, halo={self.halo}, pad_mode={self.pad_mode!r}"
             raise Refused(found, where="halo", fits="block >= 1, halo >= 0, pad_mode mask or zero")
+        if self.scale is not None and abs(self.scale) < LEAST and not self.scale_pos_bias:
+            fits = f"at least {LEAST:.2g} from 0: relative terms are divided by it"
+            raise Refused(f"scale={self.scale}", where="halo", fits=fits)
 
     def fits(self, site: Site) -> str | None:
         ragged = site.grid is not None and (site.grid.h % self.block or site.grid.w % self.block)
