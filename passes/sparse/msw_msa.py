@@ -63,7 +63,7 @@ class MswMsa(Mechanism):
         return {"shift_index": Param((), lambda t: t.fill_(self.shift_index), torch.long)}
 
     def draws(self, site: Site) -> Mapping[str, Param]:
-        drawn = Param((), lambda t: t.random_(0, 4), torch.long)
+        drawn = Param((), lambda t: t.copy_(torch.randint(0, 4, (), device=t.device)), torch.long)
         return {"shift_index": drawn} if self.shift_policy == "random" else {}
 
     def forward(
