@@ -38,7 +38,7 @@ class Rows:
 
 
 Keeps = Ring | State | Rows
-KINDS: Mapping[str, type[Keeps]] = {"ring": Ring, "state": State}
+KINDS: Mapping[str, type[Ring] | type[State]] = {"ring": Ring, "state": State}
 
 
 def keeping(program: Program) -> dict[int, Ring | State]:
@@ -110,5 +110,5 @@ def keeping_of(said: Mapping[str, Sequence[Any]]) -> dict[int, Ring | State]:
     for layer, (name, *numbers) in said.items():
         if name not in KINDS or any(type(n) is not int or n < 0 for n in numbers):
             raise Refused(f"layer {layer} keeps {name!r} {numbers}", where="keeps", fits=", ".join(KINDS))
-        found[int(layer)] = KINDS[name](*numbers)  # type: ignore[assignment]
+        found[int(layer)] = KINDS[name](*numbers)
     return found
