@@ -215,7 +215,7 @@ def test_calls_of_ones_own(quick: list[str], tmp_path: Path) -> None:
     assert reattend.quality(model, {"near": RECIPES["near"]}, data=lines).rows[0].key == found.rows[0].key
     with pytest.raises(Refused, match=r"on data\[1\]"):
         reattend.quality(model, "exact", data=[calls[0], {"pixels": torch.zeros(1, 3)}])
-    with pytest.raises(Refused, match="no calls"):
+    with pytest.raises(Refused, match="data without a call"):
         reattend.quality(model, "exact", data=[])
 
 
