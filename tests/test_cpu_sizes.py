@@ -10,6 +10,7 @@ from kernel_calls import wide
 from torch import Tensor
 
 import reattend
+from reattend.codegen.cpu.toolchain import toolchain
 from reattend.codegen.of_heads import without_sizes
 from reattend.codegen.used import calls_of
 from reattend.compiler.primitives.attend import Relative, Segment
@@ -17,6 +18,7 @@ from reattend.compiler.primitives.attend_meaning import attend_meaning
 from reattend.compiler.primitives.operator import watched
 from reattend.compiler.symbols import build, table
 
+pytestmark = pytest.mark.skipif(toolchain() is None, reason="no C++ compiler on this machine")
 H, N, M, D = 4, 200, 100, 16
 SHARES = torch.tensor([0.29, 0.5, 0.07, 1.0], dtype=torch.float64)  # 0.29 * 100: 28 whole ones, 29 in float32
 Q, K, V = torch.randn(1, H, N, D), torch.randn(1, 2, M, D), torch.randn(1, 2, M, D)

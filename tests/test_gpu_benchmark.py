@@ -13,7 +13,7 @@ import triton_interpreter  # noqa: F401 (kernels run in Python)
 
 from reattend.benchmarks import gpu
 from reattend.benchmarks.gpu_cases import FORMATS, Case, Sizes, cases, layer, one_token
-from reattend.codegen.used import Call
+from reattend.codegen.cpu.toolchain import toolchain
 
 pytestmark = pytest.mark.filterwarnings("ignore:divide by zero:RuntimeWarning", "ignore:overflow:RuntimeWarning",
                                         "ignore:invalid value:RuntimeWarning")  # fmt: skip
@@ -30,19 +30,15 @@ def test_numbers_are_right(case: Case) -> None:
 
 def test_wrong_numbers_are_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     case = cases()[0]
-
-    def other(sizes: Sizes) -> Call:
-        call = case.call(sizes)
-        return replace(call, groups=[call.groups[0], [t * 1.1 for t in call.groups[1]], []])
-
     ours = gpu.kernel(case.call(FEW))
     wrong = replace(ours, run=lambda groups, text: [t * 1.1 for t in ours.run(groups, text)])
     monkeypatch.setattr(gpu, "kernel", lambda call: wrong)
     assert "o is" in gpu.check(case, FEW)
     monkeypatch.setattr(gpu, "kernel", lambda call: replace(ours, refuses=lambda groups, text: "too old"))
-    assert gpu.check(replace(case, call=other), FEW) == "refused: too old"
+    assert gpu.check(case, FEW) == "refused: too old"
 
 
+@pytest.mark.skipif(toolchain() is None, reason="no C++ compiler on this machine")
 @pytest.mark.filterwarnings("ignore:Dynamo detected:UserWarning")
 def test_peers_compute_the_same() -> None:
     """Those that run here: torch's attention, and merge's meaning compiled."""

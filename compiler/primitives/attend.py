@@ -34,7 +34,7 @@ attend_op = Primitive("attend", ("q", "kv*", "tables*"), attend_meaning, attend_
 Predicate = Callable[..., Any]
 _KINDS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _INDICES = {n: name(n) for n in ("b", "h", "i", "j", "N", "M")}
-IN_ORDER = _INDICES["j"] <= _INDICES["i"]
+_IN_ORDER = _INDICES["j"] <= _INDICES["i"]
 _MOST_READ = 4096  # functions whose texts are kept
 _READ: dict[Hashable, tuple[str, list[int]]] = {}  # what functions say, and which of the tables that they name are new
 
@@ -195,9 +195,9 @@ class Tables:
         had, places = len(self.tensors), tuple([self._place(each.tensor) for each in live])
         names = tuple([(n, e.text) for n, e in known.items()])
         whole = key, names, None if beside is None else beside.text, had, places
-        known_before = _READ.get(whole)
-        if known_before is not None:
-            text, order = known_before
+        kept = _READ.get(whole)
+        if kept is not None:
+            text, order = kept
             self.tensors += [live[n].tensor for n in order]
             return text
         text = self._read(function, known, what, beside)
@@ -225,7 +225,7 @@ def with_terms(relative: Sequence[Relative]) -> Expr:
 
 
 def segment_texts(tables: Tables, part: Segment, scaled: Expr, causal: bool, terms: int = 0) -> tuple[str, str, str]:
-    keep = _predicate(tables.text(part.keep, _INDICES, "keep", IN_ORDER if causal else None))
+    keep = _predicate(tables.text(part.keep, _INDICES, "keep", _IN_ORDER if causal else None))
     known = {"s": scaled, **_INDICES, **_terms(terms)}
     score = scaled.text if part.score is None else tables.text(part.score, known, "score")
     return keep, score, tables.name_of(part.positions)
