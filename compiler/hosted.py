@@ -20,6 +20,7 @@ from .containers import lay_out_caches
 from .difference import said_frozen, said_limit
 from .encoder import encoding, part_of
 from .generating import generating
+from .giving_way import giving_way
 from .hooks import hook_numbers, refuse_silent_hooks, silent_hooks
 from .leaves import in_their_places, leaves_of, modules_called, restore_leaves
 from .ownership import own_all, twin
@@ -220,6 +221,9 @@ class HostedModel:
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _empty_hosted, (type(self)._reattend_made_from,), self.__dict__  # type: ignore[attr-defined]
+
+
+giving_way(HostedModel)
 
 
 @functools.cache

@@ -11,6 +11,7 @@ import transformers as hf
 from hosted_models import CONFIG, Net, identity, ids, llama, unchanged, weights
 from torch import Tensor, nn
 
+import reattend
 from reattend.compiler.capture import Captured, capture
 from reattend.compiler.hosted import host, is_hosted, original
 from reattend.compiler.refusal import Refused
@@ -363,3 +364,27 @@ def test_a_batch_of_one_that_is_computed_alike_shares_the_graph() -> None:
     fast(ids(1, 5))
     fast(ids(1, 1))
     assert len(fast.signatures) == 1
+
+
+class Named(nn.Module):
+    """Its parts are called as what a hosted model can do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part, self.freeze = nn.Linear(16, 16), nn.LayerNorm(16)
+        self.sites = nn.Parameter(torch.ones(16))
+        self.register_buffer("traces", torch.zeros(16))
+        self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.freeze(self.part(x)) * self.sites + self.traces
+        return self.attention(x, x, x)[0]  # type: ignore[no-any-return]
+
+
+def test_names_of_the_users_modules_stay_theirs() -> None:
+    model, x = Named().eval(), torch.randn(2, 5, 16)
+    fast = reattend.optimize(model, "exact", {"x": x}, measure=False)
+    assert (fast(x) - model(x)).abs().max() <= 1e-5
+    assert isinstance(fast.part, nn.Linear) and isinstance(fast.freeze, nn.LayerNorm)
+    assert isinstance(fast.sites, nn.Parameter) and torch.equal(fast.traces, torch.zeros(16))
+    assert "attention" in fast.report.text() and fast.signatures
