@@ -16,16 +16,17 @@ from torch import Tensor
 log = logging.getLogger("reattend")
 # of the largest number: sums in another order
 _APART = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
-_TURNS = 3
-_WORTH = 0.9  # of the time that the first way takes: less is within the noise of a few runs
 Way = Callable[..., Any]
 
 
 class Faster:
-    """Remembers for every kind of call whether the second way was right and faster."""
+    """Remembers for every kind of call whether the second way was right and faster: it has to take less than `worth` of
+    the time that the first takes, which with a few turns is beyond the noise.
+    """
 
-    def __init__(self) -> None:
+    def __init__(self, *, worth: float = 0.9, turns: int = 3) -> None:
         self.found: dict[Hashable, bool] = {}
+        self.worth, self.turns = worth, turns
 
     def __call__(self, kind: Hashable, first: Way, second: Way) -> Any:
         """What a call gives; the second way gives None where it cannot."""
@@ -41,13 +42,15 @@ class Faster:
         if got is not None and not self.found[kind]:
             log.warning("a kernel gives other numbers than torch and is not used: %s", kind)
         if self.found[kind]:
-            times = [(_seconds(first), _seconds(second)) for _ in range(_TURNS)]
-            self.found[kind] = min(t for _, t in times) < _WORTH * min(t for t, _ in times)
+            times = [(_seconds(first), _seconds(second)) for _ in range(self.turns)]
+            self.found[kind] = min(t for _, t in times) < self.worth * min(t for t, _ in times)
         return expected
 
 
-def agree(a: Tensor, b: Tensor) -> bool:
-    """Whether two results differ by rounding alone."""
+def agree(a: Any, b: Any) -> bool:
+    """Whether two results, tensors or several of them, differ by rounding alone."""
+    if not isinstance(a, Tensor):
+        return len(a) == len(b) and all(map(agree, a, b))
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     finite = b.isfinite()

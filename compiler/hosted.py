@@ -341,7 +341,7 @@ def _captured(model: Any, state: Hosting, call: Call, key: SignatureKey) -> Capt
         if len(state.graphs) >= state.limit:
             found, fits = said_limit(key, tuple(state.graphs), state.limit)
             raise Refused(found, fits=fits)
-        with in_their_places(model, state.leaves):
+        with in_their_places(model, state.leaves, state.hooks):
             view = original(model)
             with same_statistics(view):
                 captured = state.program_for(view, call)
@@ -394,7 +394,7 @@ def _same_when_small(model: Any, state: Hosting, call: Call, key: SignatureKey, 
 def _computes_the_same(model: Any, state: Hosting, call: Call, key: SignatureKey, tensors: tuple[Tensor, ...]) -> bool:
     captured = state.graphs[key]
     plain, sizes, opened = as_captured(captured, call, tensors)
-    with TURNS.alone(), in_their_places(model, state.leaves):
+    with TURNS.alone(), in_their_places(model, state.leaves, state.hooks):
         same = operations_at(original(model), plain, Attempt(sizes, opened)) == captured.operations
     state.small[key, captured.dims.small(tensors)] = same
     return same

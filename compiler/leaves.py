@@ -6,7 +6,8 @@ them as they were, they become one `call_module`. So an adapter, a quantized lay
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import copy
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -23,6 +24,13 @@ class Stamp:
     path: str
     count: int
     text: str
+
+
+def acts_as(module: nn.Module, kind: type) -> bool:
+    """Whether calling a module does what its kind does and nothing else: no forward of its own, no hooks."""
+    forward = "forward" in module.__dict__ or module._forward_hooks or module._forward_pre_hooks
+    everywhere = nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks
+    return type(module) is kind and not forward and not everywhere
 
 
 @contextmanager
@@ -86,8 +94,9 @@ def leaves_of(model: nn.Module) -> dict[str, nn.Module]:
 
 
 @contextmanager
-def in_their_places(model: nn.Module, leaves: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Inside, a leaf that was wrapped since (by an adapter) or parametrized is a leaf again: a trace makes it a call.
+def in_their_places(model: nn.Module, leaves: Mapping[str, nn.Module], hooks: Container[int]) -> Iterator[None]:
+    """Inside, a leaf that was wrapped since (by an adapter), parametrized, or has more than these hooks, is a leaf again:
+    a trace makes it a call.
 
     Traced through, an adapter that is switched off or merged later would stay in the graph as it is now.
     """
@@ -98,15 +107,36 @@ def in_their_places(model: nn.Module, leaves: Mapping[str, nn.Module]) -> Iterat
         now = _submodule(model, path)
         if now is not None and now is not leaf and not is_leaf(now):
             wrapped[path] = now
-            model.set_submodule(path, leaf)
+            model.set_submodule(path, _moved_with(now, leaf))
+    listened = [(held, dict(held)) for path in leaves for held in _hooks_added(_submodule(model, path), hooks)]
+    for held, all_of_them in listened:
+        held.clear()
+        held.update((number, hook) for number, hook in all_of_them.items() if number in hooks)
     try:
         yield
     finally:
+        for held, all_of_them in listened:
+            held.clear()
+            held.update(all_of_them)
         for path, module in wrapped.items():
             model.set_submodule(path, module)
         for leaf, attributes, own in parametrized:
             leaf.__dict__.update(attributes)
             leaf.__class__ = own
+
+
+def _moved_with(now: nn.Module, leaf: nn.Module) -> nn.Module:
+    """A leaf as it would be beside what stands in its place: the model may have moved since it left."""
+    like = next((p for p in now.parameters() if p.is_floating_point()), None)
+    if like is None or any(module is leaf for module in now.modules()):
+        return leaf
+    return copy.deepcopy(leaf).to(like.device, like.dtype)
+
+
+def _hooks_added(module: nn.Module | None, known: Container[int]) -> list[dict[int, Any]]:
+    """The tables of a module's hooks that hold others than these."""
+    tables = (module._forward_pre_hooks, module._forward_hooks) if module is not None else ()
+    return [held for held in tables if any(number not in known for number in held)]
 
 
 def _unparametrized(leaf: nn.Module) -> type[nn.Module]:

@@ -38,24 +38,34 @@ def own_all(model: nn.Module) -> None:
 
 def share_memory(one: Tensor, other: Tensor) -> bool:
     """Whether two tensors lie at one address; asking for `data_ptr()` would part them."""
-    address: Any = torch._C._data_address  # type: ignore[attr-defined]
-    return bool(address(one) == address(other))
+    return address(one) == address(other)
+
+
+def address(tensor: Tensor) -> int:
+    """Where a tensor lies, for comparison: `data_ptr()` would first make its memory its own."""
+    return int(torch._C._data_address(tensor))  # type: ignore[attr-defined]
+
+
+def lazy_copy(tensor: Tensor) -> Tensor | None:
+    """Another tensor on the same memory, until either is written to; None of memory that torch did not allocate."""
+    try:
+        return torch._lazy_clone(tensor)
+    except RuntimeError:
+        return None
 
 
 def _shared(tensor: Tensor) -> Tensor:
     if type(tensor) is nn.Parameter:
-        return nn.Parameter(_shared_memory(tensor.detach()), tensor.requires_grad)
+        return nn.Parameter(_in_common(tensor.detach()), tensor.requires_grad)
     if type(tensor) is Tensor:
-        return _shared_memory(tensor.detach())
+        return _in_common(tensor.detach())
     return tensor  # quantized or otherwise special: such weights are not written in place
 
 
-def _shared_memory(tensor: Tensor) -> Tensor:
-    """Torch can copy on writing only what its own allocator gave; a mapped file or numpy's memory is copied at once."""
-    try:
-        return torch._lazy_clone(tensor)
-    except RuntimeError:
-        return tensor.clone()
+def _in_common(tensor: Tensor) -> Tensor:
+    """What torch cannot copy on writing is copied at once: a mapped file, numpy's memory."""
+    common = lazy_copy(tensor)
+    return tensor.clone() if common is None else common
 
 
 def _plain_tensors(module: nn.Module) -> Iterator[Tensor]:

@@ -3,7 +3,8 @@
 The graph itself stays as it is, for training, compilers, exporters and readers. Its second call without gradients notes
 the sizes of all values, its pieces become functions with a kernel each, and later calls run that twin. A piece looks at
 what it is given each time and runs the graph's own nodes where that is not what its kernel was made for: other sizes
-beside each other, a leaf that was replaced or watched. Its first result is compared with theirs.
+beside each other, a leaf that was replaced or watched. Its first result is compared with theirs, and so is its time.
+Linear layers that read one input become one product (`joined_products.py`).
 """
 
 from __future__ import annotations
@@ -13,13 +14,17 @@ import math
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
-from .faster import Faster, agree
+from .faster import Faster
+from .joined_products import Joined, side_by_side
+from .leaves import acts_as
 from .pointwise import (
     DTYPES,
     FULL,
@@ -40,7 +45,8 @@ log = logging.getLogger("reattend")
 _LEAST = 1 << 13  # numbers of a tensor; a kernel's call costs more than it saves on fewer
 _MOST_CALLS = 64  # after which a graph without work of some length is not looked at again
 _KEY, NEVER = "quick", "never"
-_SDPA = torch.ops.aten.scaled_dot_product_attention.default
+aten = torch.ops.aten
+_SDPA = aten.scaled_dot_product_attention.default
 Attends = Callable[[Tensor, Tensor, Tensor, Tensor | None, bool, float | None], Tensor | None]
 ATTENDS: dict[str, Attends] = {}  # by device: q, k, v, a bias of every key, causal, scale; None where it cannot
 
@@ -52,13 +58,14 @@ def run_quick(graph: fx.GraphModule, model: nn.Module, tensors: Sequence[Tensor]
     state = graph.meta.setdefault(_KEY, _Calls())
     if state is NEVER or _watched() or any(type(t) is not Tensor or t.device.type not in KERNELS for t in tensors):
         return None
-    if isinstance(state, fx.GraphModule):
-        return type(state).forward(model, *tensors)
-    if not state.enough():
+    if isinstance(state, _Twin) and state.is_for(tensors):
+        return type(state.graph).forward(model, *tensors)
+    if isinstance(state, _Calls) and not state.enough():
         return None
     noted = _Noting(model, graph.graph)
     answer: tuple[Any, ...] = noted.run(*tensors)
-    graph.meta[_KEY] = _twin(graph, model, noted.seen) or state.again()
+    made = _twin(graph, model, noted.seen, _largest(tensors))
+    graph.meta[_KEY] = made or (state.again() if isinstance(state, _Calls) else NEVER)
     return answer
 
 
@@ -97,6 +104,21 @@ class _Calls:
         return _Calls(2 * self.look_at) if self.look_at < _MOST_CALLS else NEVER
 
 
+@dataclass(frozen=True)
+class _Twin:
+    """A graph's twin, and up to which size of the largest input it is one: short calls show no work for kernels."""
+
+    graph: fx.GraphModule
+    until: float
+
+    def is_for(self, tensors: Sequence[Tensor]) -> bool:
+        return self.until == math.inf or _largest(tensors) <= self.until
+
+
+def _largest(tensors: Sequence[Tensor]) -> int:
+    return max((t.numel() for t in tensors), default=0)
+
+
 def _watched() -> bool:
     """Whether something looks at single operations: modes, transforms, tracers, autocast."""
     modes = _get_current_dispatch_mode_stack() or torch.overrides._get_current_function_mode_stack()
@@ -118,29 +140,35 @@ class _Noting(fx.Interpreter):
         return value
 
 
-def _twin(graph: fx.GraphModule, model: nn.Module, seen: dict[fx.Node, Seen]) -> fx.GraphModule | None:
-    """The graph with its pieces as calls; None where it has none that is long enough."""
+def _twin(graph: fx.GraphModule, model: nn.Module, seen: dict[fx.Node, Seen], largest: int) -> _Twin | None:
+    """The graph with its pieces as calls, as sizes show them beside inputs of a size; None where it has nothing to gain."""
     leaf = lambda node: model.get_submodule(str(node.target))
     long = {node for node, value in seen.items() if math.prod(value.size) >= _LEAST}
     found = [each for each in pieces(graph.graph, seen, leaf) if not long.isdisjoint(each.leaving)]
     attention = {node for node in long if _is_attention(node)}
-    if not found and not attention:
+    inside = {node for each in found for node in each.nodes}
+    joined = side_by_side(graph.graph, leaf, apart=(*inside, *(source for each in found for source in each.entering)))
+    if not found and not attention and not joined:
         return None
     at = {each.nodes[-1]: each for each in found}
-    inside = {node for each in found for node in each.nodes}
+    together = {nodes[0]: nodes for nodes in joined}
     twin = fx.Graph()
     made: dict[fx.Node, fx.Node] = {}
     for node in graph.graph.nodes:
         if node in at:
             _place(twin, at[node], made, leaf)
-        elif node not in inside:
+        elif node in together:
+            _join(twin, together[node], made)
+        elif node not in inside and node not in made:
             made[node] = twin.node_copy(node, made.__getitem__)
             if node in attention:
                 made[node].target = _attended
+            elif joined and node.target is aten.view.default:
+                made[node].target = aten.reshape.default  # columns of a wider product are no memory of their own
     twin.lint()
     if (noted := _NOTED.get()) is not None:
         noted += [each.piece for each in found]
-    return fx.GraphModule(model, twin)
+    return _Twin(fx.GraphModule(model, twin), math.inf if found or attention else 4 * largest)
 
 
 def _is_attention(node: fx.Node) -> bool:
@@ -182,6 +210,19 @@ def _place(twin: fx.Graph, found: Found, made: dict[fx.Node, fx.Node], leaf: Cal
         made[node] = twin.call_function(operator.getitem, (call, k))
 
 
+def _join(twin: fx.Graph, layers: Sequence[fx.Node], made: dict[fx.Node, fx.Node]) -> None:
+    """One call for linear layers of one input, and the results of each."""
+    joined = Joined()
+
+    def side_by_side(*given: Any) -> Any:
+        return joined(*given)
+
+    x = made[layers[0].all_input_nodes[0]]
+    call = twin.call_function(side_by_side, (x, *(twin.get_attr(str(n.target)) for n in layers)))
+    for k, node in enumerate(layers):
+        made[node] = twin.call_function(operator.getitem, (call, k))
+
+
 class _Run:
     """One piece at its place: given the leaf modules and tensors that its nodes read, it gives what leaves."""
 
@@ -194,22 +235,21 @@ class _Run:
         place = {node: k for k, node in enumerate((*leaves, *outside))}
         self.read = [_reader(source, place) for source in found.entering]
         self.whole = next(k for k, e in enumerate(found.piece.entering) if e.shape == FULL)
-        self.kernel: Any = None
-        self.tried = False
+        self.named = str(self.piece)
 
     def __call__(self, given: Sequence[Any]) -> Sequence[Any]:
-        entering = self._entering(given) if self.kernel is not None or not self.tried else None
+        entering = self._entering(given)
         if entering is None:
             return self.plainly(*given)
-        return self._by_kernel(entering) if self.tried else self._first(given, entering)
+        *rows, width = entering[self.whole].shape
+        kind = (self.named, math.prod(rows).bit_length(), width, torch.get_num_threads())
+        answer: Sequence[Any] = _pieces(kind, lambda: self.plainly(*given), lambda: self._by_kernel(entering))
+        return answer
 
     def _entering(self, given: Sequence[Any]) -> list[Tensor] | None:
         """The tensors as the kernel takes them; None where they, or the leaves, are not what it was made for."""
         for module, (kind, kept) in zip(given, self.made_for, strict=False):
-            held = module.__dict__
-            if type(module) is not kind or "forward" in held or _listened_to(module):
-                return None
-            if any(held.get(name) != value for name, value in kept):
+            if not acts_as(module, kind) or any(module.__dict__.get(name) != value for name, value in kept):
                 return None
         found = [read(given) for read in self.read]
         size = found[self.whole].shape
@@ -217,23 +257,24 @@ class _Run:
             return None
         return found
 
-    def _by_kernel(self, entering: Sequence[Tensor]) -> list[Tensor]:
+    def _by_kernel(self, entering: Sequence[Tensor]) -> list[Tensor] | None:
+        if self.kernel is None:
+            return None
         like = entering[self.whole]
         leaving = [torch.empty(like.shape, dtype=self.piece.steps[k].dtype) for k in self.piece.leaving]
         self.kernel(entering, leaving)
         return leaving
 
-    def _first(self, given: Sequence[Any], entering: Sequence[Tensor]) -> Sequence[Any]:
-        """Build the kernel, and keep it if it gives what the nodes give."""
-        expected = self.plainly(*given)
-        self.kernel, reason = KERNELS["cpu"](self.piece)
-        if self.kernel is None:
+    @cached_property
+    def kernel(self) -> Any:
+        """What runs the piece, built when it is first asked for; None where nothing does."""
+        kernel, reason = KERNELS["cpu"](self.piece)
+        if kernel is None:
             log.debug("pointwise work stays torch's: %s", reason)
-        elif not all(agree(a, b) for a, b in zip(self._by_kernel(entering), expected, strict=True)):
-            log.warning("a kernel gives other numbers than torch and is not used: %s", self.piece)
-            self.kernel = None
-        self.tried = True
-        return expected
+        return kernel
+
+
+_pieces = Faster(worth=1.0, turns=5)
 
 
 def _reader(source: Source, place: Mapping[fx.Node, int]) -> Callable[[Sequence[Any]], Any]:
@@ -258,11 +299,6 @@ def _is(t: Any, wanted: Entering, size: Sequence[int]) -> bool:
     else:
         fits = shape == size if wanted.shape == FULL else shape == (*size[:-1], 1)
     return fits and t.is_contiguous()
-
-
-def _listened_to(module: nn.Module) -> bool:
-    own = module._forward_hooks or module._forward_pre_hooks
-    return bool(own or nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks)
 
 
 def _as_function(found: Found, leaves: Sequence[fx.Node], outside: Sequence[fx.Node]) -> Callable[..., Any]:

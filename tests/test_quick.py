@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import reattend
 from reattend.codegen.cpu import pointwise
-from reattend.compiler import quick
+from reattend.compiler import joined_products, quick
 from reattend.compiler.faster import Faster, agree
 from reattend.compiler.hosted import hosting
 from reattend.compiler.pointwise import FULL, ROW, VECTOR, Entering, Given, Made, Piece, Step
@@ -27,6 +28,8 @@ declare_missing_vision_ops()
 @pytest.fixture(autouse=True)
 def _built(monkeypatch: pytest.MonkeyPatch) -> None:
     must_build(monkeypatch, pointwise)
+    for name in ("_pieces", "_products"):  # what is right is used, however long it takes beside other work
+        monkeypatch.setattr(quick if name == "_pieces" else joined_products, name, Faster(worth=math.inf))
 
 
 IDENTITY = {"version": 1, "sites": [{"match": "*", "attention": "softmax"}]}
@@ -79,13 +82,18 @@ def calls(fast: Any, inputs: dict[str, Any], times: int = 4) -> Any:
 
 
 def twin(fast: Any) -> Any:
-    return next(iter(hosting(fast).graphs.values())).graph.meta.get("quick")
+    state = next(iter(hosting(fast).graphs.values())).graph.meta.get("quick")
+    return getattr(state, "graph", state)
 
 
 def runs(fast: Any) -> list[Any]:
     made = twin(fast)
     found = [n.target for n in made.graph.nodes if getattr(n.target, "__name__", "").startswith("pointwise_")]
     return [function.__closure__[0].cell_contents for function in found]
+
+
+def joined(fast: Any) -> list[Any]:
+    return [n for n in twin(fast).graph.nodes if getattr(n.target, "__name__", "") == "side_by_side"]
 
 
 CASES = {"bert": (bert, 4), "bert gelu_new": (lambda: bert(72, "gelu_new"), 4), "llama": (llama, 5), "gpt2": (gpt2, 4),
@@ -179,9 +187,16 @@ def test_a_recipe_for_eager_has_no_kernels() -> None:
 
 
 def test_short_calls_run_the_graph_and_are_not_looked_at_for_ever() -> None:
-    _, fast, _ = hosted(bert)
-    calls(fast, {"input_ids": torch.randint(0, 100, (2, 3))}, 140)
+    _, fast, _ = hosted(gpt2)
+    calls(fast, {"input_ids": torch.randint(0, 100, (2, 3)), "use_cache": False}, 140)
     assert twin(fast) is NEVER
+
+
+def test_a_twin_of_short_calls_is_made_anew_for_long_ones() -> None:
+    model, fast, inputs = hosted(bert)
+    calls(fast, {"input_ids": torch.randint(0, 100, (2, 3))})
+    assert joined(fast) and not runs(fast)
+    assert agree(calls(fast, inputs), calls(model, inputs, 1)) and joined(fast) and runs(fast)
 
 
 def test_a_kernel_with_other_numbers_is_not_used(monkeypatch: Any, caplog: Any) -> None:
@@ -284,6 +299,86 @@ def test_a_row_of_the_least_number_is_left_to_torch() -> None:
     """Where every key has it, torch gives all keys equal weights: hiding them would give nothing."""
     q, k, v = (torch.randn(2, 2, 70, 16) for _ in range(3))
     assert quick.ATTENDS["cpu"](q, k, v, torch.full((2, 1, 1, 70), torch.finfo(torch.float32).min), False, None) is None
+
+
+# --- linear layers of one input ---------------------------------------------------------------------------------------
+
+
+def copies(fast: Any) -> list[Any]:
+    return [node.target.__closure__[0].cell_contents.copy for node in joined(fast)]
+
+
+@pytest.mark.parametrize(("case", "groups"), [(bert, 2), (vit, 2), (llama, 2)])
+def test_layers_of_one_input_are_one_product(case: Any, groups: int) -> None:
+    model, fast, inputs = hosted(case)
+    got = calls(fast, inputs, 6)
+    assert len(joined(fast)) == groups and all(copies(fast))
+    assert agree(got, calls(model, inputs, 1))
+
+
+def _in_place(weight: torch.Tensor) -> None:
+    with torch.no_grad():
+        weight.add_(0.5 * torch.randn_like(weight))
+
+
+def _behind_its_back(weight: torch.Tensor) -> None:
+    weight.data += torch.randn_like(weight)
+
+
+def _by_numpy(weight: torch.Tensor) -> None:
+    weight.detach().numpy()[:] += torch.randn(weight.shape).numpy()
+
+
+def _by_an_optimizer(weight: torch.Tensor) -> None:
+    weight.grad = torch.randn_like(weight)
+    torch.optim.SGD([weight], lr=0.5).step()
+
+
+WRITERS = [_in_place, _behind_its_back, _by_numpy, _by_an_optimizer]
+
+
+@pytest.mark.parametrize("write", WRITERS, ids=lambda w: w.__name__.strip("_"))
+def test_a_product_of_layers_sees_every_write(write: Any) -> None:
+    model, fast, inputs = hosted(bert)
+    before = calls(fast, inputs, 6)
+    write(model.encoder.layer[0].attention.self.query.weight)
+    write(model.encoder.layer[1].attention.self.value.bias)
+    assert torch.equal(calls(fast, inputs, 1), before)
+    for layer, name, part in ((0, "query", "weight"), (1, "value", "bias")):
+        write(getattr(getattr(fast.encoder.layer[layer].attention.self, name), part))
+        for _ in range(6):  # before a new copy and behind it
+            assert not agree(got := calls(fast, inputs, 1), before)
+        assert all(copies(fast))
+        before = got
+
+
+def test_a_product_of_layers_gives_way_to_what_they_became() -> None:
+    model, fast, inputs = hosted(bert)
+    calls(fast, inputs, 6)
+    for both in (model, fast):
+        both.encoder.layer[0].attention.self.query.register_forward_hook(lambda module, args, output: output * 2)
+        both.encoder.layer[1].attention.self.key = nn.Sequential(nn.Linear(64, 64, bias=False), nn.Tanh())
+    fast.encoder.layer[1].attention.self.key.load_state_dict(model.encoder.layer[1].attention.self.key.state_dict())
+    assert agree(calls(fast, inputs, 1), calls(model, inputs, 1))
+    fast.to(torch.bfloat16), model.to(torch.bfloat16)
+    assert agree(calls(fast, inputs, 6), calls(model, inputs, 1))
+
+
+def test_wide_products_and_strange_readers_stay_apart() -> None:
+    wide = [nn.Linear(1024, 1024) for _ in range(3)]
+
+    def groups(layers: list[nn.Module], target: Any, *args: Any) -> int:
+        graph = torch.fx.Graph()
+        x = graph.placeholder("x")
+        made = [graph.call_module(str(k), (x,)) for k in range(len(layers))]
+        graph.output(tuple(graph.call_function(target, (node, *args)) for node in made))
+        return len(joined_products.side_by_side(graph, lambda node: layers[int(node.target)], ()))
+
+    aten = torch.ops.aten
+    narrow = [nn.Linear(8, 8) for _ in range(3)]
+    assert groups(narrow, aten.relu.default) == 1 and groups(wide, aten.relu.default) == 0
+    assert groups(narrow, aten.view_as_complex.default) == 0 and groups(narrow, aten.relu_.default) == 0
+    assert groups([narrow[0], nn.Linear(8, 8, bias=False)], aten.relu.default) == 0
 
 
 # --- which way is taken -----------------------------------------------------------------------------------------------

@@ -13,6 +13,8 @@ template <class T> INLINE void give(T* p, vf x, int64_t left) {
     store(some, x);
     memcpy(p, some, left * sizeof(T));
 }
+INLINE void give(half* p, vh x, Whole) { *(vh*)p = x; }
+INLINE void give(half* p, vh x, int64_t left) { memcpy(p, &x, left * sizeof(half)); }
 INLINE vf there(vf x, Whole) { return x; }
 INLINE vf there(vf x, int64_t left) { return select(count() < (int32_t)left, x, all(0.f)); }
 // Four sums that take turns: one would wait for itself.
@@ -29,7 +31,8 @@ template <class F> INLINE void sweep(int64_t W, F body) {
 }
 INLINE float number(float x) { return x; }
 INLINE float number(half x) { const uint32_t bits = (uint32_t)x << 16; float y; memcpy(&y, &bits, 4); return y; }
-INLINE vf to_half(vf x) { return (vf)(wholes(halves(x)) << 16); }
+INLINE vf of_halves(vh x) { return (vf)(wholes(x) << 16); }
+INLINE vf to_half(vf x) { return of_halves(halves(x)); }
 
 INLINE vf silu_(vf x) { return x / (1.f + exp_(-x)); }
 INLINE vf root(vf x) { vf y; for (int l = 0; l < VL; l++) y[l] = __builtin_sqrtf(x[l]); return y; }

@@ -127,18 +127,25 @@ class _Text:
             if step.op == "mean":
                 lines.append(f"    t{k}.add(there({self._name(step.args[0])}, left));")
                 continue
-            lines.append(f"    const vf s{k} = {self._said(step)};")
+            halves = k in self.out and step.dtype == torch.bfloat16  # rounded once, for what leaves and who reads on
+            if halves:
+                lines += [f"    const vh b{k} = halves({self._exact(step)});", f"    const vf s{k} = of_halves(b{k});"]
+            else:
+                lines.append(f"    const vf s{k} = {self._said(step)};")
             if k in self.kept:
                 lines.append(f"    store(kept + {self.kept.index(k)} * ld + at, s{k});")
             if k in self.out:
-                lines.append(f"    give(o{k} + at, s{k}, left);")
+                lines.append(f"    give(o{k} + at, {'b' if halves else 's'}{k}, left);")
         means_known = [
             f"const vf s{k} = {self._rounded(self.piece.steps[k], f'all(t{k}.all_of_it() / W)')};" for k in means
         ]
         return [*lines, "});", *means_known]
 
     def _said(self, step: Step) -> str:
-        return self._rounded(step, _SAYS[step.op].format(*map(self._name, step.args)))
+        return self._rounded(step, self._exact(step))
+
+    def _exact(self, step: Step) -> str:
+        return _SAYS[step.op].format(*map(self._name, step.args))
 
     def _rounded(self, step: Step, text: str) -> str:
         return f"to_half({text})" if step.dtype == torch.bfloat16 else text
