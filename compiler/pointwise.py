@@ -118,6 +118,21 @@ class Found:
     leaving: tuple[fx.Node, ...]
 
 
+def rows_apart(t: Tensor) -> int | None:
+    """How far the next row of a tensor (..., C) is, the rows taken as one list; None where they do not lie so."""
+    if t.is_contiguous():
+        return int(t.shape[-1])
+    if t.stride(-1) != 1:
+        return None
+    step = reach = 0
+    for size, stride in zip(reversed(t.shape[:-1]), reversed(t.stride()[:-1]), strict=True):
+        if size > 1 and reach not in (0, stride):
+            return None
+        if size > 1:
+            step, reach = step or stride, stride * size
+    return step
+
+
 def pieces(graph: fx.Graph, seen: Mapping[fx.Node, Seen], leaf: Callable[[fx.Node], nn.Module]) -> list[Found]:
     """All pieces of a graph that are worth a loop of their own, apart from each other."""
     calm = not any(map(writes, graph.nodes))  # else a product might read later what was written to since

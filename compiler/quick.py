@@ -39,6 +39,7 @@ from .pointwise import (
     Source,
     kept_by,
     pieces,
+    rows_apart,
 )
 
 log = logging.getLogger("reattend")
@@ -147,7 +148,7 @@ def _twin(graph: fx.GraphModule, model: nn.Module, seen: dict[fx.Node, Seen], la
     found = [each for each in pieces(graph.graph, seen, leaf) if not long.isdisjoint(each.leaving)]
     attention = {node for node in long if _is_attention(node)}
     inside = {node for each in found for node in each.nodes}
-    joined = side_by_side(graph.graph, leaf, apart=(*inside, *(source for each in found for source in each.entering)))
+    joined = side_by_side(graph.graph, leaf, apart=inside)
     if not found and not attention and not joined:
         return None
     at = {each.nodes[-1]: each for each in found}
@@ -298,7 +299,7 @@ def _is(t: Any, wanted: Entering, size: Sequence[int]) -> bool:
         fits = t.numel() == shape[-1] == size[-1]
     else:
         fits = shape == size if wanted.shape == FULL else shape == (*size[:-1], 1)
-    return fits and t.is_contiguous()
+    return fits and (t.is_contiguous() or (wanted.shape == FULL and rows_apart(t) is not None))
 
 
 def _as_function(found: Found, leaves: Sequence[fx.Node], outside: Sequence[fx.Node]) -> Callable[..., Any]:

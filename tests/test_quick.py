@@ -18,7 +18,7 @@ from reattend.codegen.cpu import pointwise
 from reattend.compiler import joined_products, quick
 from reattend.compiler.faster import Faster, agree
 from reattend.compiler.hosted import hosting
-from reattend.compiler.pointwise import FULL, ROW, VECTOR, Entering, Given, Made, Piece, Step
+from reattend.compiler.pointwise import FULL, ROW, VECTOR, Entering, Given, Made, Piece, Step, rows_apart
 from reattend.compiler.quick import NEVER
 from reattend.models.vision_ops import declare_missing_vision_ops
 
@@ -301,6 +301,16 @@ def test_a_row_of_the_least_number_is_left_to_torch() -> None:
     assert quick.ATTENDS["cpu"](q, k, v, torch.full((2, 1, 1, 70), torch.finfo(torch.float32).min), False, None) is None
 
 
+def test_rows_of_a_wider_tensor_are_read_where_they_lie() -> None:
+    wide = torch.randn(2, 1, 5, 12)
+    for t in (wide, wide[..., 4:9], wide[:, 0, :, :7], wide[:1], wide[:1, :, 2:3, 3:6]):
+        rows = t.reshape(-1, t.shape[-1])
+        step, start = rows_apart(t), t.storage_offset()
+        where = (start + torch.arange(len(rows))[:, None] * step + torch.arange(t.shape[-1])).flatten()
+        assert torch.equal(wide.flatten()[where].view_as(rows), rows)
+    assert rows_apart(wide.mT) is None and rows_apart(wide[:, :, 1:4]) is None
+
+
 # --- linear layers of one input ---------------------------------------------------------------------------------------
 
 
@@ -308,7 +318,7 @@ def copies(fast: Any) -> list[Any]:
     return [node.target.__closure__[0].cell_contents.copy for node in joined(fast)]
 
 
-@pytest.mark.parametrize(("case", "groups"), [(bert, 2), (vit, 2), (llama, 2)])
+@pytest.mark.parametrize(("case", "groups"), [(bert, 2), (vit, 2), (llama, 4)])
 def test_layers_of_one_input_are_one_product(case: Any, groups: int) -> None:
     model, fast, inputs = hosted(case)
     got = calls(fast, inputs, 6)

@@ -46,4 +46,4 @@ INLINE vf erf_(vf x) {
 INLINE vf gelu_(vf x) { const vf half = 0.5f * x; return half * erf_(x * 0.70710678f) + half; }
 INLINE vf gelu_tanh_(vf x) { return 0.5f * x * (1.f + tanh_(0.79788456f * (x + 0.044715f * x * x * x))); }
 
-struct Call { const void** in; void** out; int64_t rows, width; };
+struct Call { const void** in; void** out; int64_t rows, width; const int64_t* apart; };  // of each that enters, from row to row

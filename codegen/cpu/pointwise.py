@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...compiler.pointwise import FULL, ROW, Given, Made, Operand, Piece, Step
+from ...compiler.pointwise import FULL, ROW, Given, Made, Operand, Piece, Step, rows_apart
 from .skeleton import skeleton
 from .toolchain import built
 
@@ -39,12 +39,14 @@ class _Kernel:
         self.run = run
         entering, leaving = (ctypes.c_void_p * len(held) for held in (piece.entering, piece.leaving))
         self.entering, self.leaving, self.sizes = entering, leaving, ctypes.c_int64 * 3
+        self.apart = ctypes.c_int64 * len(piece.entering)
 
     def __call__(self, entering: Sequence[Tensor], leaving: Sequence[Tensor]) -> None:
         width = leaving[0].shape[-1]
         sizes = self.sizes(leaving[0].numel() // width, width, torch.get_num_threads())
         into = self.entering(*[t.data_ptr() for t in entering])
-        self.run(into, self.leaving(*[t.data_ptr() for t in leaving]), sizes)
+        apart = self.apart(*[rows_apart(t) or 0 for t in entering])
+        self.run(into, self.leaving(*[t.data_ptr() for t in leaving]), sizes, apart)
 
 
 def source(piece: Piece) -> str:
@@ -85,8 +87,8 @@ class _Text:
             *(f"    {line}" for line in self._pointers()),
             *(f"    {line}" for sweep in range(max(self.known) + 1) for line in self._swept(sweep)),
             "}",
-            'extern "C" void run(const void** in, void** out, const int64_t* sizes) {',
-            "    const Call call = {in, out, sizes[0], sizes[1]}, *c = &call;",
+            'extern "C" void run(const void** in, void** out, const int64_t* sizes, const int64_t* apart) {',
+            "    const Call call = {in, out, sizes[0], sizes[1], apart}, *c = &call;",
             "#pragma omp parallel num_threads(sizes[2])",
             "    {",
             f"        Workspace kept({floats} * rounded(c->width, VL));",
@@ -103,7 +105,7 @@ class _Text:
             if e.shape == ROW:
                 lines.append(f"const vf a{k} = all(number(({place})[row]));")
             else:
-                lines.append(f"const auto p{k} = {place}{' + row * W' if e.shape == FULL else ''};")
+                lines.append(f"const auto p{k} = {place}{f' + row * c->apart[{k}]' if e.shape == FULL else ''};")
         for step, k in self.out.items():
             lines.append(f"const auto o{step} = ({_C[self.piece.steps[step].dtype]}*)c->out[{k}] + row * W;")
         return lines
