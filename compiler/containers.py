@@ -104,8 +104,8 @@ def _apart(value: Any, path: str, leaves: list[Leaf], known: Mapping[int, str]) 
         return _apart_object(value, path, leaves, known)
     if is_dataclass(value) and not isinstance(value, type):
         given = {f.name: getattr(value, f.name) for f in fields(value)}
-        if isinstance(value, Mapping):  # a Hugging Face ModelOutput: what is None is not there
-            given = {n: v for n, v in given.items() if v is not None}
+        if isinstance(value, Mapping):  # a Hugging Face ModelOutput: what is None is not there, what came later is last
+            given = dict(value) | {n: v for n, v in given.items() if v is not None}
         return _named("fields", value, given, path, leaves, known)
     if isinstance(value, Mapping):
         return _named("mapping", value, dict(value), path, leaves, known)
@@ -147,8 +147,19 @@ def _together(layout: Layout, take: Callable[[], Any], known: Mapping[str, Any])
     if layout.kind == "object":
         return _object(layout.type, named)
     if layout.kind == "fields":
-        return layout.type(**named)
+        return _dataclass(layout.type, named)
     return named if layout.type is dict else layout.type(named)
+
+
+def _dataclass(made_of: type, named: dict[str, Any]) -> Any:
+    """What was put into a Hugging Face output after it was made comes after what it was made of."""
+    own = [f.name for f in fields(made_of) if f.name in named]
+    value = made_of(**{n: named[n] for n in own})
+    if own != list(named):
+        for name, part in named.items():
+            value[name] = part
+            value.move_to_end(name)
+    return value
 
 
 # --- caches -----------------------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from .capture import Captured
 from .facts import describe
+from .from_seed import from_seed
 from .masks import fold_masks
 from .mechanism import Mechanism
 from .primitives.operator import Ran, watched
@@ -196,5 +197,6 @@ def _deviation(raised: Program, program: Program, inputs: Sequence[Tensor]) -> D
 
 
 def _outputs(graph: fx.GraphModule, inputs: Sequence[Tensor]) -> tuple[Any, ...]:
-    with torch.no_grad():
+    """On the draws of one seed: a model that leaves tokens out by chance leaves out the same ones."""
+    with torch.no_grad(), from_seed(0, next((t.device for t in inputs), None)):
         return tuple(graph(*inputs))

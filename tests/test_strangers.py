@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, Lfm2Config
+from transformers.utils import ModelOutput
 
 import reattend
 
@@ -110,3 +112,54 @@ def test_finding_parts_in_train_leaves_batch_statistics_alone() -> None:
     fast = reattend.optimize(model, "exact", x, measure=False)
     assert model.inner.norm.num_batches_tracked == fast.inner.norm.num_batches_tracked == 0
     assert torch.equal(model.inner.norm.running_mean, torch.zeros(16))
+
+
+@dataclass
+class Named(ModelOutput):
+    first: Tensor | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    last: Tensor | None = None
+
+
+class AddsToItsOutput(nn.Module):
+    """What was recorded on the way is put behind what the output was made of (V-JEPA 2, VideoPrism)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(16, 4, 32, batch_first=True)
+
+    def forward(self, x: Tensor) -> Named:
+        y = self.layer(x)
+        out = Named(first=y, last=y + 1)
+        out["hidden_states"] = (x, y)
+        out["beside"] = y + 2  # no field of the class
+        return out
+
+
+def test_an_output_keeps_the_order_and_the_names_it_was_filled_in() -> None:
+    model, x = AddsToItsOutput().eval(), torch.randn(2, 5, 16)
+    found = reattend.optimize(model, "exact", x, measure=False)(x)
+    wanted = model(x)
+    assert list(found) == list(wanted) == ["first", "last", "hidden_states", "beside"]
+    for a, b in zip(found.to_tuple(), wanted.to_tuple(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found.beside, wanted.beside, rtol=0, atol=1e-5)
+
+
+class Shuffles(nn.Module):
+    """Leaves tokens out by chance, in eval too (ViT-MAE)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.TransformerEncoderLayer(16, 4, 32, dropout=0.0, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kept = torch.rand(x.shape[:2]).argsort(1)[:, :4]
+        y: Tensor = self.layer(x.gather(1, kept[..., None].expand(-1, -1, 16)))
+        return y
+
+
+def test_a_model_that_draws_is_compared_on_the_same_draws() -> None:
+    model, x = Shuffles().eval(), torch.randn(2, 9, 16)
+    fast = reattend.optimize(model, "exact", x, measure=False)
+    assert [row.status for row in fast.report.rows] == ["rewritten"]
