@@ -207,12 +207,16 @@ def _remainder(reader: Reader, node: fx.Node, index: Index) -> Expr:
     return combine("mod", *(operand(reader, x, index) for x in node.args[:2]))
 
 
+WHOLE = (torch.float32, torch.float64)  # which count ones without rounding as far as sequences go
+
+
 def _cumsum(reader: Reader, node: fx.Node, index: Index) -> Expr:
     """Of what does not vary along the dimension: value times count."""
     axis = _axis(node, 1)
     (unknown,) = free(1, index)
     e = reader.at(node.args[0], (*index[:axis], unknown, *index[axis + 1 :]))
-    if unknown.args[0] in e.names or dtype(node).is_floating_point:
+    counts = not dtype(node).is_floating_point or (e.op == "const" and dtype(node) in WHOLE and e.args[0] in (0, 1))
+    if unknown.args[0] in e.names or not counts:
         raise Unreadable("a running sum of data")
     return combine("mul", cast(e, dtype(node.args[0]), torch.int64), index[axis] + 1)
 

@@ -20,6 +20,7 @@ from .constants import constant_formula
 from .frame import Frame, Unreadable
 
 Index = tuple[Expr, ...]
+_MADE_LIKE = ("new_ones", "new_zeros", "new_empty", "ones_like", "zeros_like", "empty_like")
 CHOOSING = ("where", "masked_fill", "add", "sub")  # operators that join a mask and a bias
 
 
@@ -121,11 +122,12 @@ class Reader:
             elif n.op == "get_attr":
                 self._learned[n] = isinstance(attribute(self.graph_module, str(n.target)), torch.nn.Parameter)
             else:
-                waiting = [a for a in n.all_input_nodes if a not in self._learned]
+                sources = [] if _takes_no_values(n) else n.all_input_nodes
+                waiting = [a for a in sources if a not in self._learned]
                 if waiting:
                     todo.extend(waiting)
                 else:
-                    self._learned[n] = any(self._learned[a] for a in n.all_input_nodes)
+                    self._learned[n] = any(self._learned[a] for a in sources)
         return self._learned[node]
 
     def _chooses(self, node: fx.Node) -> bool:
@@ -140,6 +142,11 @@ class Reader:
                 return True
             todo.extend(n.all_input_nodes)
         return False
+
+
+def _takes_no_values(node: fx.Node) -> bool:
+    """Sizes, and tensors that are only made like another (x.new_ones(n, n), torch.zeros_like(x))."""
+    return not is_tensor(node) or operator_name(node).split(".")[0].startswith(_MADE_LIKE)
 
 
 def leaf_name(node: fx.Node) -> str:

@@ -70,6 +70,8 @@ def read_scores(softmax: Softmax) -> Scores:
     front = _front_of(softmax, reader)
     while front.peeled(reader):
         pass
+    if front.sink is None:  # beside a sink a shift counts
+        front.pass_shifts(reader, front.node)
     value = reader.read(front.node, front.groups)
     if value is None:
         raise Unraised(front.node, _why_no_score(front.node))
@@ -128,6 +130,17 @@ class _Front:
             self.node = shift.scores
         return factor is not None or shift is not None
 
+    def pass_shifts(self, reader: _Reader, node: Any) -> None:
+        """Shifts behind masks and terms, which change no weight either: the softmax takes them as its own."""
+        if tensor_of(node) is None or tensor_of(node).shape != tensor_of(self.node).shape:
+            return
+        shift = shift_of(node, self.dim)
+        if shift is not None:
+            reader.shifted[node] = shift.scores
+            self.inside |= shift.inside
+        for inner in [shift.scores] if shift is not None else _shifted_alike(node):
+            self.pass_shifts(reader, inner)
+
     def _go(self, inner: fx.Node) -> None:
         self.inside.add(self.node)
         self.node = inner
@@ -154,6 +167,23 @@ def _over_a_shift(node: fx.Node, dim: int) -> tuple[str, float] | None:
     if number is None or number <= 0 or shift_of(node.args[0], dim) is None:
         return None
     return BINARY[op_name(node)], number
+
+
+def _shifted_alike(node: fx.Node) -> list[Any]:
+    """Where x + c in its place gives the result and c, or the same weights: sums, masks, bounds past what counts."""
+    kind, given = op_name(node), node.args
+    if kind in ("add", "sub") and node.kwargs.get("alpha", 1) == 1:
+        return list(given[: 2 if kind == "add" else 1])
+    if kind == "masked_fill":
+        return [given[0]]
+    if kind == "where" and len(given) == 3:
+        return [x for x, other in (given[1:], given[:0:-1]) if (constant(other, buffers=True) or 0) <= VANISHING]
+    if kind in ("clamp", "clamp_min", "clamp_max") or kind in CASTS | KEEPING:
+        low, high = _bounds(node)
+        numbers = not any(isinstance(bound, fx.Node) for bound in (low, high))
+        far = numbers and (low is None or low <= VANISHING) and (high is None or high >= -VANISHING)
+        return [given[0]] if far else []
+    return []
 
 
 def _in_the_sum(softmax: Softmax, reader: _Reader) -> Expr | None:
@@ -234,6 +264,8 @@ class _Reader:
         self.leaves: dict[str, tuple[fx.Node, Groups]] = {}
         self.products: dict[str, tuple[Product, Groups]] = {}
         self.values: dict[fx.Node, Value | None] = {}
+        self.met: dict[fx.Node, Groups] = {}
+        self.shifted: dict[fx.Node, fx.Node] = {}  # x - c, read as x
         self.finite: set[str] = set()
 
     def scores(
@@ -276,9 +308,10 @@ class _Reader:
         if tensor_of(node) is None or node.op != "call_function":
             return None
         if node not in self.values:
-            self.values[node] = None  # a node is read once, in the axes it is first met in
-            self.values[node] = self._read(node, groups)
-        return self.values[node]
+            self.met[node] = groups  # a node is read once, in the axes it is first met in
+            self.values[node] = self._read(self.shifted.get(node, node), groups)
+        turned = any(leaves(a) != leaves(b) for a, b in zip(self.met[node], groups, strict=True))
+        return None if turned else self.values[node]  # s + s.mT: the second is another tensor
 
     def _read(self, node: fx.Node, groups: Groups) -> Value | None:
         product = product_of(node)
@@ -357,8 +390,7 @@ class _Reader:
 
     def _clamped(self, node: fx.Node, groups: Groups) -> Value | None:
         inner = self.read(node.args[0], groups)
-        low = argument(node, 2 if op_name(node) == "clamp_max" else 1, "min")
-        high = argument(node, 1 if op_name(node) == "clamp_max" else 2, "max")
+        low, high = _bounds(node)
         if inner is None or any(isinstance(x, fx.Node) for x in (low, high)):
             return None
         if low is not None and low > VANISHING:
@@ -421,6 +453,14 @@ def _flat(node: fx.Node, groups: Groups) -> tuple[fx.Node, Groups]:
     while (moved := back(node, groups)) is not None and len(moved[1]) < len(groups):
         node, groups = moved
     return node, groups
+
+
+def _bounds(node: fx.Node) -> tuple[Any, Any]:
+    """(min, max) of a clamp; None where there is none."""
+    if op_name(node) not in ("clamp", "clamp_min", "clamp_max", "hardtanh"):
+        return None, None
+    upper = op_name(node) == "clamp_max"
+    return argument(node, 2 if upper else 1, "min"), argument(node, 1 if upper else 2, "max")
 
 
 def _at_most(e: Any, bound: float) -> bool:
