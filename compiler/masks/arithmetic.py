@@ -35,9 +35,9 @@ def choose(condition: Expr, a: Expr, b: Expr) -> Expr:
 
 def combine(op: str, a: Expr, b: Expr) -> Expr:
     """op(a, b), with the choices that an operand makes between plain values moved outside."""
-    if _is_plain_choice(a) and (_is_plain(b) or _is_plain_choice(b) or op in ("le", "lt", "ge", "gt", "eq", "ne")):
+    if is_plain_choice(a) and (_is_plain(b) or is_plain_choice(b) or op in ("le", "lt", "ge", "gt", "eq", "ne")):
         return choose(a.args[0], combine(op, a.args[1], b), combine(op, a.args[2], b))
-    if _is_plain_choice(b) and (_is_plain(a) or op in ("le", "lt", "ge", "gt", "eq", "ne")):
+    if is_plain_choice(b) and (_is_plain(a) or op in ("le", "lt", "ge", "gt", "eq", "ne")):
         return choose(b.args[0], combine(op, a, b.args[1]), combine(op, a, b.args[2]))
     if op in ("minimum", "maximum") and a.op == b.op == "const":
         return const((min if op == "minimum" else max)(a.args[0], b.args[0]))
@@ -82,5 +82,6 @@ def _is_plain(e: Expr) -> bool:
     return e.op == "const"
 
 
-def _is_plain_choice(e: Expr) -> bool:
-    return e.op == "where" and all(_is_plain(x) or _is_plain_choice(x) for x in e.args[1:])
+def is_plain_choice(e: Expr) -> bool:
+    """Whether it chooses between constants, perhaps in several steps."""
+    return e.op == "where" and all(_is_plain(x) or is_plain_choice(x) for x in e.args[1:])

@@ -11,7 +11,7 @@ from torch import fx
 
 from ..raising.einsums import terms_of
 from ..symbols import Expr, build, const
-from .arithmetic import choose, combine, number, same, truth
+from .arithmetic import choose, combine, is_plain_choice, number, same, truth
 from .frame import Unreadable
 from .moving import MOVING
 from .reading import Index, Reader, dtype, free, is_one, shape
@@ -67,7 +67,7 @@ def cast(e: Expr, old: torch.dtype, new: torch.dtype) -> Expr:
     wider = new in (torch.float32, torch.float64) and (e.is_integer or old in (torch.float16, torch.bfloat16))
     if old == new or wider:
         return e
-    if e.op == "where" and all(a.op == "const" for a in e.args[1:]):
+    if is_plain_choice(e):
         return choose(e.args[0], cast(e.args[1], old, new), cast(e.args[2], old, new))
     if not new.is_floating_point and not old.is_floating_point:
         if new.itemsize >= 4:

@@ -87,7 +87,7 @@ def _value(node: fx.Node, builder: Builder) -> fx.Node | None:
     name, overload = op_name(node).removesuffix("_"), node.target._overloadname  # type: ignore[union-attr]
     target, rest = node.args[0], node.args[1:]
     if name == "index_put" and _is_filled(node):
-        return builder.call(torch.ops.aten.masked_fill.Tensor, target, rest[0][0], rest[1])  # type: ignore[index]
+        return builder.call(torch.ops.aten.masked_fill.Tensor, target, rest[0][-1], rest[1])  # type: ignore[index]
     if name == "copy":
         source = rest[0]
         if tensor_of(source).dtype != tensor_of(target).dtype:
@@ -102,13 +102,14 @@ def _value(node: fx.Node, builder: Builder) -> fx.Node | None:
 
 
 def _is_filled(node: fx.Node) -> bool:
-    """One number put where a mask of the same shape says."""
+    """One number put where a mask of the same shape says, or of all dimensions behind those taken whole: s[:, :, m]."""
     target, where, number, *accumulated = node.args
     value = tensor_of(number)
-    if len(where) != 1 or any(accumulated) or value is None or value.ndim:  # type: ignore[arg-type]
+    *whole, last = where  # type: ignore[misc, str-unpack]
+    if any(w is not None for w in whole) or any(accumulated) or value is None or value.ndim:
         return False
-    mask = tensor_of(where[0])  # type: ignore[index]
-    return mask is not None and mask.dtype == torch.bool and mask.ndim == tensor_of(target).ndim
+    mask = tensor_of(last)
+    return mask is not None and mask.dtype == torch.bool and len(whole) + mask.ndim == tensor_of(target).ndim
 
 
 def _replace_later(base: fx.Node, value: fx.Node, node: fx.Node) -> None:

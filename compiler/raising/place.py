@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import fx
 
 from ..nodes import op_name
@@ -62,11 +64,14 @@ def write(place: Place) -> fx.Node:
     k, v = _keys_and_values(place, found, batch, heads)
     builder = Builder(place.node, [place.q.node, place.k.node, place.v.node, q.node, k.node, v.node])
     shared = _grouped(k, v, heads)
-    tensors = [
-        builder.arranged(q.node, q.groups, (batch, heads, leaves(place.i), leaves(place.d))),
-        builder.arranged(k.node, k.groups, (batch, shared, leaves(place.j), leaves(place.d))),
-        builder.arranged(v.node, v.groups, (batch, shared, leaves(place.j), leaves(place.e))),
-    ]
+    tensors = _of_one_dtype(
+        builder,
+        [
+            builder.arranged(q.node, q.groups, (batch, heads, leaves(place.i), leaves(place.d))),
+            builder.arranged(k.node, k.groups, (batch, shared, leaves(place.j), leaves(place.d))),
+            builder.arranged(v.node, v.groups, (batch, shared, leaves(place.j), leaves(place.e))),
+        ],
+    )
     tables, words = _tables(place, builder, index)
     scaled = {"s": name("s") * (q.factor * k.factor)} if q.factor * k.factor != 1 else {}
     after, factor = _without_constant(place.after)
@@ -85,6 +90,12 @@ def write(place: Place) -> fx.Node:
         result = builder.call(aten.to.dtype, result, tensor_of(place.node).dtype)
     _put(place, builder, result, (batch, heads, leaves(place.i), leaves(place.e)))
     return attend
+
+
+def _of_one_dtype(builder: Builder, tensors: list[fx.Node]) -> list[fx.Node]:
+    """In the widest that one of them has: rotated queries in float32 meet values that are not (bfloat16)."""
+    wide = functools.reduce(torch.promote_types, (tensor_of(t).dtype for t in tensors))
+    return [t if tensor_of(t).dtype == wide else builder.call(aten.to.dtype, t, wide) for t in tensors]
 
 
 def _without_constant(after: Expr | None) -> tuple[Expr | None, float]:

@@ -309,7 +309,8 @@ class _Reader:
             return None
         if node not in self.values:
             self.met[node] = groups  # a node is read once, in the axes it is first met in
-            self.values[node] = self._read(self.shifted.get(node, node), groups)
+            inner = self.shifted.get(node)
+            self.values[node] = self._read(node, groups) if inner is None else self.read(inner, groups)
         turned = any(leaves(a) != leaves(b) for a, b in zip(self.met[node], groups, strict=True))
         return None if turned else self.values[node]  # s + s.mT: the second is another tensor
 
