@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 
@@ -73,9 +74,19 @@ def _after_one_run(model: nn.Module, call: Call) -> tuple[Leaf, ...]:
 
 
 def _decoder_sizes(call: Call) -> tuple[int, int, int]:
-    plain_tensors = [leaf.tensor for leaf in call.leaves if not leaf.cached and leaf.tensor is not None]
-    first = next(t for t in plain_tensors if t.ndim > 1)
+    first = of_tokens([leaf.tensor for leaf in call.leaves if not leaf.cached and leaf.tensor is not None])
     return first.shape[0], first.shape[1], min(_length(leaf) for leaf in call.leaves if leaf.path.endswith(".keys"))
+
+
+def of_tokens(tensors: Sequence[Tensor]) -> Tensor:
+    """The first that has a batch and tokens as its first two sizes."""
+    found = [t for t in tensors if t.ndim > 1]
+    return next((t for t in found if not _on_axes(t)), found[0])
+
+
+def _on_axes(tensor: Tensor) -> bool:
+    """Whole numbers in three dimensions: positions of tokens along several axes (axes, B, N)."""
+    return tensor.ndim == 3 and not tensor.is_floating_point() and tensor.dtype != torch.bool
 
 
 def _length(leaf: Leaf) -> int:
@@ -107,6 +118,8 @@ def _resized(leaf: Leaf, ahead: int, batch: int, queries: int, past: int) -> Ten
     if leaf.cached:
         sizes[0], sizes[2] = 2, _PAST + _QUERIES if ahead else _PAST
         return torch.zeros(sizes, dtype=tensor.dtype, device=tensor.device)
+    if _on_axes(tensor) and sizes[1:] == [batch, queries]:
+        return torch.ones([sizes[0], 2, _QUERIES], dtype=tensor.dtype, device=tensor.device)
     if sizes and sizes[0] == batch:
         sizes[0] = 2
     keys_too = "mask" in leaf.path
@@ -173,6 +186,8 @@ def _open(leaf: Leaf, tensor: Tensor) -> frozenset[int]:
         return frozenset({0, 2, 3})
     if tensor.ndim == 4 and any(word in leaf.path for word in _KEPT):
         return frozenset({0, 1, 2})  # (B, H, N, D) or (B, N, H, D): the model itself fixes its heads
+    if _on_axes(tensor):
+        return frozenset({0, 1, 2})
     sequence = tensor.ndim >= 2 and (whole or tensor.ndim == 3 or (tensor.ndim == 2 and "mask" in leaf.path))
     return frozenset({0, 1} if sequence else {0})
 

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from . import chance, data_read
-from .attempts import Attempt, attempts, filled
+from .attempts import Attempt, attempts, filled, of_tokens
 from .checkpointing import unflagged
 from .containers import MUTABLE, Layout, Leaf, absorb, lay_out_caches, put_together, take_apart
 from .fused_layers import cast_as_fused, masks_as_given, may_fuse
@@ -91,7 +91,8 @@ class Captured:
         given = call.tensors
         if all(t is not None for t in given):
             return given  # type: ignore[return-value]
-        first = next(t for t in given if t is not None)
+        known = [t for t in given if t is not None]
+        first = of_tokens(known) if any(t.ndim > 1 for t in known) else known[0]
         return tuple(t if t is not None else self._empty(k, call.leaves[k], first) for k, t in enumerate(given))
 
     def result(self, call: Call, flat: Sequence[Any]) -> Any:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache, Lfm2Config
+from transformers import DynamicCache, Lfm2Config, LlamaConfig
 from transformers.utils import ModelOutput
 
 import reattend
@@ -163,3 +163,31 @@ def test_a_model_that_draws_is_compared_on_the_same_draws() -> None:
     model, x = Shuffles().eval(), torch.randn(2, 9, 16)
     fast = reattend.optimize(model, "exact", x, measure=False)
     assert [row.status for row in fast.report.rows] == ["rewritten"]
+
+
+class PlacedInAGrid(nn.Module):
+    """Three positions for every token, said before the tokens, over a cache (Qwen2-VL's language model)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qkv = nn.Linear(16, 48)
+
+    def forward(self, positions: Tensor, past_key_values: DynamicCache, x: Tensor) -> dict[str, Any]:
+        turn = positions.expand(3, -1, -1).sum(0)[..., None] * 0.1
+        q, k, v = self.qkv(x + turn.sin()).unflatten(-1, (3, 4, 4)).permute(2, 0, 3, 1, 4)
+        k, v = past_key_values.update(k, v, 0)
+        i, j = torch.arange(q.shape[2]) + k.shape[2] - q.shape[2], torch.arange(k.shape[2])
+        o = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=j <= i[:, None])
+        return {"o": o.transpose(1, 2).flatten(2), "past_key_values": past_key_values}
+
+
+def test_positions_of_three_axes_in_front_do_not_say_the_batch() -> None:
+    model = PlacedInAGrid().eval()
+    config = LlamaConfig(num_hidden_layers=1, num_attention_heads=4, hidden_size=16)
+    x, places = torch.randn(2, 9, 16), torch.randint(9, (3, 2, 9))
+    caches = DynamicCache(config=config), DynamicCache(config=config)
+    fast = reattend.optimize(model, "exact", (places[..., :6], DynamicCache(config=config), x[:, :6]), measure=False)
+    for part in (slice(0, 6), slice(6, 7), slice(7, 9)):
+        found, wanted = (m(places[..., part], c, x[:, part]) for m, c in zip((fast, model), caches, strict=True))
+        torch.testing.assert_close(found["o"], wanted["o"], rtol=0, atol=1e-5)
+    assert len(fast.signatures) == 1
