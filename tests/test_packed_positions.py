@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from test_swapped_cache import CONFIG, NEAR, swapped
+from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
 
 import reattend
@@ -48,3 +49,27 @@ def test_generate_without_a_cache_gives_the_same_tokens() -> None:
     fast = swapped(model(), "linear", {"input_ids": ids, "use_cache": False})
     more = dict(max_new_tokens=6, do_sample=False)
     assert torch.equal(fast.generate(ids, **more), fast.generate(ids, use_cache=False, **more))
+
+
+class Axes(nn.Module):
+    """Text's own positions are the first row of four (Qwen2-VL)."""
+
+    def __init__(self, row: int) -> None:
+        super().__init__()
+        self.qkv, self.row = nn.Linear(16, 48), row
+
+    def forward(self, x: Tensor, positions: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(-1, (3, 4, 4)).permute(2, 0, 3, 1, 4)
+        text, own = positions[0], positions[self.row]
+        documents = (torch.diff(text, prepend=text[:, :1] - 1, dim=-1) != 1).cumsum(-1)
+        keep = (documents[:, :, None] == documents[:, None]) & (own[:, None] <= own[:, :, None])
+        o = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=keep[:, None])
+        return o.transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize(("row", "pattern"), [(0, "causal-self"), (1, "noncausal-self")])
+def test_a_row_of_positions_counts_like_indices(row: int, pattern: str) -> None:
+    original, given = Axes(row).eval(), (torch.randn(2, 9, 16), torch.stack([POSITIONS, POSITIONS.flip(1)]))
+    fast = reattend.optimize(original, "exact", given, measure=False)
+    assert [r.site.pattern for r in fast.report.rows] == [pattern]
+    torch.testing.assert_close(fast(*given), original(*given), rtol=0, atol=1e-5)

@@ -12,7 +12,7 @@ from torch import fx
 
 from ..nodes import args_of, op_name
 from ..ports import documents_of
-from ..symbols import Expr
+from ..symbols import Expr, const
 
 ORDERS = frozenset({"le", "lt", "ge", "gt"})
 COUNTED = ORDERS | {"lookup", "add", "sub", "const", "name"}
@@ -23,7 +23,8 @@ def counted(keep: Expr, nodes: Mapping[str, fx.Node]) -> Expr:
     conditions = keep.args if keep.op == "and" else (keep,)
     begun = [starts(nodes.get(documents_of(c))) for c in conditions]
     positions = {_bare(p) for p in begun if p is not None}
-    tables = {name for name, node in nodes.items() if _bare(node) in positions}
+    taken = {(name, at) for name, node in nodes.items() for p, at in positions if p is _bare(node)[0]}
+    tables = {name: at[len(_bare(nodes[name])[1]) :] for name, at in taken}
     found = [_by_index(c, tables) for c in conditions]
     whole: Expr = found[0]
     for condition in found[1:]:
@@ -43,18 +44,25 @@ def starts(node: fx.Node | None) -> fx.Node | None:
     return positions if whole and rest[:2] in ([1, -1], [1]) else None
 
 
-def _bare(node: fx.Node) -> fx.Node:
-    while op_name(node) == "expand":
+def _bare(node: fx.Node) -> tuple[fx.Node, tuple[int, ...]]:
+    """The tensor itself, and which of its first places were taken: positions of text are row 0 of (axes, B, N)."""
+    taken: tuple[int, ...] = ()
+    while op_name(node) == "expand" or (op_name(node) == "select" and node.args[1] == 0):
+        if op_name(node) == "select":
+            taken = (int(node.args[2]), *taken)  # type: ignore[arg-type]
         node = args_of(node)[0]
-    return node
+    return node, taken
 
 
-def _by_index(condition: Expr, tables: set[str]) -> Expr:
+def _by_index(condition: Expr, tables: Mapping[str, tuple[int, ...]]) -> Expr:
     """p[i] - 4 < p[j] as i - 4 < j; any other condition as it is."""
     if condition.op not in ORDERS:
         return condition
     sides = [[e.args[0] for e in a.walk() if e.op == "lookup"] for a in condition.args]
     whole = all(e.op in COUNTED and (e.op != "sub" or e.args[1].op == "const") for e in condition.walk())
     if not whole or any(len(side) != 1 or side[0] not in tables for side in sides):
+        return condition
+    lookups = [e for e in condition.walk() if e.op == "lookup"]
+    if any(e.args[1 : 1 + len(at)] != tuple(map(const, at)) for e in lookups for at in [tables[e.args[0]]]):
         return condition
     return condition.replace({name: lambda *index: index[-1] for name in tables})
