@@ -32,6 +32,7 @@ from .compiler.devices import device_of
 from .compiler.example_inputs import example_inputs as inferred_inputs
 from .compiler.explanation import Explanation, together
 from .compiler.facts import describe
+from .compiler.giving_way import ours
 from .compiler.heads import interventions
 from .compiler.heads.look import DEFAULT as DEFAULT_MEASURES
 from .compiler.heads.look import Look, look
@@ -128,10 +129,10 @@ def optimize(
         fast = rewritten(inner, work, args, kwargs, max_signatures)
         if measure and not inner.training:
             stage("measuring")
-            fast.report.timing = timed(inner, fast, args, kwargs)
-    for warning in fast.report.warnings:
+            ours(fast, "report").timing = timed(inner, fast, args, kwargs)
+    for warning in ours(fast, "report").warnings:
         log.warning("%s", warning)
-    log.info("%s", fast.report.verdict())
+    log.info("%s", ours(fast, "report").verdict())
     return fast
 
 
@@ -189,7 +190,7 @@ def bench(
     if inner.training:
         raise Refused("a model in train()", where="bench", fits="model.eval(): dropout makes every call another one")
     fast = optimize(inner, recipe, (args, kwargs), name=name, measure=False)
-    report = fast.report
+    report = ours(fast, "report")
     return measure(inner, fast, args, kwargs, model=report.model, recipe=report.recipe, compiled=compiled, runs=runs)
 
 

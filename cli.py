@@ -16,6 +16,7 @@ from .answers import write as _write
 from .cli_arguments import AsJson, ModelName, RecipeName
 from .cli_heads import heads, plan, plan_bits
 from .cli_report import report
+from .compiler.giving_way import ours
 from .compiler.refusal import Refused, nearest
 
 app = typer.Typer(
@@ -110,12 +111,12 @@ def optimize(
         work = lambda: api.optimize(loaded.model, recipe, loaded.example_inputs, name=loaded.name)
         fast = _working(f"optimizing {model}", work, quiet=as_json)
         if report is not None:
-            fast.report.write(report)
+            ours(fast, "report").write(report)
         if graph is not None:
-            _write(graph, fast.graph.code)
+            _write(graph, ours(fast, "graph").code)
         if save is not None:
             api.save(fast, save)
-        print(json.dumps(fast.report.to_dict()) if as_json else fast.report.text())
+        print(json.dumps(ours(fast, "report").to_dict()) if as_json else ours(fast, "report").text())
         for path in (report, graph, save):
             if path is not None and not as_json:
                 print(f"\nwrote {path}")
@@ -170,7 +171,7 @@ def recover(
         found = api.recover(fast, lessons, held_out=judged, folder=folder, progress=not as_json, **asked)
         if save is not None:
             api.save(fast, save)
-        print(json.dumps(found.to_dict()) if as_json else f"{found}\n{fast.report.verdict()}")
+        print(json.dumps(found.to_dict()) if as_json else f"{found}\n{ours(fast, 'report').verdict()}")
         if save is not None and not as_json:
             print(f"\nwrote {save}")
 

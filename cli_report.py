@@ -11,6 +11,7 @@ import typer
 
 from .answers import answers, working, write
 from .cli_arguments import ModelName
+from .compiler.giving_way import ours
 from .compiler.refusal import Refused
 
 RecipeName = Annotated[
@@ -66,4 +67,4 @@ def _view(model: str, recipe: str, heads: str, quality: Path | None, targets: li
     measures = heads.split(",") if heads else []
     table = api.heads(loaded.model, loaded.example_inputs, measures=measures, name=loaded.name) if measures else None
     plot = api.quality_plot(loaded.model, quality, name=loaded.name) if quality else ""
-    return fast.report.view(heads=table, plot=plot, targets=targets)
+    return ours(fast, "report").view(heads=table, plot=plot, targets=targets)

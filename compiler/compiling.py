@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .containers import PLAIN
+from .giving_way import ours
 
 BESIDE_A_TRACE = torch.__version__ >= "2.13"  # 2.11 cannot hand a module to what runs beside its trace
 
@@ -33,5 +34,5 @@ def make_ready(model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> No
 def _prepared(model: Any, positional: int, names: tuple[str, ...], *values: Any) -> bool:
     """Run for real while a trace is under way, on the tensors that it is traced with."""
     with torch._guards.tracing(None):  # or the exporter would take the trace's fake tensors for its own
-        model.prepare(*values[:positional], **dict(zip(names, values[positional:])))
+        ours(model, "prepare")(*values[:positional], **dict(zip(names, values[positional:])))
     return True

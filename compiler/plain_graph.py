@@ -11,7 +11,7 @@ from torch.export.graph_signature import InputKind
 
 from .draft import Draft
 from .nodes import is_overload, op_name
-from .refusal import Refused
+from .refusal import Refused, Uncapturable
 
 CONSTANTS = "_reattend_constants"
 _CHECKS = ("_assert", "sym_constrain_range", "_assert_async")
@@ -56,8 +56,15 @@ def plain(program: torch.export.ExportedProgram, model: nn.Module, inputs: Seque
             placed[node] = graph.node_copy(node, lambda n: placed[n])
             placed[node].meta = _meta(node)
     used = {n.target for n in graph.nodes if n.op == "get_attr"}
+    taken = sorted({str(t).partition(".")[0] for t in used} & _TAKEN)
+    if taken:
+        found = f"a part called {taken[0]}, a name that an fx.GraphModule has for itself"
+        raise Uncapturable(found, where=type(model).__name__, fits="another name; as an island it is captured")
     module = Draft({t: v for t, v in root.items() if t in used}, graph)
     return module.train(model.training)
+
+
+_TAKEN = frozenset({*dir(fx.GraphModule), "graph", "meta"} - set(dir(nn.Module)))
 
 
 def _aliases(model: nn.Module) -> dict[str, set[str]]:

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from .account import attending_islands, some_found, told
+from .giving_way import ours, say
 from .hosted import host
 from .islands import host_islands
 from .refusal import Refused, Uncapturable
@@ -23,7 +24,7 @@ def rewritten(inner: nn.Module, work: Rewriting, args: Any, kwargs: Any, limit: 
     grad = torch.is_grad_enabled()
     try:
         fast: Any = host(inner, work.program_for, about=work, limit=limit)
-        fast.prepare(*args, **kwargs)
+        ours(fast, "prepare")(*args, **kwargs)
         return _nearer(inner, work, fast, args, kwargs, limit) if work.unfaithful else fast
     except Uncapturable as whole:
         must_run(inner, args, kwargs)
@@ -51,7 +52,7 @@ def _in_islands(
     report = joined([part.report for part in parts.values() if part.report is not None])
     report.misses = (*report.misses, *islands.misses)
     report.notes = (*told(islands, whole), *work.notes, *report.notes)
-    fast.__dict__ |= {"report": report, "sites": SiteList(report.rows)}
+    say(fast, {"report": report, "sites": SiteList(report.rows)})
     return fast
 
 
@@ -63,6 +64,7 @@ def _nearer(
     try:
         parts = _in_islands(model, work, whole, args, kwargs, limit)
     except Refused as refused:
-        fast.report.notes = (*fast.report.notes, f"not in islands either: {refused}")
+        report = ours(fast, "report")
+        report.notes = (*report.notes, f"not in islands either: {refused}")
         return fast
     return fast if work.unfaithful else parts

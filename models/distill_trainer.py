@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..compiler.giving_way import ours
 from ..compiler.hosted import host, is_hosted, original
 from ..compiler.recovery.losses import output_loss, own_loss
 from ..compiler.recovery.pair import folded
@@ -59,7 +60,7 @@ def distill_trainer() -> type:
                 loss = loss + self.ce * own_loss(outputs)
             student = _inside(self.accelerator.unwrap_model(model))
             if hasattr(student, "losses"):
-                loss = loss + sum(student.losses().values())
+                loss = loss + sum(ours(student, "losses")().values())
             return (loss, outputs) if return_outputs else loss
 
         def _teacher(self) -> Any:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import reattend
 from reattend.compiler.capture import Captured, capture
+from reattend.compiler.giving_way import ours
 from reattend.compiler.hosted import host, is_hosted, original
 from reattend.compiler.refusal import Refused
 from reattend.compiler.signature import Call
@@ -388,3 +389,27 @@ def test_names_of_the_users_modules_stay_theirs() -> None:
     assert isinstance(fast.part, nn.Linear) and isinstance(fast.freeze, nn.LayerNorm)
     assert isinstance(fast.sites, nn.Parameter) and torch.equal(fast.traces, torch.zeros(16))
     assert "attention" in fast.report.text() and fast.signatures
+
+
+class SaysIt(nn.Module):
+    """A part of a name that optimize, the command line and recovery ask a hosted model by."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.name = name
+        self.add_module(name, nn.TransformerEncoderLayer(16, 2, 16, dropout=0.0, batch_first=True))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.get_submodule(self.name)(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("name", ["report", "prepare", "losses", "graph", "code"])
+def test_what_is_asked_of_a_hosted_model_is_asked_by_no_name_of_the_users(name: str) -> None:
+    model, x = SaysIt(name).eval(), torch.randn(2, 5, 16)
+    fast = reattend.optimize(model, "exact", (x,), measure=False)
+    assert (fast(x) - model(x)).abs().max() <= 1e-5
+    assert isinstance(getattr(fast, name), nn.TransformerEncoderLayer)
+    report = ours(fast, "report")
+    assert [row.status for row in report.rows] == ["rewritten"] and "attn" in report.text()
+    islands = [note for note in report.notes if "island" in note]
+    assert bool(islands) == (name in ("graph", "code")), report.notes  # which a captured graph has for itself

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 from tqdm import tqdm
 
+from ..giving_way import ours
 from ..held_out import Batch
 from ..refusal import Refused
 from ..taps import stream_groups
@@ -120,7 +121,7 @@ class Run:
     def _distil(self, call: Batch) -> float:
         args, kwargs = call
         with self._autocast():  # its graph is another one, and none can be made while weights are made of deltas
-            self.pair.student.prepare(*args, **kwargs)
+            ours(self.pair.student, "prepare")(*args, **kwargs)
         with self.trained.applied():
             with self._autocast():
                 loss = self._with_relations(call) if self.plan.relations else self._outputs(call)
@@ -138,7 +139,7 @@ class Run:
         with torch.no_grad():
             expected = self.pair.teacher(*args, **kwargs)
         got = self.pair.student(*args, **kwargs)
-        return self._distance(got, expected, call) + sum(self.pair.student.losses().values())
+        return self._distance(got, expected, call) + sum(ours(self.pair.student, "losses")().values())
 
     def _distance(self, got: Any, expected: Any, call: Batch) -> Tensor:
         plan = self.plan
@@ -181,7 +182,7 @@ class Run:
         found |= {} if loss is None else {"loss": loss}
         with judging(self.pair.student):
             for args, kwargs in self.held_out:
-                self.pair.student.prepare(*args, **kwargs)  # captures see the weights themselves
+                ours(self.pair.student, "prepare")(*args, **kwargs)  # captures see the weights themselves
             with self.trained.applied():
                 found |= self._measured(first)
         state.history.append(found)

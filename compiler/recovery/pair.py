@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from ..capture import Captured, capture
 from ..draft import drafting
+from ..giving_way import ours
 from ..held_out import Batch
 from ..hosted import about, host, is_hosted, original
 from ..lowering import lower_calls
@@ -119,7 +120,7 @@ def pair_of(fast: Any, teacher: nn.Module | None, calls: Sequence[Batch]) -> Pai
         found = f"a teacher that is a {type(source).__name__}"
         raise Refused(found, where="recover", fits=f"a {type(original(fast)).__name__}, as the student")
     for args, kwargs in calls[:1]:
-        fast.prepare(*args, **kwargs)  # decides, where no call has come yet
+        ours(fast, "prepare")(*args, **kwargs)  # decides, where no call has come yet
     return Pair(fast, source, work)
 
 

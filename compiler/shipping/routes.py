@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..giving_way import ours
 from ..hosted import hosting, original, way_out
 from ..mechanism import mechanisms
 from ..refusal import Refused, nearest
@@ -86,7 +87,7 @@ def export(fast: Any, route: str, path: str | Path) -> Path:
 
 def _captured(fast: Any) -> Any:
     state = hosting(fast)
-    fast.graph  # noqa: B018 -- asking for it puts the model's present tensors into the graph
+    ours(fast, "graph")  # asking for it puts the model's present tensors into the graph
     return state.graphs[state.current or next(iter(state.graphs))]
 
 
