@@ -6,6 +6,7 @@ The registry reads everything else from the class: recipe keys, command-line opt
 from __future__ import annotations
 
 import inspect
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
@@ -92,6 +93,7 @@ class Mechanism:
     tries: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)  # knobs that small generic questions are asked with
     stands: ClassVar[str] = ""  # an inserted one: "before" its block x is f(x), "behind" its attention x + f(LN(x))
     also: ClassVar[Mapping[str, str]] = {}  # a paper's word for a knob that is a word of this class: kind, part
+    least: ClassVar[Mapping[str, float]] = {}  # the smallest values of knobs; of a knob called eps, or *_eps, it is 0
     judged: ClassVar[tuple[Mapping[str, Any], ...]] = ({},)  # knobs that `quality --all` measures it at
     heads_alike: ClassVar[bool] = True  # permuting heads (with per-head tensors) permutes the answer
     taught: ClassVar[bool] = False  # its tensors choose, and learn by a loss of their own: none through the output
@@ -172,6 +174,7 @@ class Mechanism:
         return self.fits(site)
 
 
+ROOM = 1e18  # the largest size of a number that is a knob
 _REGISTRY: dict[str, type[Mechanism]] = {}
 _LISTENERS: list[Callable[[str], None]] = []
 
@@ -240,6 +243,7 @@ def mechanism(slug: str, /, **knobs: Any) -> Mechanism:
         if knob not in cls.knobs():
             raise Refused(f"knob {knob!r}", where=slug, fits=nearest(knob, cls.knobs(), kind="its knobs"))
         _check_kind(slug, knob, cls.knobs()[knob][0], knobs[knob])
+        _check_range(cls, knob, knobs[knob])
     return cls(**knobs)
 
 
@@ -251,6 +255,18 @@ def _check_kind(slug: str, knob: str, annotation: Any, value: Any) -> None:
             known.admit(value)
         except Misfit:
             raise Refused(f"{knob}={value!r}", where=slug, fits=known.says) from None
+
+
+def _check_range(cls: type[Mechanism], knob: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return
+    least = cls.least.get(knob, 0 if knob == "eps" or knob.endswith("_eps") else -math.inf)
+    if value < least:
+        raise Refused(f"{knob}={value!r}", where=cls.slug, fits=f"{least} or more")
+    if isinstance(value, float) and abs(value) > ROOM:
+        raise Refused(
+            f"{knob}={value!r}", where=cls.slug, fits=f"numbers up to {ROOM:.0e}, whose squares float32 holds"
+        )
 
 
 def _load(slug: str) -> None:

@@ -53,6 +53,27 @@ def test_a_knob_of_another_kind(slug: str, knob: str, value: Any, fits: str) -> 
         attention(q, k, v, slug, causal=True, **{knob: value})
 
 
+@pytest.mark.parametrize(
+    ("slug", "knob", "value", "fits"),
+    [
+        ("sigmoid", "softmax_scale", 1e30, "up to 1e"), ("agent_sd", "k_scale2", -1e30, "up to 1e"),
+        ("gpsa", "qk_scale", -1e300, "up to"),
+        ("based", "eps", -1.0, "0 or more"), ("titans", "norm_eps", -1e-5, "0 or more"),
+        ("flow", "sum_eps", -1, "0 or more"),
+        ("lightning", "block", 0, "1 or more"), ("lightning", "gate_rank", -1, "0 or more"),
+        ("davit", "groups", -1, "1 or"),
+        ("sigmoid", "length", -1, "0 or more"), ("lssar", "offset_free_rows", -1, "0 or more"),
+        ("moa", "length", 0, "1 or"),
+        ("urpe", "max_distance", -1, "1 or more"), ("inline", "prefix_tokens", -1, "0 or more"),
+        ("transnext", "fixed_pool_size", -1, "1 or more"), ("titans", "expansion_factor", -1.0, "0 or more"),
+    ],
+)  # fmt: skip
+def test_a_knob_out_of_its_range(slug: str, knob: str, value: Any, fits: str) -> None:
+    q, k, v = problem(6)
+    with pytest.raises(Refused, match=f"{slug}: {knob}={re.escape(repr(value))}.*{fits}"):
+        attention(q, k, v, slug, **{knob: value})
+
+
 def test_a_number_without_end_is_no_knob_of_a_recipe() -> None:
     with pytest.raises(Refused, match="scale"):
         load_recipe(

@@ -59,6 +59,7 @@ class InLine(Mechanism):
     part = "core"
     kind = "needs recovery"
     honours = frozenset[str]()
+    least = {"prefix_tokens": 0}
     paper = "arXiv 2412.06590"
     heads_alike = False  # a head's kernels are made of its own part of x
     tries = ({"local_kernel": 0}, {"phi": "exp"}, {"phi": "leakyrelu", "scale": 0.5, "local_kernel": 5})

@@ -72,6 +72,7 @@ class Lightning(Mechanism):
     part = "core"
     kind = "needs recovery"
     honours = {"padding"}
+    least = {"block": 1, "gate_rank": 0, "layer": 0, "layers": 0}
     paper = "arXiv 2405.17381"
     heads_apart = False  # the norm goes over all heads
     tries = (

@@ -82,6 +82,7 @@ class Titans(Mechanism):
     window: int = 32
 
     part = "region"
+    least = {"expansion_factor": 0}
     kind = "needs recovery"
     paper = "arXiv 2501.00663"
     tries = (
@@ -122,6 +123,8 @@ class Titans(Mechanism):
             return "titans needs the width of x: dim=..."
         if self.heads == 1 and self.dim_head not in (None, site.width):
             return f"dim_head={self.dim_head} with one head, x has {site.width} channels"
+        if int((self.dim_head or site.width) * self.expansion_factor) < 1:
+            return f"expansion_factor={self.expansion_factor} leaves a memory of {site.width} channels without width"
         return None
 
     @property

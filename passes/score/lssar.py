@@ -52,6 +52,7 @@ class Lssar(Mechanism):
     part = "core"
     kind = "needs recovery"
     honours = {"padding", "dropout"}
+    least = {"offset_free_rows": 0}
     paper = "arXiv 2501.13428"
     tries = ({}, {"reweight": False}, {"p": 3, "eps": 0.0})
 

@@ -58,6 +58,7 @@ class Sigmoid(Mechanism):
     part = "core"
     kind = "needs recovery"
     honours = KEPT - {"sinks"}
+    least = {"length": 0}
     paper = "arXiv 2410.10781"
     tries = (
         {},

@@ -54,6 +54,7 @@ class Urpe(Mechanism):
     part = "core"
     kind = "needs recovery"
     honours = KEPT
+    least = {"num_buckets": 1, "max_distance": 1}
     paper = "arXiv 2205.13401"
     tries = (
         {"max_len": 4, "use_bias": False},

@@ -50,6 +50,7 @@ class DaViT(Mechanism):
     part = "core"
     kind = "needs recovery"
     honours = {"padding"}
+    least = {"groups": 1}
     paper = "arXiv 2204.03645"
     also = {"kind": "over"}
     tries = (

@@ -47,6 +47,7 @@ class MoA(Mechanism):
     part = "core"
     kind = "approximate"
     honours = KEPT
+    least = {"length": 1}
     paper = "arXiv 2406.14909"
     heads_alike = False
     tries = (

@@ -59,6 +59,7 @@ class TransNeXt(Mechanism):
     part = "core"
     kind = "needs recovery"
     honours = frozenset[str]()
+    least = {"fixed_pool_size": 1}
     paper = "arXiv 2311.17132"
     tries = ({"sr_ratio": 2}, {"fixed_pool_size": 1, "window": 5, "pretrain_grid": (4, 4)}, {"sr_ratio": 1})
 
