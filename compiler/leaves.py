@@ -95,8 +95,8 @@ def leaves_of(model: nn.Module) -> dict[str, nn.Module]:
 
 @contextmanager
 def in_their_places(model: nn.Module, leaves: Mapping[str, nn.Module], hooks: Container[int]) -> Iterator[None]:
-    """Inside, a leaf that was wrapped since (by an adapter), parametrized, or has more than these hooks, is a leaf again:
-    a trace makes it a call.
+    """Inside, a leaf that was wrapped since (by an adapter), was parametrized or has more than these hooks is a leaf
+    again: a trace makes it a call.
 
     Traced through, an adapter that is switched off or merged later would stay in the graph as it is now.
     """

@@ -357,7 +357,8 @@ def test_a_product_of_layers_sees_every_write(write: Any) -> None:
     for layer, name, part in ((0, "query", "weight"), (1, "value", "bias")):
         write(getattr(getattr(fast.encoder.layer[layer].attention.self, name), part))
         for _ in range(6):  # before a new copy and behind it
-            assert not agree(got := calls(fast, inputs, 1), before)
+            got = calls(fast, inputs, 1)
+            assert not agree(got, before)
         assert all(copies(fast))
         before = got
 
