@@ -142,7 +142,7 @@ class _Noting(fx.Interpreter):
 
 
 def _twin(graph: fx.GraphModule, model: nn.Module, seen: dict[fx.Node, Seen], largest: int) -> _Twin | None:
-    """The graph with its pieces as calls, as the sizes beside such inputs show them; None where nothing is to be gained."""
+    """The graph with its pieces as calls, as sizes beside such inputs show them; None where nothing is gained."""
     leaf = lambda node: model.get_submodule(str(node.target))
     long = {node for node, value in seen.items() if math.prod(value.size) >= _LEAST}
     found = [each for each in pieces(graph.graph, seen, leaf) if not long.isdisjoint(each.leaving)]
