@@ -143,8 +143,13 @@ def capture(
             continue  # the model fixes a size that was doubled here: its graph would not be one of this call
         notes = _static(captured.dims, ways[0], reasons) if dynamic else ()
         return replace(captured, notes=(*notes, *captured.notes))
-    fits = _FITS_CHANCE if isinstance(error, chance.UnseenChance) else _FITS
-    raise Uncapturable(reasons[-1], where=type(model).__name__, fits=fits) from error
+    raise Uncapturable(reasons[-1], where=type(model).__name__, fits=_way_out(model, error)) from error
+
+
+def _way_out(model: nn.Module, error: Exception | None) -> str:
+    if model.training and (drawn := chance.layers_drawn(model)):
+        return f"{' and '.join(drawn)} of 0 while it trains: a graph has all layers, and each call draws which ones run"
+    return _FITS_CHANCE if isinstance(error, chance.UnseenChance) else _FITS
 
 
 def operations_at(model: nn.Module, call: Call, attempt: Attempt) -> tuple[str, ...]:

@@ -42,6 +42,15 @@ def no_unseen_chance() -> Iterator[None]:
         raise UnseenChance(f"its forward {' and '.join(moved)}, and a graph would repeat that draw")
 
 
+def layers_drawn(model: torch.nn.Module) -> list[str]:
+    """Settings above 0 by which a model leaves layers out at random in train(), as its modules and their configs name
+    them.
+    """
+    held = [vars(each) for module in model.modules() for each in (module, getattr(module, "config", None)) if each]
+    named = ((name, value) for each in held for name, value in each.items() if "layerdrop" in str(name).lower())
+    return sorted({name for name, value in named if isinstance(value, int | float) and value > 0})
+
+
 SAMPLES = 0.0, 0.5, 1.0 - 2.0**-53  # a draw is compared with bounds: what all of these leave alone, it leaves alone
 
 

@@ -73,6 +73,30 @@ def test_a_draw_that_decides_nothing_is_no_chance() -> None:
         capture(Dropping(0.3).train(), (x,))
 
 
+class LayerDrop(nn.Module):
+    """A layer is left out by torch's draw (wav2vec 2.0, BART)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layerdrop, self.body = 0.1, stack(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and self.layerdrop > 0 and torch.rand([]) < self.layerdrop:
+            return x
+        y: Tensor = self.body(x)
+        return y
+
+
+def test_layers_left_out_at_random_are_named_with_the_way_out() -> None:
+    x, model = torch.randn(2, 5, 32), LayerDrop()
+    fast = reattend.optimize(model.eval(), "exact", (x,), measure=False)
+    fast.train()
+    with pytest.raises(Refused, match="layerdrop of 0 while it trains"):
+        fast(x)
+    fast.layerdrop = 0.0
+    torch.testing.assert_close(fast(x), model.body(x))
+
+
 def test_draws_in_the_graph_are_as_the_models_own() -> None:
     model = Chance("none").eval()
     fast = reattend.optimize(model, "exact", (torch.randn(2, 5, 32),), measure=False)
