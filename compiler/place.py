@@ -13,8 +13,8 @@ from .facts import features
 from .from_seed import from_seed
 from .mechanism import Aux, Mechanism, Param, mechanism
 from .memory import room_for
-from .primitives.attend import Tables
 from .primitives.attend_spec import AttendSpec
+from .primitives.tables import Tables
 from .refusal import Refused, nearest
 from .site import Grid, Site
 from .symbols import TRUE, Expr, build, const, name, table

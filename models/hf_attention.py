@@ -20,8 +20,8 @@ from ..compiler.capture import capture
 from ..compiler.facts import features, module_path
 from ..compiler.mechanism import Mechanism, mechanism
 from ..compiler.place import Place, dropped, run
-from ..compiler.primitives.attend import Tables
 from ..compiler.primitives.attend_spec import AttendSpec
+from ..compiler.primitives.tables import Tables
 from ..compiler.raising import raise_sites
 from ..compiler.refusal import Refused
 from ..compiler.site import Site
