@@ -41,7 +41,8 @@ from .compiler.heads.reading import Edit, Reading
 from .compiler.heads.repeats import Repeats
 from .compiler.heads.table import HeadTable
 from .compiler.held_out import as_batch, calibration, held_out
-from .compiler.hosted import about, host, original
+from .compiler.hosted import host
+from .compiler.hosting import about, original
 from .compiler.masks import fold_masks
 from .compiler.mechanism import Mechanism
 from .compiler.mechanism import mechanisms as mechanisms

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..hosted import hosting, original, way_out
+from ..hosted import way_out
+from ..hosting import hosting, original
 from ..mechanism import mechanisms
 from ..refusal import Refused, nearest
 from .exporting import why_no_compiler, why_not_export, write_aoti, write_torch
