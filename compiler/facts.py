@@ -14,6 +14,7 @@ from .ports import ATTEND, Ports, find_ports, is_padding
 from .primitives.attend_spec import CAUSAL, AttendSpec
 from .same_rows import same_rows
 from .site import Grid, Site
+from .symbol_text import parse
 from .symbols import Expr, name
 
 MAX_PREFIX = 8  # class, distillation and register tokens in front of a grid
@@ -111,7 +112,7 @@ def features(spec: AttendSpec) -> frozenset[str]:
         found.add("softcap")
     if spec.sink:
         found.add("sinks")
-    if any(e.op == "lookup" for e in _expr(spec.after).walk()):
+    if any(e.op == "lookup" for e in _weight(spec.after).walk()):
         found.add("dropout")
     elif spec.after:
         found.add("mask")
@@ -135,9 +136,8 @@ def _bends(e: Expr) -> bool:
     return sum(inside) > (1 if e.op == "mul" else 0)
 
 
-def _expr(text: str) -> Expr:
-    from .symbol_text import parse
-
+def _weight(text: str) -> Expr:
+    """What becomes of a weight; itself where nothing is said."""
     return parse(text) if text else name("w")
 
 

@@ -16,7 +16,7 @@ from .mechanism import Mechanism
 from .memory import room_for
 from .nodes import args_of
 from .ports import real_keys
-from .primitives.attend_spec import AttendSpec
+from .primitives.attend_spec import AttendSpec, keep_text
 from .program import Change, Program, get_attr, insert_before, mount, tensor_name
 from .refusal import Refused
 from .site import Site
@@ -106,7 +106,7 @@ def without(spec: AttendSpec, dropped: frozenset[str]) -> AttendSpec:
     plain = {"bias", "softcap"} & dropped
     return replace(
         spec,
-        keep="" if keep.text == TRUE.text else keep.text,
+        keep=keep_text(keep),
         score=f"s * {scale!r}" if plain else spec.score,
         sink="" if "sinks" in dropped else spec.sink,
         after="" if "dropout" in dropped else spec.after,
