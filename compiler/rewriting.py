@@ -252,33 +252,14 @@ class Rewriting:
 
     def _report(self, raised: Program, steps: Sequence[Step]) -> Report:
         assert self.first is not None
-        program, results = self.first.outcome.program, {r.path: r for r in self.first.sites}
-        before, after = site_costs(raised.graph), site_costs(program.graph)
+        program = self.first.outcome.program
         refused = self.declined | {step.path: str(refusal) for step, refusal in self.first.outcome.refused}
-        changes: dict[str, list[Change]] = {}
-        for change in program.changes:
-            changes.setdefault(change.site.path, []).append(change)
-        rules = {step.path: step.rule for step in steps}
-        rows = []
-        for site in raised.sites:
-            path = site.path
-            costs = before.get(path, Cost()), after.get(path, Cost())
-            if path in self.first.rolled_back:
-                rows.append(Row(site, "rolled back", reason=self.first.rolled_back[path], rule=rules.get(path, "")))
-            elif path in changes:
-                rows.append(
-                    _row(site, changes[path], results.get(path), costs, rules.get(path, ""), refused.get(path, ""))
-                )
-            elif path in refused:
-                rows.append(Row(site, "refused", reason=refused[path], rule=rules.get(path, "")))
-            else:
-                rows.append(Row(site, "kept", before=costs[0], after=costs[1]))
         whole = self._whole_model_failed(refused)
         passes = () if whole else tuple(repr(s.mechanism) for s in steps if not s.path)
         return Report(
             model=self.name,
             recipe=" + ".join(r.source or r.digest[:8] for r in self.recipes),
-            rows=tuple(rows),
+            rows=self._rows(raised, steps, refused),
             passes=passes,
             weights=self.moved.lines,
             misses=self.misses,
@@ -294,6 +275,30 @@ class Rewriting:
             notes=(*self.notes, *program.notes, *by_torch(self.first.ran)),
             details=Details.of(raised, program, self.recipe),
         )
+
+    def _rows(self, raised: Program, steps: Sequence[Step], refused: Mapping[str, str]) -> tuple[Row, ...]:
+        """What became of every site."""
+        assert self.first is not None
+        program, back = self.first.outcome.program, self.first.rolled_back
+        results = {r.path: r for r in self.first.sites}
+        rules = {step.path: step.rule for step in steps}
+        before, after = site_costs(raised.graph), site_costs(program.graph)
+        changes: dict[str, list[Change]] = {}
+        for change in program.changes:
+            changes.setdefault(change.site.path, []).append(change)
+        rows = []
+        for site in raised.sites:
+            path, rule = site.path, rules.get(site.path, "")
+            costs = before.get(path, Cost()), after.get(path, Cost())
+            if path in back:
+                rows.append(Row(site, "rolled back", reason=back[path], rule=rule))
+            elif path in changes:
+                rows.append(_row(site, changes[path], results.get(path), costs, rule, refused.get(path, "")))
+            elif path in refused:
+                rows.append(Row(site, "refused", reason=refused[path], rule=rule))
+            else:
+                rows.append(Row(site, "kept", before=costs[0], after=costs[1]))
+        return tuple(rows)
 
 
 def _settled(first: Checked) -> Settled:
