@@ -81,6 +81,14 @@ class Rewriting:
     trained: str = ""  # how the original's weights were changed by recovery
     kept: Mapping[int, Ring | State] | None = None  # by layer, once it was asked for or read from a file
 
+    @staticmethod
+    def after(earlier: Rewriting | None, recipe: Recipe, name: str, notes: Sequence[str]) -> Rewriting:
+        """One more recipe, behind those of a model that was rewritten before."""
+        if earlier is None:
+            return Rewriting((recipe,), name, notes=list(notes))
+        moved = len(earlier.recipes) if earlier.settled is not None else 0
+        return Rewriting((*earlier.recipes, recipe), name, store=earlier.store, notes=list(notes), weights_of=moved)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Rewriting:
         """A copied model is rewritten by the same decisions; its tensors are its own."""
         return self

@@ -74,6 +74,8 @@ def attend(
     after(w, b, h, i, j)  the normalised weight, changed before it meets v.
     leader(b, h, i, j)    two-level softmax: the key that speaks for key j's group. One softmax runs over the leaders;
                           each hands its weight to its followers by a softmax among them, or keeps it without any.
+    kv_heads              which key head each query head reads; else H / Hkv neighbours share one.
+    segments              further keys and values under the same normaliser; `relative`, `tiles`: see the classes.
     rows, k_positions     as in `Segment`: which rows of k, v stand as keys, and where.
     stored                k, v are rows of bytes as `packed_rows` makes them, read as the numbers that these stand for.
     align="end"           the last query stands at the last key (decoding): i counts from M - N.
