@@ -190,12 +190,7 @@ class Rewriting:
             nearest = "; ".join(misses) or "nothing in it multiplies a softmax of a product with values"
             raise Refused("no attention found", where=self.name, fits=nearest)
         stage("rewriting and checking")
-        read = lambda: self._calibration(captured, call)
-        self.moved = move_weights(model, raised, steps, read)
-        steps = [step for step in steps if step.mechanism.stage != "weights"]
-        fits = [s.mechanism.fit(raised, read) for s in steps if isinstance(s.mechanism, QuantizeLayers)]
-        if (self.moved.fitted or any(fits)) and self.recipe.data.calibrate is None:
-            warnings = (*warnings, "no `data: {calibrate: FILE}`: weights were fitted to the example inputs")
+        steps, unfit = self._weights_first(model, captured, raised, steps, call)
         batches = [_batch(captured, call, batch, number) for number, batch in enumerate(self.batches)]
         wait = self.recipe.recover is not None
         self.first = checked_rewrite(raised, steps, batches or [captured.inputs(call)], self.recipe.verify, wait=wait)
@@ -203,13 +198,25 @@ class Rewriting:
         self.captured, self.misses = captured, misses
         self.faithful = None if captured.asks_again(call) else against_model(model, captured, call)
         self.unfaithful = too_far(self.faithful, model) if self.faithful is not None else ""
-        self.warnings = (*warnings, *_half_on_cpu(model), *filter(None, (self.unfaithful,)))
+        self.warnings = (*warnings, *unfit, *_half_on_cpu(model), *filter(None, (self.unfaithful,)))
         if wait and self.first.waits:
             self.notes.append("the bounds wait for recover()")
         self.report = self._report(raised, steps)
         self._some_step_holds(steps)
         self.settled = _settled(self.first)
         return lower(self.first.outcome.program, captured)
+
+    def _weights_first(
+        self, model: nn.Module, captured: Captured, raised: Program, steps: Sequence[Step], call: Call
+    ) -> tuple[list[Step], tuple[str, ...]]:
+        """Weights are rewritten and fitted; the steps that are left, and a warning where there was no data for it."""
+        read = lambda: self._calibration(captured, call)
+        self.moved = move_weights(model, raised, steps, read)
+        left = [step for step in steps if step.mechanism.stage != "weights"]
+        fits = [s.mechanism.fit(raised, read) for s in left if isinstance(s.mechanism, QuantizeLayers)]
+        if (self.moved.fitted or any(fits)) and self.recipe.data.calibrate is None:
+            return left, ("no `data: {calibrate: FILE}`: weights were fitted to the example inputs",)
+        return left, ()
 
     def _calibration(self, captured: Captured, call: Call) -> list[tuple[Tensor, ...]]:
         """The recipe's calibration data; without it the example inputs."""
