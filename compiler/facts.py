@@ -63,7 +63,6 @@ def _site(node: fx.Node, path: str, index: int, ports: Ports, images: Sequence[f
     cross = apart and not same_rows(x, x_kv, behind_past=spec.align == "end")  # type: ignore[arg-type]
     if spec.align == "start" and not _same_size(q.shape[2], k.shape[2]):
         cross = True  # rows behind a past count from its end; of others positions say nothing
-    causal = any(c.text == CAUSAL for c in spec.conjuncts)
     for port, rows in (("x", q), ("x_kv", k)):
         if port in ports.nodes and not _rows_alike(ports.nodes[port].meta["val"], rows):
             del ports.nodes[port]  # tokens before samples, or a feature map: not what mechanisms are promised
@@ -75,7 +74,7 @@ def _site(node: fx.Node, path: str, index: int, ports: Ports, images: Sequence[f
         dim=int(q.shape[-1]),
         v_dim=int(v.shape[-1]),
         scale=float(spec.scale if spec.scale is not None else q.shape[-1] ** -0.5),
-        pattern=f"{'causal' if causal else 'noncausal'}-{'cross' if cross else 'self'}",
+        pattern=f"{'causal' if spec.is_causal else 'noncausal'}-{'cross' if cross else 'self'}",
         mask=spec.keep,
         features=features(spec) | ({"rope"} if ports.rope else frozenset()),
         pairs=ports.pairs,

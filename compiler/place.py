@@ -13,7 +13,7 @@ from .facts import features
 from .from_seed import from_seed
 from .mechanism import Aux, Mechanism, Param, mechanism
 from .memory import room_for
-from .primitives.attend_spec import AttendSpec, keep_text
+from .primitives.attend_spec import IN_ORDER, AttendSpec, keep_text
 from .primitives.tables import Tables
 from .refusal import Refused, nearest
 from .site import Grid, Site
@@ -195,7 +195,7 @@ def as_grid(grid: GridLike) -> Grid | None:
 
 
 def _kept(tables: Tables, causal: bool, mask: Tensor | None) -> Expr:
-    keep = (name("j") <= name("i")) if causal else TRUE
+    keep = IN_ORDER if causal else TRUE
     if mask is None:
         return keep
     seen = table(mask)[name("b"), name("j")] if mask.ndim == 2 else _broadcast(mask)

@@ -20,7 +20,7 @@ from ..compiler.capture import capture
 from ..compiler.facts import module_path
 from ..compiler.mechanism import Mechanism, mechanism
 from ..compiler.place import Place, dropped, run, site_of
-from ..compiler.primitives.attend_spec import AttendSpec, keep_text
+from ..compiler.primitives.attend_spec import IN_ORDER, AttendSpec, keep_text
 from ..compiler.primitives.tables import Tables
 from ..compiler.raising import raise_sites
 from ..compiler.refusal import Refused
@@ -139,7 +139,7 @@ def _ports_of(see: Seen, rows: _Rows, bias: Tensor | None) -> dict[str, Tensor]:
 
 def _kept(see: Seen, rows: _Rows, tables: Tables) -> Expr:
     """Which keys a query sees."""
-    keep: Expr = (J <= I) if see.causal else TRUE
+    keep: Expr = IN_ORDER if see.causal else TRUE
     keep = keep if see.back is None else keep & (J + see.back >= I)
     keep = keep if see.ahead is None else keep & (I + see.ahead >= J)
     if see.padding is not None:

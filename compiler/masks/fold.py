@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..primitives.attend_spec import CAUSAL, AttendSpec, keep_text
+from ..primitives.attend_spec import AttendSpec, keep_text
 from ..symbol_text import parse
 from ..symbols import FALSE, TRUE, Expr, build, const
 from .aliases import nodes_written_in_place, structure_keys
@@ -205,7 +205,7 @@ def _aligned(spec: AttendSpec, frame: Frame) -> AttendSpec:
     shift = build("sub", space.keys, space.queries)
     moved = _shifted(spec, {"i": I - shift})
     longer = len(moved.keep) + len(moved.score) >= len(spec.keep) + len(spec.score)
-    if longer and all(c.text != CAUSAL for c in moved.conjuncts):
+    if longer and not moved.is_causal:
         return spec
     return replace(moved, align="end")
 

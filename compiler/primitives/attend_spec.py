@@ -109,4 +109,5 @@ def count_of(output: str) -> tuple[str, int]:
 
 
 FAINT = -1e4  # a kept key scored lower may weigh less than one that a model's fill takes away
-CAUSAL = (name("j") <= name("i")).text
+IN_ORDER = name("j") <= name("i")  # a query sees no key that comes after it
+CAUSAL = IN_ORDER.text

@@ -7,12 +7,12 @@ from typing import Any
 from ..refusal import Refused
 from ..symbols import FALSE, TRUE, Expr, name
 from .attend_asked import Asked, Segment
+from .attend_spec import IN_ORDER
 from .tables import Tables
 
 INDICES = {n: name(n) for n in ("b", "h", "i", "j", "N", "M")}  # what a predicate, a score or an index may ask for
 ROW_INDICES = {n: INDICES[n] for n in ("b", "h", "i")}  # the same of what is said once for a row
 _WEIGHT_NAMES = {"s": name("s"), **ROW_INDICES}
-_IN_ORDER = INDICES["j"] <= INDICES["i"]
 
 
 def terms_of(asked: Asked) -> dict[str, Expr]:
@@ -29,7 +29,7 @@ def segment_texts(
     tables: Tables, part: Segment, scaled: Expr, terms: dict[str, Expr], *, causal: bool
 ) -> tuple[str, str, str]:
     """Keep, score and positions of one segment."""
-    keep = _predicate(tables.text(part.keep, INDICES, "keep", _IN_ORDER if causal else None))
+    keep = _predicate(tables.text(part.keep, INDICES, "keep", IN_ORDER if causal else None))
     known = {"s": scaled, **INDICES, **terms}
     score = scaled.text if part.score is None else tables.text(part.score, known, "score")
     return keep, score, tables.name_of(part.positions)
