@@ -235,10 +235,9 @@ def heads(
     loss      of (output, arguments by name), for influence and far; else next token, `labels`, or the own choice.
     """
     inner = original(unwrap(model)[0])
-    batches = [_inputs(inner, one) for one in inputs] if isinstance(inputs, list) else [_inputs(inner, inputs)]
     called = name or name_of(inner)
     how = Look(loss, mode, tuple(sources), Repeats(**(repeats or {})), window, block)
-    return look(inner, batches, measures, how, called)
+    return look(inner, _calls(inner, inputs), measures, how, called)
 
 
 def plan_bits(
@@ -252,8 +251,7 @@ def plan_bits(
     `.recipe` says it to optimize(), `.text()` is the table of errors, one layer at a time.
     """
     inner = original(unwrap(model)[0])
-    calls = [_inputs(inner, one) for one in (inputs if isinstance(inputs, list) else [inputs])]
-    return choose_bits(inner, calls, list(schemes), bits)
+    return choose_bits(inner, _calls(inner, inputs), list(schemes), bits)
 
 
 def intervene(
@@ -387,3 +385,8 @@ def _needs_data(recipe: Recipe, batches: Sequence[Any]) -> None:
 
 def _inputs(model: nn.Module, given: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return inferred_inputs(model) if given is None else as_batch(given)
+
+
+def _calls(model: nn.Module, given: Inputs | list[Inputs]) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """One call, or each of a list."""
+    return [_inputs(model, one) for one in (given if isinstance(given, list) else [given])]
