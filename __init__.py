@@ -1,7 +1,16 @@
 """reattend: rewrite how a PyTorch model attends.
 
-import reattend
-fast = reattend.optimize(model, "recipe.yaml")
+    import reattend
+    fast = reattend.optimize(model, "recipe.yaml", example_inputs)    # still of the model's own class
+    print(fast.report)
+
+before      sites, explain, heads, preview: where a model attends, what each head does, what a recipe would change
+rewrite     optimize, recover, save, load; bench, quality: before and after
+recipes     plan, plan_bits: recipes written from what was measured
+decode      cache_for: the cache of a rewritten model
+kernels     kernels, build: their source, compiled ahead
+mechanisms  attention, Attention, module: on tensors, as layers; attn_implementation: in transformers
+your own    register, Mechanism, Param, Aux, Limit, attend, Segment, table, check
 """
 
 __version__ = "0.1.0"

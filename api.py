@@ -13,49 +13,44 @@ from typing import Any
 
 import torch
 from torch import nn
-from tqdm import tqdm
 
 from . import codegen as codegen
 from . import passes as passes
 from .codegen.triton.ahead import Compiled
-from .codegen.used import SHOWN, Used, built, calls_of, must_be_targets, used
-from .compiler.account import attending_islands, told
+from .codegen.used import SHOWN, Used, built_in, must_be_targets, used_in
 from .compiler.bench import Bench, measure
 from .compiler.bits import BitPlan, Wish
 from .compiler.bits import plan_bits as choose_bits
-from .compiler.capture import Captured, capture
-from .compiler.cascades.of_mechanism import mechanism_math, spec_math
+from .compiler.cascades.of_mechanism import mechanism_math
 from .compiler.catalogue import mechanism_table as mechanism_table
 from .compiler.check import check as check
-from .compiler.cost import site_costs
 from .compiler.devices import device_of
 from .compiler.example_inputs import example_inputs as inferred_inputs
-from .compiler.explanation import Explanation, together
-from .compiler.facts import describe
+from .compiler.explaining import explained
+from .compiler.explaining import math_of_sites as math_of_sites
+from .compiler.explanation import Explanation
 from .compiler.giving_way import ours
-from .compiler.heads import interventions
+from .compiler.heads.interventions import intervened
 from .compiler.heads.look import DEFAULT as DEFAULT_MEASURES
 from .compiler.heads.look import Look, look
 from .compiler.heads.losses import Loss
 from .compiler.heads.plan import plan as plan
-from .compiler.heads.reading import Edit, Reading
+from .compiler.heads.reading import Reading
 from .compiler.heads.repeats import Repeats
 from .compiler.heads.table import HeadTable
 from .compiler.held_out import as_batch, calibration, held_out
-from .compiler.hosted import about, host, original
-from .compiler.masks import fold_masks
+from .compiler.hosted import host
+from .compiler.hosting import about, original
 from .compiler.mechanism import Mechanism
 from .compiler.mechanism import mechanisms as mechanisms
-from .compiler.pipeline import shown_misses
 from .compiler.place import as_mechanism
 from .compiler.preview import Preview, foresee
-from .compiler.raising import raise_sites
 from .compiler.recipe import Recipe, guard
 from .compiler.recipe_load import load_recipe
 from .compiler.recovery.plan import Plan
 from .compiler.recovery.recovering import Recovered
 from .compiler.recovery.recovering import recover as run_recovery
-from .compiler.refusal import Refused, Uncapturable
+from .compiler.refusal import Refused
 from .compiler.report import NO_DATA
 from .compiler.rewriting import Rewriting, model_facts
 from .compiler.scaffold import new_mechanism as new_mechanism
@@ -65,10 +60,9 @@ from .compiler.shipping.saved import save as save
 from .compiler.site import Site
 from .compiler.sized import sized
 from .compiler.stage_line import stage, stages_told
-from .compiler.steps import analyses, fitting, vocabulary
+from .compiler.steps import vocabulary
 from .compiler.timing import RUNS, timed
-from .compiler.trial import must_run
-from .compiler.unwrap import unwrap
+from .compiler.unwrap import name_of, unwrap
 from .compiler.whole_or_islands import rewritten
 from .models.hf_names import attn_implementation as attn_implementation
 from .models.hf_names import register_names
@@ -82,12 +76,13 @@ from .models.quality.wish import wished
 
 register_names()  # `attn_implementation="reattend:..."`, from the moment transformers is imported
 log = logging.getLogger("reattend")
+RecipeLike = str | Path | Mapping[str, Any] | Recipe
 Inputs = tuple[Any, ...] | Mapping[str, Any] | tuple[tuple[Any, ...], Mapping[str, Any]] | None
 
 
 def optimize(
     model: Any,
-    recipe: str | Path | Mapping[str, Any] | Recipe = "exact",
+    recipe: RecipeLike = "exact",
     example_inputs: Inputs = None,
     *,
     data: Iterable[Inputs] | None = None,
@@ -101,6 +96,8 @@ def optimize(
     example_inputs  positional arguments, keyword arguments, or a pair of both. Left out they are inferred where that
                     runs; where it does not, the first call is captured, and refused if the recipe does not fit.
     data            held-out calls like example_inputs; without it quality is not judged, only correctness.
+    name            what the report calls the model; left out: its config's name or its class.
+    measure         whether both sides are timed on the example inputs (not in train()).
     max_signatures  how many kinds of calls get a graph of their own before a further one is refused.
 
     The original is left bit-identical; weights are shared until something would write them.
@@ -110,13 +107,7 @@ def optimize(
     guard(wanted, model_facts(inner))
     batches, described = held_out(wanted, data)
     _needs_data(wanted, batches)
-    earlier = about(inner)
-    recipes = (*(earlier.recipes if earlier else ()), wanted)
-    called = name or getattr(getattr(inner, "config", None), "name_or_path", "") or type(inner).__name__
-    work = Rewriting(recipes, called, notes=list(notes))
-    if earlier is not None:
-        work.store = earlier.store
-        work.weights_of = len(earlier.recipes) if earlier.settled is not None else 0
+    work = Rewriting.after(about(inner), wanted, name or name_of(inner), notes)
     work.batches, work.described = batches, described
     try:
         args, kwargs = _inputs(inner, example_inputs)
@@ -125,7 +116,7 @@ def optimize(
             raise
         log.warning("captured at the first call: %s", unknown)
         return host(inner, work.program_for, about=work, limit=max_signatures)
-    with stages_told(called):
+    with stages_told(work.name):
         fast = rewritten(inner, work, args, kwargs, max_signatures)
         if measure and not inner.training:
             stage("measuring")
@@ -167,7 +158,7 @@ def recover(
 
 def bench(
     model: Any,
-    recipe: str | Path | Mapping[str, Any] | Recipe = "exact",
+    recipe: RecipeLike = "exact",
     inputs: Inputs = None,
     *,
     compiled: bool = False,
@@ -179,6 +170,7 @@ def bench(
 ) -> Bench:
     """The model before and after a recipe: deviation first, then time, rate, memory and the share of its sites.
 
+    inputs          the call that is measured, like example_inputs of `optimize`.
     compiled        both sides through torch.compile.
     batch, length   the inputs repeated or cut to these sizes; dtype: a copy of the model in it.
     """
@@ -196,7 +188,7 @@ def bench(
 
 def preview(
     model_or_config: Any,
-    recipe: str | Path | Mapping[str, Any] | Recipe,
+    recipe: RecipeLike,
     inputs: Inputs = None,
     *,
     tokens: int = 0,
@@ -208,6 +200,7 @@ def preview(
     """FLOPs, bytes, peak memory, KV cache and roofline time before and after a recipe; nothing is run or loaded.
 
     model_or_config  a model, its weights on any device, or a Hugging Face config: up to shapes of 70 B parameters.
+    inputs           one call like example_inputs of `optimize`; tokens, batch: repeated or cut to these sizes.
     device           h100, a100, cpu, or {"flops": ..., "bandwidth": ..., "memory": ...}.
     """
     given = isinstance(model_or_config, nn.Module)
@@ -243,10 +236,9 @@ def heads(
     loss      of (output, arguments by name), for influence and far; else next token, `labels`, or the own choice.
     """
     inner = original(unwrap(model)[0])
-    batches = [_inputs(inner, one) for one in inputs] if isinstance(inputs, list) else [_inputs(inner, inputs)]
-    called = name or getattr(getattr(inner, "config", None), "name_or_path", "") or type(inner).__name__
+    called = name or name_of(inner)
     how = Look(loss, mode, tuple(sources), Repeats(**(repeats or {})), window, block)
-    return look(inner, batches, measures, how, called)
+    return look(inner, _calls(inner, inputs), measures, how, called)
 
 
 def plan_bits(
@@ -260,8 +252,7 @@ def plan_bits(
     `.recipe` says it to optimize(), `.text()` is the table of errors, one layer at a time.
     """
     inner = original(unwrap(model)[0])
-    calls = [_inputs(inner, one) for one in (inputs if isinstance(inputs, list) else [inputs])]
-    return choose_bits(inner, calls, list(schemes), bits)
+    return choose_bits(inner, _calls(inner, inputs), list(schemes), bits)
 
 
 def intervene(
@@ -281,21 +272,8 @@ def intervene(
     inner = original(unwrap(model)[0])
     args, kwargs = _inputs(inner, inputs)
     reading = Reading.of(inner, args, kwargs)
-    edits: dict[str, list[Edit]] = {}
-    if patch is not None:
-        other = interventions.outputs_of(reading, _inputs(inner, patch[0]), patch[1])
-        for path, chosen in patch[1].items():
-            which = interventions.heads_of(reading.program.site(path), chosen)
-            edits.setdefault(path, []).append(interventions.patched(which, other[path]))
-    for path, chosen in (uniform or {}).items():
-        which = interventions.heads_of(reading.program.site(path), chosen)
-        edits.setdefault(path, []).append(interventions.uniform(which))
-    for path, factors in (scale or {}).items():
-        interventions.heads_of(reading.program.site(path), factors)
-        edits.setdefault(path, []).append(interventions.scaled(factors))
-    call, tensors = reading.call(args, kwargs)
-    with torch.no_grad():
-        return reading.edited(call, tensors, {p: interventions.together(e) for p, e in edits.items()})
+    put_in = None if patch is None else (_inputs(inner, patch[0]), patch[1])
+    return intervened(reading, args, kwargs, scale=scale or {}, uniform=uniform or {}, patch=put_in)
 
 
 def quality(
@@ -331,7 +309,7 @@ def quality(
         raise Refused("a model in train()", where="quality", fits="model.eval(): dropout makes every call another one")
     wishes = wished(recipes, every, vocabulary())
     chosen = task_for(inner, task, data)
-    called = name or getattr(getattr(inner, "config", None), "name_or_path", "") or type(inner).__name__
+    called = name or name_of(inner)
     work = lambda recipe, call: optimize(inner, recipe, call, name=called, measure=False)
     folder = None if out is None else Path(out)
     found = judge_rows(called, inner, chosen, wishes, work, out=folder, progress=progress)
@@ -372,68 +350,31 @@ def explain(model: Any, example_inputs: Inputs = None) -> Explanation:
     """Sites with masks, ports and costs; each place that looks like attention and was not raised, with the reason."""
     inner, notes = unwrap(model)
     inner = original(inner)
-    args, kwargs = _inputs(inner, example_inputs)
-    try:
-        return _explained(capture(inner, args, kwargs), notes)
-    except Uncapturable as whole:
-        must_run(inner, args, kwargs)
-        islands = attending_islands(inner, args, kwargs)
-        parts = [_explained(captured, (), path) for path, captured in islands.found.items()]
-        return together(parts, misses=islands.misses, notes=(*notes, *told(islands, whole)))
+    return explained(inner, *_inputs(inner, example_inputs), notes)
 
 
-def kernels(model: Any, recipe: Any, example_inputs: Inputs = None, *, target: str = "cpu") -> tuple[Used, ...]:
-    """The sources that the rewritten model runs on a target: "cpu", "cuda:90", "hip:gfx942", ..."""
+def kernels(model: Any, recipe: RecipeLike, example_inputs: Inputs = None, *, target: str = "cpu") -> tuple[Used, ...]:
+    """The sources of the kernels that the rewritten model runs on a target: "cpu", "cuda:90", "hip:gfx942", ..."""
     must_be_targets([target], SHOWN)
-    return tuple(used(call, target) for call in _calls(model, recipe, example_inputs, target))
+    return used_in(_one_call(model, recipe, example_inputs), target)
 
 
-def build(model: Any, recipe: Any, example_inputs: Inputs = None, *, target: str) -> tuple[Compiled, ...]:
-    """Compile those kernels for a GPU, there or not, so that the first call there need not."""
+def build(model: Any, recipe: RecipeLike, example_inputs: Inputs = None, *, target: str) -> tuple[Compiled, ...]:
+    """Compile the kernels that the rewritten model runs for a GPU, there or not: its first call there finds them."""
     must_be_targets([target])
-    calls = _calls(model, recipe, example_inputs, target)
-    return tuple(made for call in tqdm(calls, desc=f"building for {target}") for made in built(call, target))
+    return built_in(_one_call(model, recipe, example_inputs), target)
 
 
-def _calls(model: Any, recipe: Any, example_inputs: Inputs, target: str) -> list[Any]:
-    """What the rewritten model calls on its example inputs."""
+def _one_call(model: Any, recipe: RecipeLike, example_inputs: Inputs) -> Callable[[], Any]:
+    """Of the rewritten model on its example inputs."""
     fast = optimize(model, recipe, example_inputs, measure=False)
     args, kwargs = _inputs(unwrap(model)[0], example_inputs)
-    with torch.no_grad():
-        return calls_of(lambda: fast(*args, **kwargs), target)
+    return lambda: fast(*args, **kwargs)
 
 
 def math_of(chosen: str | Mechanism, *, causal: bool = False, **knobs: Any) -> str:
     """A mechanism's cascade: equations, why each barrier is soft or hard, passes, the loops that follow, LaTeX."""
     return mechanism_math(as_mechanism(chosen, **knobs), causal=causal)
-
-
-def math_of_sites(found: Explanation, path: str = "") -> dict[str, str]:
-    """The same of a model's sites as they stand; sites of one spec are told once."""
-    told: dict[str, str] = {}
-    for site, spec in zip(found.sites, found.specs, strict=True):
-        if path in ("", site.path):
-            told[spec] = f"{told[spec]}, {site.path}" if spec in told else site.path
-    if not told:
-        raise Refused(f"site {path!r}", fits=", ".join(s.path for s in found.sites) or "this model has none")
-    return {paths: spec_math(spec) for spec, paths in told.items()}
-
-
-def _explained(captured: Captured, notes: tuple[str, ...], prefix: str = "") -> Explanation:
-    raised = raise_sites(captured.graph)
-    masks = fold_masks(captured.graph)
-    found, ports = describe(captured.graph, prefix)
-    costs = site_costs(captured.graph)
-    return Explanation(
-        sites=found,
-        misses=shown_misses(raised.misses, prefix),
-        masks=masks,
-        specs=tuple(str(ports[s.path].attend.args[3]) for s in found),
-        costs=tuple(costs[s.path] for s in found),
-        fits=tuple(fitting(s) for s in found),
-        analyses=tuple(analyses(s) for s in found),
-        notes=(*notes, *captured.notes),
-    )
 
 
 def _needs_data(recipe: Recipe, batches: Sequence[Any]) -> None:
@@ -445,3 +386,8 @@ def _needs_data(recipe: Recipe, batches: Sequence[Any]) -> None:
 
 def _inputs(model: nn.Module, given: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return inferred_inputs(model) if given is None else as_batch(given)
+
+
+def _calls(model: nn.Module, given: Inputs | list[Inputs]) -> list[tuple[tuple[Any, ...], dict[str, Any]]]:
+    """One call, or each of a list."""
+    return [_inputs(model, one) for one in (given if isinstance(given, list) else [given])]

@@ -19,7 +19,7 @@ import torch
 
 import reattend
 from reattend.compiler.doctor import cpu_flags
-from reattend.compiler.hosted import original
+from reattend.compiler.hosting import original
 from reattend.models.load import load_model
 from reattend.models.training.language import Phase, Plan, batch, byte_llama, judged
 from reattend.models.training.text import standard_library

@@ -6,6 +6,9 @@ from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import torch
+from tqdm import tqdm
+
 from ..compiler.pointwise import Piece
 from ..compiler.primitives.operator import PRIMITIVES, Groups, Kernel
 from ..compiler.quick import pieces_of
@@ -52,6 +55,22 @@ class Used:
     def __str__(self) -> str:
         said = "\n".join(f"\n{source}" for source in self.sources.values())
         return f"# {self.call}\n{said or f'# no kernel: {self.refused}'}"
+
+
+def used_in(run: Callable[[], object], target: str) -> tuple[Used, ...]:
+    """The kernels of everything that is called inside, without gradients."""
+    return tuple(used(call, target) for call in _without_gradients(run, target))
+
+
+def built_in(run: Callable[[], object], target: str) -> tuple[Compiled, ...]:
+    """The same compiled."""
+    calls = _without_gradients(run, target)
+    return tuple(made for call in tqdm(calls, desc=f"building for {target}") for made in built(call, target))
+
+
+def _without_gradients(run: Callable[[], object], target: str) -> list[Call]:
+    with torch.no_grad():
+        return calls_of(run, target)
 
 
 def calls_of(run: Callable[[], object], target: str = "") -> list[Call]:

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from .capture import capture
-from .hosted import about, captured_for
+from .hosted import captured_for
+from .hosting import about
 from .peak_memory import HOW, peak_bytes
 from .signature import Call, forward_signature
 from .site_share import share_of_time

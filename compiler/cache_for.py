@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from .hosted import about
+from .hosting import about
 from .keeping import Ring
 from .refusal import Refused
 from .ring_cache import RingLayer

@@ -83,6 +83,3 @@ def cache_for(fast: nn.Module) -> Any:
     from .cache_for import cache_for as made  # transformers is needed here alone
 
     return made(fast)
-
-
-ring_cache = cache_for  # what it was called when rings were all there was

@@ -11,6 +11,7 @@ from .cost import Cost
 from .masks import MaskVerdict
 from .primitives.attend_spec import AttendSpec
 from .refusal import Refused
+from .showing import looking, page
 from .site import Site
 
 
@@ -76,8 +77,6 @@ class Explanation:
         return [(name, value) for name, value in self._facts(k) if name in wanted]
 
     def _repr_html_(self) -> str:
-        from .showing import looking, page
-
         return page.part(looking.view_of_sites(self))
 
 

@@ -14,6 +14,7 @@ from .ports import ATTEND, Ports, find_ports, is_padding
 from .primitives.attend_spec import CAUSAL, AttendSpec
 from .same_rows import same_rows
 from .site import Grid, Site
+from .symbol_text import parse
 from .symbols import Expr, name
 
 MAX_PREFIX = 8  # class, distillation and register tokens in front of a grid
@@ -62,7 +63,6 @@ def _site(node: fx.Node, path: str, index: int, ports: Ports, images: Sequence[f
     cross = apart and not same_rows(x, x_kv, behind_past=spec.align == "end")  # type: ignore[arg-type]
     if spec.align == "start" and not _same_size(q.shape[2], k.shape[2]):
         cross = True  # rows behind a past count from its end; of others positions say nothing
-    causal = any(c.text == CAUSAL for c in spec.conjuncts)
     for port, rows in (("x", q), ("x_kv", k)):
         if port in ports.nodes and not _rows_alike(ports.nodes[port].meta["val"], rows):
             del ports.nodes[port]  # tokens before samples, or a feature map: not what mechanisms are promised
@@ -74,7 +74,7 @@ def _site(node: fx.Node, path: str, index: int, ports: Ports, images: Sequence[f
         dim=int(q.shape[-1]),
         v_dim=int(v.shape[-1]),
         scale=float(spec.scale if spec.scale is not None else q.shape[-1] ** -0.5),
-        pattern=f"{'causal' if causal else 'noncausal'}-{'cross' if cross else 'self'}",
+        pattern=f"{'causal' if spec.is_causal else 'noncausal'}-{'cross' if cross else 'self'}",
         mask=spec.keep,
         features=features(spec) | ({"rope"} if ports.rope else frozenset()),
         pairs=ports.pairs,
@@ -111,7 +111,7 @@ def features(spec: AttendSpec) -> frozenset[str]:
         found.add("softcap")
     if spec.sink:
         found.add("sinks")
-    if any(e.op == "lookup" for e in _expr(spec.after).walk()):
+    if any(e.op == "lookup" for e in _weight(spec.after).walk()):
         found.add("dropout")
     elif spec.after:
         found.add("mask")
@@ -135,9 +135,8 @@ def _bends(e: Expr) -> bool:
     return sum(inside) > (1 if e.op == "mul" else 0)
 
 
-def _expr(text: str) -> Expr:
-    from .symbol_text import parse
-
+def _weight(text: str) -> Expr:
+    """What becomes of a weight; itself where nothing is said."""
     return parse(text) if text else name("w")
 
 

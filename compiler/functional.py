@@ -8,8 +8,6 @@ from typing import Any
 
 from torch import Tensor
 
-from .layers import Attention as Attention
-from .layers import module as module
 from .mechanism import Aux, Mechanism, mechanism
 from .place import as_mechanism, run, stand
 from .refusal import Refused
@@ -39,6 +37,7 @@ def attention(
     ports   further tensors by port: x, x_kv (B, N, C), o, positions, ... A gate reads o; without it, softmax attention.
             A tensor given like a knob, under the name of a port that the mechanism asks for, is that port.
     causal  keeps j <= i, both counted from the start; one value per axis is the knob of that name.
+    scale   of q . k; D ** -0.5 where it is not given.
     mask    boolean, true where a key is seen: (B, M) is padding, four dimensions broadcast to (B, H, N, M).
     bias    a tensor that broadcasts to (B, H, N, M) is added to the scores; a number or text is the knob of that name.
     grid    (h, w) or (h, w, prefix) where the tokens are a picture; (n,) or (t, h, w) is the knob of that name.
@@ -69,29 +68,42 @@ def attention_and_aux(
     **knobs: Any,
 ) -> tuple[Tensor, Aux]:
     """`attention` together with its losses and new buffer values."""
+    _check_rows({"q": q, "k": k, "v": v})
+    picture = _picture(grid, q.shape[2])
+    if grid is not None and picture is None:
+        knobs["grid"] = grid
     if bias is not None and not isinstance(bias, Tensor):
         knobs["bias"], bias = bias, None
     if not isinstance(causal, bool):
         knobs["causal"], causal = tuple(causal), False
-    for what, tensor in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(tensor, Tensor) or tensor.ndim != 4:
-            found = f"shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise Refused(f"{what} of {found}", where="attention", fits="(batch, heads, tokens, features)")
-    picture = _picture(grid, q.shape[2])
-    if grid is not None and picture is None:
-        knobs["grid"] = grid
-    if isinstance(slug, str):
-        asked = sum(type(mechanism(slug)).asked_ports(), ())
-        meant = {n: t for n, t in knobs.items() if isinstance(t, Tensor) and n in asked}
-        ports, knobs = {**ports, **meant}, {n: value for n, value in knobs.items() if n not in meant}
-        knobs |= {n: True for n in params if n not in knobs and mechanism(slug).knobs().get(n, ("", None))[1] is False}
-    chosen = as_mechanism(slug, **knobs)
+    chosen, ports = _asked(slug, params, ports, knobs)
     if chosen.part not in ("core", "gate"):
         raise Refused(f"{chosen.slug} is a {chosen.part}", where="attention", fits=f"reattend.module({chosen.slug!r})")
     place = stand(q, k, v, ports=ports, causal=causal, scale=scale, grid=picture, mask=mask, bias=bias)
     if chosen.part == "gate" and "o" not in ports:
         place = place.with_port("o", run(mechanism("softmax"), place)[0])
     return run(chosen, place, params)
+
+
+def _check_rows(given: Mapping[str, Tensor]) -> None:
+    for what, tensor in given.items():
+        if not isinstance(tensor, Tensor) or tensor.ndim != 4:
+            found = f"shape {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise Refused(f"{what} of {found}", where="attention", fits="(batch, heads, tokens, features)")
+
+
+def _asked(
+    slug: str | Mechanism, params: Mapping[str, Tensor], ports: Mapping[str, Tensor], knobs: Mapping[str, Any]
+) -> tuple[Mechanism, Mapping[str, Tensor]]:
+    """The mechanism, and the ports; of a name, tensors among the knobs may be ports, and params turn switches on."""
+    if not isinstance(slug, str):
+        return as_mechanism(slug, **knobs), ports
+    known = mechanism(slug)
+    may_be_ports = sum(type(known).asked_ports(), ())
+    meant = {n: t for n, t in knobs.items() if isinstance(t, Tensor) and n in may_be_ports}
+    own = {n: value for n, value in knobs.items() if n not in meant}
+    switched = {n: True for n in params if n not in own and known.knobs().get(n, ("", None))[1] is False}
+    return mechanism(slug, **own, **switched), {**ports, **meant}
 
 
 def _picture(grid: Grid | Sequence[int] | None, tokens: int) -> Grid | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,13 +17,14 @@ from .compiling import at_hand, make_ready
 from .config_values import changed_config, config_values
 from .containers import lay_out_caches
 from .difference import said_frozen, said_limit
-from .encoder import encoding, part_of
 from .generating import generating
 from .giving_way import giving_way
 from .hooks import hook_numbers, refuse_silent_hooks, silent_hooks
+from .hosting import STATE, Hosting, ProgramFor, hosting, original
 from .leaves import in_their_places, leaves_of, modules_called, restore_leaves
+from .mounting import mount
 from .ownership import own_all, twin
-from .plain_graph import CONSTANTS
+from .part_alone import encoding, part_of
 from .refusal import Refused, Uncapturable
 from .ringed import as_captured
 from .signature import Call, SignatureKey, forward_signature
@@ -33,31 +33,6 @@ from .turns import TURNS
 from .untouched import same_statistics
 
 log = logging.getLogger("reattend")
-ProgramFor = Callable[[nn.Module, Call], Captured]
-_STATE = "_reattend"
-
-
-@dataclass
-class Hosting:
-    """What a hosted model knows beside its modules: who makes its graphs, and those made so far."""
-
-    program_for: ProgramFor
-    graphs: dict[SignatureKey, Captured] = field(default_factory=dict)
-    limit: int = 8
-    frozen: bool = False
-    config: Mapping[str, Any] = field(default_factory=dict)  # config values when it was hosted
-    hooks: frozenset[int] = frozenset()  # those it had when it was hosted: traced with the model
-    leaves: Mapping[str, nn.Module] = field(default_factory=dict)  # its leaf modules at that time
-    current: SignatureKey | None = None
-    losses: dict[str, Tensor] = field(default_factory=dict)
-    traces: dict[str, Tensor] = field(default_factory=dict)
-    small: dict[Any, bool] = field(default_factory=dict)  # sizes of 0 and 1 at which a graph was asked about
-    about: Any = None  # who rewrites: its report and sites are the hosted model's
-    parts: dict[str, Hosting] = field(default_factory=dict)  # of parts that are called alone
-
-    def __getstate__(self) -> dict[str, Any]:
-        """A copy has had no call: the last one's losses are of the original's history of gradients."""
-        return self.__dict__ | {"losses": {}, "traces": {}}
 
 
 def host(model: nn.Module, program_for: ProgramFor, *, limit: int = 8, about: Any = None) -> nn.Module:
@@ -69,7 +44,7 @@ def host(model: nn.Module, program_for: ProgramFor, *, limit: int = 8, about: An
     hosted = twin(original(model))
     hosted.__class__ = hosted_class(type(hosted))  # type: ignore[arg-type]
     hosted.__dict__.pop("forward", None)
-    hosted.__dict__[_STATE] = Hosting(
+    hosted.__dict__[STATE] = Hosting(
         program_for,
         limit=limit,
         config=config_values(hosted),
@@ -88,23 +63,8 @@ def view_of(model: nn.Module, path: str, whole: Hosting, work: Any) -> nn.Module
         whole.parts[path] = Hosting(
             work.program_for, limit=whole.limit, config=config_values(view), leaves=leaves_of(view), about=work
         )
-    view.__dict__[_STATE] = whole.parts[path]
+    view.__dict__[STATE] = whole.parts[path]
     return view
-
-
-def original(model: nn.Module) -> nn.Module:
-    """The same model, over the same modules and tensors, with its own class's forward."""
-    made_from = getattr(type(model), "_reattend_made_from", None)
-    if made_from is None:
-        return model
-    view: nn.Module = object.__new__(made_from)
-    view.__dict__ = {n: v for n, v in model.__dict__.items() if n != _STATE}
-    return view
-
-
-def about(model: nn.Module) -> Any:
-    """Who rewrote a hosted model; None where it is not one."""
-    return hosting(model).about if is_hosted(model) else None
 
 
 _WAYS_OUT: dict[str, Callable[..., Any]] = {}
@@ -120,27 +80,17 @@ def way_out(name: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     return announce
 
 
-def hosting(model: Any) -> Hosting:
-    """What a hosted model knows beside its modules."""
-    state: Hosting = model.__dict__[_STATE]
-    return state
-
-
 def adopt(model: nn.Module, captured: Captured) -> None:
     """Give a hosted model a graph that was made for it elsewhere."""
     captured.called = modules_called(captured.graph)
-    _mount(captured, model)
+    mount(captured, model)
     hosting(model).graphs[captured.key] = captured
-
-
-def is_hosted(model: nn.Module) -> bool:
-    return hasattr(type(model), "_reattend_made_from")
 
 
 def captured_for(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Captured:
     """The graph that a hosted model runs on a call."""
     _, captured, _ = _found(model, hosting(model), Call.of(forward_signature(model), args, kwargs))
-    _mount(captured, model)
+    mount(captured, model)
     return captured
 
 
@@ -154,7 +104,7 @@ class HostedModel:
         if not state.graphs:
             raise Refused("no call has been captured yet", where="graph", fits="call the model once, or give inputs")
         captured = state.graphs[state.current or next(iter(state.graphs))]
-        _mount(captured, self)  # type: ignore[arg-type]
+        mount(captured, self)  # type: ignore[arg-type]
         return captured.graph
 
     @property
@@ -178,7 +128,7 @@ class HostedModel:
 
     def part(self, path: str) -> nn.Module:
         """A module inside, called alone and rewritten as within the whole: `fast.model.encoder(x)` itself is not."""
-        return part_of(self, path)  # type: ignore[arg-type]
+        return part_of(self, path, view_of)  # type: ignore[arg-type]
 
     def prepare(self, *args: Any, **kwargs: Any) -> None:
         """Make the graph of a call's signature without running it."""
@@ -248,7 +198,7 @@ def hosted_class(made_from: type) -> type:
     if hasattr(made_from, "generate"):
         body["generate"] = generating(made_from)
     if hasattr(made_from, "get_encoder"):
-        body["get_encoder"] = encoding(made_from)
+        body["get_encoder"] = encoding(made_from, view_of)
     return type(made_from)(made_from.__name__, (HostedModel, made_from), body)
 
 
@@ -349,7 +299,7 @@ def _captured(model: Any, state: Hosting, call: Call, key: SignatureKey) -> Capt
                 model.set_submodule(path, layer.train(model.get_submodule(path).training))
             state.leaves = {**state.leaves, **captured.replaced}
             captured.called = restore_leaves(captured.graph, view)
-        _mount(captured, model)
+        mount(captured, model)
         state.graphs[key] = captured
     log.log(logging.INFO if len(state.graphs) == 1 else logging.WARNING, "captured new signature %s", key)
     for path in silent_hooks(model, captured.called) if len(state.graphs) == 1 else ():
@@ -421,75 +371,3 @@ def _keep_extras(model: Any, state: Hosting, captured: Captured, flat: tuple[Any
         for name, value in buffers.items():
             path, _, last = name.rpartition(".")
             model.get_submodule(path)._buffers[last].copy_(value.detach())
-
-
-# --- the graph's tensors and modules on the hosted tree ---------------------------------------------------------------
-
-
-def _mount(captured: Captured, model: nn.Module) -> None:
-    """Graph and model name the same objects: what is new in the graph joins the model, all else is the model's."""
-    named = {n.target for n in captured.graph.graph.find_nodes(op="get_attr") if n.target.startswith(f"{CONSTANTS}.")}
-    values = {target: _find(captured.graph, target) for target in named}  # before one takes the name of another
-    for node in captured.graph.graph.nodes:
-        if node.op in ("get_attr", "call_module"):
-            if node.target in values:
-                node.target = _constant(node.target, values[node.target], captured.graph, model)
-            _share(node.target, captured.graph, model)
-    for name in captured.buffers:
-        _share(name, captured.graph, model)
-    captured.graph.recompile()
-
-
-def _share(target: str, graph: fx.GraphModule, model: nn.Module) -> None:
-    mine, theirs = _find(model, target), _find(graph, target)
-    if mine is None:
-        place_at(model, target, theirs)
-    elif mine is not theirs:
-        place_at(graph, target, mine)
-
-
-def _constant(target: str, value: Any, graph: fx.GraphModule, model: nn.Module) -> str:
-    """A name for a constant of this graph: that of an equal one, or the next free one."""
-    known = _find(model, CONSTANTS)
-    held: dict[str, Any] = dict(known.named_buffers()) if known is not None else {}
-    same = next((n for n, other in held.items() if other is value or _equal(other, value)), None)
-    name = f"{CONSTANTS}.{same or f'c{len(held)}'}"
-    if name != target and _find(graph, name) is not value:
-        place_at(graph, name, value)
-    if same is None:
-        place_at(model, name, value)
-    return name
-
-
-def _equal(one: Any, other: Any) -> bool:
-    real = isinstance(one, Tensor) and isinstance(other, Tensor) and type(one) is type(other) is Tensor
-    if not real or one.dtype is not other.dtype or one.shape != other.shape or one.device != other.device:
-        return False
-    return not one.is_meta and torch.equal(one, other)
-
-
-def _find(root: nn.Module, target: str) -> Any:
-    found: Any = root
-    for part in target.split("."):
-        found = getattr(found, part, None)
-        if found is None:
-            return None
-    return found
-
-
-def place_at(root: nn.Module, target: str, value: Any) -> None:
-    *parents, last = target.split(".")
-    module = root
-    for part in parents:
-        if not isinstance(getattr(module, part, None), nn.Module):
-            module.add_module(part, nn.Module().train(root.training))
-        module = getattr(module, part)
-    if isinstance(value, nn.Module):
-        module.add_module(last, value)
-    elif isinstance(value, nn.Parameter):
-        module.register_parameter(last, value)
-    elif isinstance(value, Tensor):
-        module.__dict__.pop(last, None)
-        module.register_buffer(last, value, persistent=not target.startswith(f"{CONSTANTS}."))
-    else:
-        setattr(module, last, value)

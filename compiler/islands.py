@@ -11,7 +11,8 @@ from torch import nn
 
 from .capture import Captured, capture
 from .fidelity import against_model, too_far
-from .hosted import ProgramFor, host
+from .hosted import host
+from .hosting import ProgramFor
 from .ownership import twin
 from .refusal import Refused
 from .signature import Call, forward_signature, rebuild

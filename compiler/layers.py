@@ -70,33 +70,35 @@ class Attention(nn.Module):
         **knobs: Any,
     ) -> None:
         super().__init__()
-        kv_heads = kv_heads or heads
-        if dim % heads or heads % kv_heads:
-            fits = "dim a multiple of heads, heads a multiple of kv_heads"
-            raise Refused(f"dim={dim}, heads={heads}, kv_heads={kv_heads}", where="Attention", fits=fits)
-        self.mechanism = as_mechanism(slug, **knobs)
-        self.heads, self.kv_heads, self.causal, self.grid = heads, kv_heads, causal, as_grid(grid)
+        self.mechanism, self.grid = as_mechanism(slug, **knobs), as_grid(grid)
+        self.heads, self.kv_heads, self.causal = heads, kv_heads or heads, causal
         self.rope, self.dropout = (10000.0 if rope is True else float(rope)), dropout
-        region = self.mechanism.part == "region"
-        if self.mechanism.part not in ("core", "gate", "region"):
-            fits = f"reattend.module({self.mechanism.slug!r})"
-            raise Refused(f"{self.mechanism.slug} is of part {self.mechanism.part}", where="Attention", fits=fits)
-        if self.rope and (region or dim // heads % 2):
-            found = f"rope with {self.mechanism.slug}, dim={dim}, heads={heads}"
-            raise Refused(found, where="Attention", fits="queries and keys of an even size per head")
-        site = layer_site(dim, heads, kv_heads, causal=causal, grid=self.grid)
+        self._check(dim)
+        site = layer_site(dim, heads, self.kv_heads, causal=causal, grid=self.grid)
         if dropout:
             site = replace(site, features=site.features | {"dropout"})
         reason = self.mechanism.refuses(site)
         if reason:
             raise Refused(reason, where="Attention")
-        if not region:
-            size = dim // heads
-            self.q_proj = nn.Linear(dim, heads * size, bias)
-            self.k_proj = nn.Linear(dim, kv_heads * size, bias)
-            self.v_proj = nn.Linear(dim, kv_heads * size, bias)
-            self.o_proj = nn.Linear(heads * size, dim, bias)
+        if self.mechanism.part != "region":
+            of_keys = self.kv_heads * (dim // heads)
+            self.q_proj = nn.Linear(dim, dim, bias)
+            self.k_proj = nn.Linear(dim, of_keys, bias)
+            self.v_proj = nn.Linear(dim, of_keys, bias)
+            self.o_proj = nn.Linear(dim, dim, bias)
         self.reattend = Own(self.mechanism, site)
+
+    def _check(self, dim: int) -> None:
+        heads, chosen = self.heads, self.mechanism
+        if dim % heads or heads % self.kv_heads:
+            fits = "dim a multiple of heads, heads a multiple of kv_heads"
+            raise Refused(f"dim={dim}, heads={heads}, kv_heads={self.kv_heads}", where="Attention", fits=fits)
+        if chosen.part not in ("core", "gate", "region"):
+            fits = f"reattend.module({chosen.slug!r})"
+            raise Refused(f"{chosen.slug} is of part {chosen.part}", where="Attention", fits=fits)
+        if self.rope and (chosen.part == "region" or dim // heads % 2):
+            found = f"rope with {chosen.slug}, dim={dim}, heads={heads}"
+            raise Refused(found, where="Attention", fits="queries and keys of an even size per head")
 
     def forward(
         self,

@@ -2,20 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
 
-from .primitives.attend import Relative, Segment, Tables, Tiles, run, segment_texts, source_texts, with_terms
+from .primitives.attend import run
+from .primitives.attend_asked import Asked
 from .primitives.attend_spec import AttendSpec
+from .primitives.attend_texts import (
+    INDICES,
+    ROW_INDICES,
+    after_text,
+    segment_texts,
+    source_texts,
+    terms_of,
+    weight_text,
+    with_terms,
+)
+from .primitives.tables import Tables
 from .site import Grid, Site
 from .symbol_text import parse
-from .symbols import TRUE, Expr, name
+from .symbols import TRUE, name
 
 KEPT = frozenset({"bias", "softcap", "sinks", "padding", "packed", "mask", "window", "dropout"})  # by attend(site=...)
-_INDICES = {n: name(n) for n in ("b", "h", "i", "j", "N", "M")}
 
 
 @dataclass(frozen=True)
@@ -34,56 +45,43 @@ class LiveSite:
     def grid(self) -> Grid | None:
         return self.facts.grid
 
-    def attend(
-        self,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        *,
-        keep: Callable[..., Any] | None = None,
-        score: Callable[..., Any] | None = None,
-        weight: Callable[..., Any] | None = None,
-        normaliser: str = "softmax",
-        eps: float = 0.0,
-        sink: Callable[..., Any] | None = None,
-        after: Callable[..., Any] | None = None,
-        leader: Callable[..., Any] | None = None,
-        relative: Sequence[Relative] = (),
-        tiles: Tiles | None = None,
-        kv_heads: Tensor | None = None,
-        rows: Tensor | None = None,
-        segments: Sequence[Segment] = (),
-        outputs: Sequence[str] = ("o",),
-    ) -> Any:
+    def attend(self, q: Tensor, asked: Asked) -> Any:
         """`attend` that starts from what stands here: its mask, scale, bias, softcap, sinks and positions are kept.
 
         Further segments are keys that did not stand here: they have the site's scale and only their own keep and score.
         """
-        own = self.spec
-        tables = Tables(self.tables)
+        own, tables = self.spec, Tables(self.tables)
         scaled = name("s") * self.facts.scale
-        more = tuple(segment_texts(tables, part, scaled, causal=False) for part in segments)
-        kept = tables.text(keep, _INDICES, "keep", own.keep_expr)
-        terms = {f"r{number}": name(f"r{number}") for number in range(len(relative))}
-        scored: Expr = own.score_expr.replace({"s": with_terms(relative)}) if relative else own.score_expr
-        logits = tables.text(score, {"s": scored, **_INDICES, **terms}, "score") or scored.text
-        done = parse(own.after) if own.after else name("w")
-        left = tables.text(after, {"w": done, **_INDICES, **terms}, "after") or done.text
-        refined = any((keep, score, segments, relative, tiles, leader, rows is not None, normaliser != "softmax"))
-        sources = source_texts(tables, (Segment(k, v, rows=rows), *segments), relative, tiles, kv_heads, leader)
+        more = tuple(segment_texts(tables, part, scaled, {}, causal=False) for part in asked.segments)
+        kept = tables.text(asked.main.keep, INDICES, "keep", own.keep_expr)
+        score = _score(tables, asked, own)
+        after = _after(tables, asked, own)
+        sources = source_texts(tables, asked)
         spec = replace(
             own,
             keep="" if kept == TRUE.text else kept,
-            score=logits,
-            weight=tables.text(weight, {"s": name("s"), **{n: _INDICES[n] for n in ("b", "h", "i")}}, "weight"),
-            normaliser=normaliser,
-            eps=eps,
-            sink=tables.text(sink, {n: _INDICES[n] for n in ("b", "h", "i")}, "sink") or own.sink,
-            after="" if left == "w" else left,
+            score=score,
+            weight=weight_text(tables, asked),
+            normaliser=asked.normaliser,
+            eps=asked.eps,
+            sink=tables.text(asked.sink, ROW_INDICES, "sink") or own.sink,
+            after=after,
             more=(*own.more, *more),
-            empty="" if refined else own.empty,  # what the old keys gave says nothing of other ones
-            outputs=tuple(outputs),
+            empty="" if asked.other_keys else own.empty,  # what the old keys gave says nothing of other ones
+            outputs=tuple(asked.outputs),
             **{key: value for key, value in sources.items() if value},
         )
-        kv = [t for part in segments for t in (part.k, part.v)]
-        return run(q, [k, v, *kv], tables.tensors, spec)
+        return run(q, asked.kv, tables.tensors, spec)
+
+
+def _score(tables: Tables, asked: Asked, own: AttendSpec) -> str:
+    """The site's score, of q.k with the relative terms, and what the call makes of it."""
+    score = own.score_expr.replace({"s": with_terms(asked)}) if asked.relative else own.score_expr
+    return tables.text(asked.main.score, {"s": score, **INDICES, **terms_of(asked)}, "score") or score.text
+
+
+def _after(tables: Tables, asked: Asked, own: AttendSpec) -> str:
+    """What the site does to its weights, and the call after it."""
+    weight = parse(own.after) if own.after else name("w")
+    after = after_text(tables, asked, weight) or weight.text
+    return "" if after == "w" else after

@@ -43,7 +43,7 @@ class Param:
 
 @dataclass(frozen=True)
 class Limit:
-    """A case in which the answer is known exactly: `knobs` and a problem on which `mechanism == expected` must hold."""
+    """A case whose answer is known exactly: what `got()` gives is within `atol` of what `expected()` gives."""
 
     says: str
     got: Callable[[], Tensor]

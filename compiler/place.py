@@ -13,8 +13,8 @@ from .facts import features
 from .from_seed import from_seed
 from .mechanism import Aux, Mechanism, Param, mechanism
 from .memory import room_for
-from .primitives.attend import Tables
-from .primitives.attend_spec import AttendSpec
+from .primitives.attend_spec import IN_ORDER, AttendSpec, keep_text
+from .primitives.tables import Tables
 from .refusal import Refused, nearest
 from .site import Grid, Site
 from .symbols import TRUE, Expr, build, const, name, table
@@ -51,42 +51,46 @@ def stand(
     dropout: float = 0.0,
 ) -> Place:
     """The site that q, k, v, a mask, a bias and dropout of the weights describe."""
+    _check_given(q, k, mask, bias)
     tables = Tables()
-    given = {"q": q} | dict(ports) | {"q": q, "k": k, "v": v}  # q comes first: own tensors start in its type
-    i, j = name("i"), name("j")
     factor = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    keep, score = (j <= i) if causal else TRUE, name("s") * factor
-    if mask is not None:
-        _check_mask(mask, q, k)
-        padding = mask.ndim == 2
-        given |= {"key_padding": mask} if padding else {}
-        seen = table(mask)[name("b"), j] if padding else _broadcast(mask)
-        keep = keep & tables.settle(seen != 0)
+    spec = AttendSpec(
+        keep=keep_text(_kept(tables, causal, mask)),
+        score=_scored(tables, factor, bias).text,
+        after=dropped(tables, _broadcast, dropout, q, k),
+    )
+    given = {"q": q} | dict(ports) | {"q": q, "k": k, "v": v}  # q comes first: own tensors start in its type
+    if mask is not None and mask.ndim == 2:
+        given["key_padding"] = mask
     if bias is not None:
-        _check_broadcast("bias", bias, q, k)
         given["bias"] = bias
-        score = score + tables.settle(_broadcast(bias))
-    after = dropped(tables, _broadcast, dropout, q, k)
-    spec = AttendSpec(keep="" if keep.text == TRUE.text else keep.text, score=score.text, after=after)
     pattern = f"{'causal' if causal else 'noncausal'}-{'self' if str(q.shape[2]) == str(k.shape[2]) else 'cross'}"
-    site = Site(
-        path=_PLACE,
-        index=0,
+    site = site_of(spec, {**given, "o": q}, path=_PLACE, pattern=pattern, scale=factor, grid=as_grid(grid))
+    return Place(site, spec, tuple(tables.tensors), given)
+
+
+def site_of(
+    spec: AttendSpec, ports: Mapping[str, Tensor], *, path: str, pattern: str, scale: float, **facts: Any
+) -> Site:
+    """What a spec and the tensors of its ports tell of a site; `facts` are those that they do not tell."""
+    q, k, v = ports["q"], ports["k"], ports["v"]
+    return Site(
+        path=path,
+        index=facts.pop("index", 0),
         heads=max(q.shape[1], v.shape[1]),  # queries and keys may be shared by groups of heads with values of their own
         kv_heads=k.shape[1],
         dim=q.shape[3],
         v_dim=v.shape[3],
-        scale=factor,
+        scale=scale,
         pattern=pattern,
         mask=spec.keep,
         features=features(spec),
-        grid=as_grid(grid),
-        ports=tuple({**given, "o": q}),
+        ports=tuple(ports),
         queries=str(q.shape[2]),
         keys=str(k.shape[2]),
-        width=given["x"].shape[-1] if "x" in given else 0,
+        width=ports["x"].shape[-1] if "x" in ports else 0,
+        **facts,
     )
-    return Place(site, spec, tuple(tables.tensors), given)
 
 
 def stand_alone(
@@ -190,6 +194,19 @@ def as_grid(grid: GridLike) -> Grid | None:
     return grid if grid is None or isinstance(grid, Grid) else Grid(*grid)
 
 
+def _kept(tables: Tables, causal: bool, mask: Tensor | None) -> Expr:
+    keep = IN_ORDER if causal else TRUE
+    if mask is None:
+        return keep
+    seen = table(mask)[name("b"), name("j")] if mask.ndim == 2 else _broadcast(mask)
+    return keep & tables.settle(seen != 0)
+
+
+def _scored(tables: Tables, factor: float, bias: Tensor | None) -> Expr:
+    score = name("s") * factor
+    return score if bias is None else score + tables.settle(_broadcast(bias))
+
+
 def _broadcast(tensor: Tensor) -> Expr:
     """A lookup in a tensor of four dimensions; dimensions of size one are not indexed."""
     sizes: Sequence[Any] = tensor.shape
@@ -198,16 +215,20 @@ def _broadcast(tensor: Tensor) -> Expr:
     ]
 
 
+def _check_given(q: Tensor, k: Tensor, mask: Tensor | None, bias: Tensor | None) -> None:
+    if mask is not None:
+        _check_mask(mask, q, k)
+    if bias is not None:
+        _check_broadcast("bias", bias, q, k)
+
+
 def _check_mask(mask: Tensor, q: Tensor, k: Tensor) -> None:
     if mask.dtype != torch.bool:
         raise Refused(f"mask of {mask.dtype}", where=_PLACE, fits="a boolean mask, or bias= for numbers to be added")
     if mask.ndim == 2:
         if tuple(mask.shape) != (q.shape[0], k.shape[2]):
-            found, fits = (
-                f"mask of shape {tuple(mask.shape)}",
-                f"(B, M) = {(q.shape[0], k.shape[2])}, or four dimensions",
-            )
-            raise Refused(found, where=_PLACE, fits=fits)
+            fits = f"(B, M) = {(q.shape[0], k.shape[2])}, or four dimensions"
+            raise Refused(f"mask of shape {tuple(mask.shape)}", where=_PLACE, fits=fits)
     else:
         _check_broadcast("mask", mask, q, k)
 

@@ -16,7 +16,7 @@ from .mechanism import Mechanism
 from .memory import room_for
 from .nodes import args_of
 from .ports import real_keys
-from .primitives.attend_spec import AttendSpec
+from .primitives.attend_spec import AttendSpec, keep_text
 from .program import Change, Program, get_attr, insert_before, mount, tensor_name
 from .refusal import Refused
 from .site import Site
@@ -36,34 +36,61 @@ def put(program: Program, path: str, mechanism: Mechanism, *, dropped: frozenset
     reason = mechanism.refuses(site, dropped)
     if reason:
         raise Refused(reason, where=str(site))
-    attend = ports.attend
-    spec = without(AttendSpec.of(str(attend.args[3])), dropped)
-    window = None if "window" in dropped else site.window
-    setting = Setting(replace(site, features=site.features - dropped, window=window), spec)
+    setting = _setting(site, ports.attend, dropped)
     before = _behind(anchor) if mechanism.part in ("gate", "insert") else anchor  # these read the value they replace
     with room_for(mechanism, path):
-        inputs = _inputs(program, site, mechanism, attend, anchor, before)
+        inputs = _inputs(program, site, mechanism, ports.attend, anchor, before)
     fragment = _fragment(program, mechanism, setting, inputs)
     if mechanism.part == "cache":
         return _stored(program, mechanism, setting, fragment, dropped)
-    anchor.meta |= {"site": path, "mechanism": mechanism.slug}
-    results, made = insert_before(before, fragment.graph, {n: inputs[n] for n in fragment.inputs}, like=anchor)
-    _same_shape(path, mechanism, anchor.meta["val"], results[0].meta["val"])
-    anchor.replace_all_uses_with(results[0], delete_user_cb=lambda user: user not in made)
-    for name, node in zip(fragment.losses, results[1:], strict=False):
-        program.losses.append((f"{path}.{name}", node))
-    for name, node in zip(fragment.buffers, results[1 + len(fragment.losses) :], strict=True):
-        program.buffers.append((tensor_name(program, site, mechanism, name), node))
-    targets = {n: str(inputs[n].target) for n in fragment.inputs if n.startswith("param_")}
-    own = {n: program.store.get(target) for n, target in targets.items()}
-    change = Change(site, mechanism, setting, fragment, str(attend.args[3]), own, tuple(targets.values()),
-                    tuple(sorted(dropped)))  # fmt: skip
+    change = _change(program, site, mechanism, setting, fragment, inputs, dropped)
+    output = _spliced(program, change, inputs, anchor, before)
     program.changes.append(change)
     if mechanism.part in ("core", "gate"):
-        ports.nodes["o"] = results[0]
+        ports.nodes["o"] = output
     elif mechanism.part == "region":
-        ports.projected = results[0]
+        ports.projected = output
     return change
+
+
+def _setting(site: Site, attend: fx.Node, dropped: frozenset[str]) -> Setting:
+    """The site and its attention as the mechanism shall see them."""
+    window = None if "window" in dropped else site.window
+    facts = replace(site, features=site.features - dropped, window=window)
+    return Setting(facts, without(AttendSpec.of(str(attend.args[3])), dropped))
+
+
+def _change(
+    program: Program,
+    site: Site,
+    mechanism: Mechanism,
+    setting: Setting,
+    fragment: Fragment,
+    inputs: Mapping[str, fx.Node],
+    dropped: frozenset[str],
+) -> Change:
+    """What is written down of it."""
+    stood = str(program.ports[site.path].attend.args[3])
+    targets = {n: str(inputs[n].target) for n in fragment.inputs if n.startswith("param_")}
+    own = {n: program.store.get(target) for n, target in targets.items()}
+    return Change(site, mechanism, setting, fragment, stood, own, tuple(targets.values()), tuple(sorted(dropped)))
+
+
+def _spliced(
+    program: Program, change: Change, inputs: Mapping[str, fx.Node], anchor: fx.Node, before: fx.Node
+) -> fx.Node:
+    """The fragment stands in the graph in the anchor's place, its losses and buffers among the program's outputs."""
+    site, mechanism, fragment = change.site, change.mechanism, change.fragment
+    anchor.meta |= {"site": site.path, "mechanism": mechanism.slug}
+    results, made = insert_before(before, fragment.graph, {n: inputs[n] for n in fragment.inputs}, like=anchor)
+    output, *beside = results
+    _same_shape(site.path, mechanism, anchor.meta["val"], output.meta["val"])
+    anchor.replace_all_uses_with(output, delete_user_cb=lambda user: user not in made)
+    for name, node in zip(fragment.losses, beside, strict=False):
+        program.losses.append((f"{site.path}.{name}", node))
+    for name, node in zip(fragment.buffers, beside[len(fragment.losses) :], strict=True):
+        program.buffers.append((tensor_name(program, site, mechanism, name), node))
+    return output
 
 
 def _behind(anchor: fx.Node) -> fx.Node:
@@ -106,7 +133,7 @@ def without(spec: AttendSpec, dropped: frozenset[str]) -> AttendSpec:
     plain = {"bias", "softcap"} & dropped
     return replace(
         spec,
-        keep="" if keep.text == TRUE.text else keep.text,
+        keep=keep_text(keep),
         score=f"s * {scale!r}" if plain else spec.score,
         sink="" if "sinks" in dropped else spec.sink,
         after="" if "dropout" in dropped else spec.after,

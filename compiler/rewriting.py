@@ -81,6 +81,14 @@ class Rewriting:
     trained: str = ""  # how the original's weights were changed by recovery
     kept: Mapping[int, Ring | State] | None = None  # by layer, once it was asked for or read from a file
 
+    @staticmethod
+    def after(earlier: Rewriting | None, recipe: Recipe, name: str, notes: Sequence[str]) -> Rewriting:
+        """One more recipe, behind those of a model that was rewritten before."""
+        if earlier is None:
+            return Rewriting((recipe,), name, notes=list(notes))
+        moved = len(earlier.recipes) if earlier.settled is not None else 0
+        return Rewriting((*earlier.recipes, recipe), name, store=earlier.store, notes=list(notes), weights_of=moved)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> Rewriting:
         """A copied model is rewritten by the same decisions; its tensors are its own."""
         return self
@@ -182,12 +190,7 @@ class Rewriting:
             nearest = "; ".join(misses) or "nothing in it multiplies a softmax of a product with values"
             raise Refused("no attention found", where=self.name, fits=nearest)
         stage("rewriting and checking")
-        read = lambda: self._calibration(captured, call)
-        self.moved = move_weights(model, raised, steps, read)
-        steps = [step for step in steps if step.mechanism.stage != "weights"]
-        fits = [s.mechanism.fit(raised, read) for s in steps if isinstance(s.mechanism, QuantizeLayers)]
-        if (self.moved.fitted or any(fits)) and self.recipe.data.calibrate is None:
-            warnings = (*warnings, "no `data: {calibrate: FILE}`: weights were fitted to the example inputs")
+        steps, unfit = self._weights_first(model, captured, raised, steps, call)
         batches = [_batch(captured, call, batch, number) for number, batch in enumerate(self.batches)]
         wait = self.recipe.recover is not None
         self.first = checked_rewrite(raised, steps, batches or [captured.inputs(call)], self.recipe.verify, wait=wait)
@@ -195,13 +198,25 @@ class Rewriting:
         self.captured, self.misses = captured, misses
         self.faithful = None if captured.asks_again(call) else against_model(model, captured, call)
         self.unfaithful = too_far(self.faithful, model) if self.faithful is not None else ""
-        self.warnings = (*warnings, *_half_on_cpu(model), *filter(None, (self.unfaithful,)))
+        self.warnings = (*warnings, *unfit, *_half_on_cpu(model), *filter(None, (self.unfaithful,)))
         if wait and self.first.waits:
             self.notes.append("the bounds wait for recover()")
         self.report = self._report(raised, steps)
         self._some_step_holds(steps)
         self.settled = _settled(self.first)
         return lower(self.first.outcome.program, captured)
+
+    def _weights_first(
+        self, model: nn.Module, captured: Captured, raised: Program, steps: Sequence[Step], call: Call
+    ) -> tuple[list[Step], tuple[str, ...]]:
+        """Weights are rewritten and fitted; the steps that are left, and a warning where there was no data for it."""
+        read = lambda: self._calibration(captured, call)
+        self.moved = move_weights(model, raised, steps, read)
+        left = [step for step in steps if step.mechanism.stage != "weights"]
+        fits = [s.mechanism.fit(raised, read) for s in left if isinstance(s.mechanism, QuantizeLayers)]
+        if (self.moved.fitted or any(fits)) and self.recipe.data.calibrate is None:
+            return left, ("no `data: {calibrate: FILE}`: weights were fitted to the example inputs",)
+        return left, ()
 
     def _calibration(self, captured: Captured, call: Call) -> list[tuple[Tensor, ...]]:
         """The recipe's calibration data; without it the example inputs."""
@@ -252,33 +267,14 @@ class Rewriting:
 
     def _report(self, raised: Program, steps: Sequence[Step]) -> Report:
         assert self.first is not None
-        program, results = self.first.outcome.program, {r.path: r for r in self.first.sites}
-        before, after = site_costs(raised.graph), site_costs(program.graph)
+        program = self.first.outcome.program
         refused = self.declined | {step.path: str(refusal) for step, refusal in self.first.outcome.refused}
-        changes: dict[str, list[Change]] = {}
-        for change in program.changes:
-            changes.setdefault(change.site.path, []).append(change)
-        rules = {step.path: step.rule for step in steps}
-        rows = []
-        for site in raised.sites:
-            path = site.path
-            costs = before.get(path, Cost()), after.get(path, Cost())
-            if path in self.first.rolled_back:
-                rows.append(Row(site, "rolled back", reason=self.first.rolled_back[path], rule=rules.get(path, "")))
-            elif path in changes:
-                rows.append(
-                    _row(site, changes[path], results.get(path), costs, rules.get(path, ""), refused.get(path, ""))
-                )
-            elif path in refused:
-                rows.append(Row(site, "refused", reason=refused[path], rule=rules.get(path, "")))
-            else:
-                rows.append(Row(site, "kept", before=costs[0], after=costs[1]))
         whole = self._whole_model_failed(refused)
         passes = () if whole else tuple(repr(s.mechanism) for s in steps if not s.path)
         return Report(
             model=self.name,
             recipe=" + ".join(r.source or r.digest[:8] for r in self.recipes),
-            rows=tuple(rows),
+            rows=self._rows(raised, steps, refused),
             passes=passes,
             weights=self.moved.lines,
             misses=self.misses,
@@ -294,6 +290,30 @@ class Rewriting:
             notes=(*self.notes, *program.notes, *by_torch(self.first.ran)),
             details=Details.of(raised, program, self.recipe),
         )
+
+    def _rows(self, raised: Program, steps: Sequence[Step], refused: Mapping[str, str]) -> tuple[Row, ...]:
+        """What became of every site."""
+        assert self.first is not None
+        program, back = self.first.outcome.program, self.first.rolled_back
+        results = {r.path: r for r in self.first.sites}
+        rules = {step.path: step.rule for step in steps}
+        before, after = site_costs(raised.graph), site_costs(program.graph)
+        changes: dict[str, list[Change]] = {}
+        for change in program.changes:
+            changes.setdefault(change.site.path, []).append(change)
+        rows = []
+        for site in raised.sites:
+            path, rule = site.path, rules.get(site.path, "")
+            costs = before.get(path, Cost()), after.get(path, Cost())
+            if path in back:
+                rows.append(Row(site, "rolled back", reason=back[path], rule=rule))
+            elif path in changes:
+                rows.append(_row(site, changes[path], results.get(path), costs, rule, refused.get(path, "")))
+            elif path in refused:
+                rows.append(Row(site, "refused", reason=refused[path], rule=rule))
+            else:
+                rows.append(Row(site, "kept", before=costs[0], after=costs[1]))
+        return tuple(rows)
 
 
 def _settled(first: Checked) -> Settled:

@@ -298,39 +298,40 @@ def _cut(output: fx.Node, bound: Reach, cat: fx.Node) -> fx.Node:
 def _sizes(dims: Sizes, layers: Sequence[Entered], states: Mapping[str, Carried]) -> Sizes:
     """The logical length takes the past's symbol; a ring's rows are its own affair, a state has its size."""
     paths = {layer.path for layer in layers}
-    inputs: list[str] = []
-    shapes: list[tuple[int | str, ...]] = []
-    dtypes: list[torch.dtype] = []
+    told: list[tuple[str, tuple[int | str, ...], torch.dtype]] = []
     symbols = dict(dims.symbols)
     moved: dict[tuple[int, int], tuple[int, int]] = {}
     for index, (name, shape, dtype) in enumerate(zip(dims.inputs, dims.shapes, dims.dtypes, strict=True)):
         layer, _, last = name.rpartition(".")
-        own = layer in paths and last in ("keys", "values")
-        moved |= {(index, d): (len(inputs), d) for d in range(len(shape))}
-        if own:
-            if isinstance(shape[2], int):
-                raise Refused(f"captured with a past of {shape[2]}", where=name, fits="a past whose length is dynamic")
-            moved[index, 2] = (len(inputs) + (2 if last == "keys" else 1), 0)
-        if own and layer in states:
-            state = last == "keys"
-            shapes.append((shape[0], *states[layer].sizes) if state else (shape[0], 2))
-            dtype = states[layer].dtype if state else torch.long
-        elif own:
+        moved |= {(index, d): (len(told), d) for d in range(len(shape))}
+        if layer not in paths or last not in ("keys", "values"):
+            told.append((name, shape, dtype))
+            continue
+        if isinstance(shape[2], int):
+            raise Refused(f"captured with a past of {shape[2]}", where=name, fits="a past whose length is dynamic")
+        moved[index, 2] = (len(told) + (2 if last == "keys" else 1), 0)  # where the length stands, behind the values
+        if layer in states:
+            told.append((name, *_of_a_state(states[layer], shape[0], last)))
+        else:
             held = f"held_{layer.replace('.', '_')}"
             symbols[held] = Symbol(held)
-            shapes.append((*shape[:2], held, *shape[3:]))
-        else:
-            shapes.append(shape)
-        inputs.append(name)
-        dtypes.append(dtype)
-        if own and last == "values":
-            inputs.append(f"{layer}.{LENGTH}")
-            shapes.append((shape[2], 0))
-            dtypes.append(torch.get_default_dtype())
+            told.append((name, (*shape[:2], held, *shape[3:]), dtype))
+        if last == "values":
+            told.append((f"{layer}.{LENGTH}", (shape[2], 0), torch.get_default_dtype()))
+    inputs, shapes, dtypes = zip(*told, strict=True) if told else ((), (), ())
+    return Sizes(inputs, shapes, dtypes, symbols, tuple(_moved(guard, moved) for guard in dims.guards))
+
+
+def _of_a_state(state: Carried, batch: int | str, last: str) -> tuple[tuple[int | str, ...], torch.dtype]:
+    """A state stands where the keys stood, in the place of the values what it was told of padding."""
+    return ((batch, *state.sizes), state.dtype) if last == "keys" else ((batch, 2), torch.long)
+
+
+def _moved(guard: str, moved: Mapping[tuple[int, int], tuple[int, int]]) -> str:
+    """A guard that speaks of the inputs where they stand now."""
 
     def there(match: re.Match[str]) -> str:
         tensor, dim = moved[int(match[1]), int(match[2])]
         return f"L['tensors'][{tensor}].size()[{dim}]"
 
-    guards = tuple(_SIZE.sub(there, guard) for guard in dims.guards)
-    return Sizes(tuple(inputs), tuple(shapes), tuple(dtypes), symbols, guards)
+    return _SIZE.sub(there, guard)

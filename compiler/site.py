@@ -6,6 +6,8 @@ import json
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from .showing.markup import el
+
 PATTERNS = ("causal-self", "noncausal-self", "causal-cross", "noncausal-cross")
 FEATURES = ("bias", "softcap", "sinks", "padding", "dropout", "packed", "rope", "window", "mask")
 
@@ -62,11 +64,24 @@ class Site:
         extra = f" {'+'.join(sorted(told))}" if told else ""
         return f"{self.path}: attention[{self.pattern} h={self.heads}{kv} d={self.dim}{dv}{window}{extra}]"
 
-    def _repr_html_(self) -> str:
-        from .showing.looking import site_facts  # what is shown reads sites
-        from .showing.markup import el
+    def said(self) -> tuple[tuple[str, str], ...]:
+        """What there is to tell, by name, for a reader."""
+        found = (
+            ("pattern", self.pattern),
+            ("heads", f"{self.heads}" + (f", {self.kv_heads} of keys" if self.kv_heads != self.heads else "")),
+            ("shapes", f"q (B, {self.heads}, {self.queries or 'N'}, {self.dim}) · "
+                       f"k (B, {self.kv_heads}, {self.keys or 'M'}, {self.dim}) · "
+                       f"v (B, {self.kv_heads}, {self.keys or 'M'}, {self.v_dim})"),
+            ("scale", f"{self.scale:.6g}"),
+            ("features", ", ".join(sorted(self.features))),
+            ("grid", f"{self.grid.h} x {self.grid.w}, {self.grid.prefix} before" if self.grid else ""),
+            ("weights", ", ".join(f"{role} = {name}" for role, name in self.weights)),
+            ("ports", ", ".join(self.ports)),
+        )  # fmt: skip
+        return tuple((name, value) for name, value in found if value)
 
-        rows = [el("tr", el("th", name, style="text-align:left"), el("td", value)) for name, value in site_facts(self)]
+    def _repr_html_(self) -> str:
+        rows = [el("tr", el("th", name, style="text-align:left"), el("td", value)) for name, value in self.said()]
         return el("table", el("caption", str(self)), *rows)
 
     def to_json(self) -> str:

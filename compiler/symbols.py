@@ -248,11 +248,12 @@ def as_expr(value: Any) -> Expr:
         return const(value)
     raise Refused(
         f"{type(value).__name__} in an expression",
-        fits="numbers, the index names and tables: wrap a tensor as table(tensor) and look it up",
+        fits="numbers, the index names and tables: wrap a tensor as reattend.table(tensor) and look it up",
     )
 
 
 def table(tensor: torch.Tensor) -> Table:
+    """A tensor that a predicate or score looks up by index: `slope = table(m)`, then `slope[h] * (j - i)`."""
     return Table(tensor)
 
 

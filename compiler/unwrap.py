@@ -32,6 +32,11 @@ def unwrap(model: Any) -> tuple[nn.Module, tuple[str, ...]]:
     return model, tuple(notes)
 
 
+def name_of(model: nn.Module) -> str:
+    """What reports call a model where the caller does not say."""
+    return getattr(getattr(model, "config", None), "name_or_path", "") or type(model).__name__
+
+
 def _without_compiled_call(model: nn.Module) -> nn.Module:
     """The same model over the same modules and tensors, called without what model.compile() put before its forward."""
     view: nn.Module = object.__new__(type(model))

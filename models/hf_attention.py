@@ -17,14 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from ..compiler.capture import capture
-from ..compiler.facts import features, module_path
+from ..compiler.facts import module_path
 from ..compiler.mechanism import Mechanism, mechanism
-from ..compiler.place import Place, dropped, run
-from ..compiler.primitives.attend import Tables
-from ..compiler.primitives.attend_spec import AttendSpec
+from ..compiler.place import Place, dropped, run, site_of
+from ..compiler.primitives.attend_spec import IN_ORDER, AttendSpec, keep_text
+from ..compiler.primitives.tables import Tables
 from ..compiler.raising import raise_sites
 from ..compiler.refusal import Refused
-from ..compiler.site import Site
 from ..compiler.symbols import TRUE, Expr, build, name, table
 from .hf_masks import FITS, Seen
 
@@ -110,45 +109,37 @@ def stand_at(
     rows, tables = _Rows(query, key, see), Tables()
     scale = query.shape[3] ** -0.5 if scaling is None else float(scaling)
     bias = _added(position_bias, see)
-    keep = _kept(see, rows, tables)
-    score = _scored(scale, softcap, bias, rows, tables)
-    q_positions, k_positions = (tables.name_of(t) for t in rows.positions())
     spec = AttendSpec(
-        keep="" if keep.text == TRUE.text else keep.text,
-        score=score.text,
+        keep=keep_text(_kept(see, rows, tables)),
+        score=_scored(scale, softcap, bias, rows, tables).text,
+        align="end" if rows.at_end else "start",
+        q_positions=tables.name_of(rows.of_queries()),
+        k_positions=tables.name_of(rows.of_keys()),
         sink="" if s_aux is None else tables.settle(table(s_aux.reshape(-1))[name("h")]).text,
         after=dropped(tables, rows.of, dropout, query, key),
-        align="end" if rows.at_end else "start",
-        q_positions=q_positions,
-        k_positions=k_positions,
     )
-    given = {"q": query, "k": key, "v": value}
-    if see.padding is not None:
-        given["key_padding"] = rows.of_keys(see.padding)
-    if bias is not None:
-        given["bias"] = bias
-    site = Site(
+    ports = {"q": query, "k": key, "v": value, **_ports_of(see, rows, bias)}
+    site = site_of(
+        spec,
+        ports,
         path=where,
         index=int(getattr(module, "layer_idx", None) or 0),
-        heads=query.shape[1],
-        kv_heads=key.shape[1],
-        dim=query.shape[3],
-        v_dim=value.shape[3],
-        scale=scale,
         pattern=_pattern(module, see, query, key),
-        mask=spec.keep,
-        features=features(spec),
-        ports=tuple(given),
-        queries=str(query.shape[2]),
-        keys=str(key.shape[2]),
+        scale=scale,
         window=None if see.back is None else see.back + 1,
     )
-    return Place(site, spec, tuple(tables.tensors), given)
+    return Place(site, spec, tuple(tables.tensors), ports)
+
+
+def _ports_of(see: Seen, rows: _Rows, bias: Tensor | None) -> dict[str, Tensor]:
+    """The ports beside q, k and v, where there are any."""
+    padding = {} if see.padding is None else {"key_padding": rows.at_hand(see.padding)}
+    return padding if bias is None else {**padding, "bias": bias}
 
 
 def _kept(see: Seen, rows: _Rows, tables: Tables) -> Expr:
     """Which keys a query sees."""
-    keep: Expr = (J <= I) if see.causal else TRUE
+    keep: Expr = IN_ORDER if see.causal else TRUE
     keep = keep if see.back is None else keep & (J + see.back >= I)
     keep = keep if see.ahead is None else keep & (I + see.ahead >= J)
     if see.padding is not None:
@@ -199,16 +190,17 @@ class _Rows:
         self.at_end = not same and plain and first + self.n == self.m
         self.told = not same and not self.at_end
 
-    def of_keys(self, padding: Tensor) -> Tensor:
+    def of_queries(self) -> Tensor | None:
+        """Positions that the spec must be told."""
+        return torch.arange(self.n, device=self.device) + self.first if self.told else None
+
+    def of_keys(self) -> Tensor | None:
+        return torch.arange(self.m, device=self.device) + self.see.kv_offset if self.told else None
+
+    def at_hand(self, padding: Tensor) -> Tensor:
         """The part of (B, keys from the start on) that is of the keys at hand."""
         first = int(self.see.kv_offset)
         return padding[:, first : first + self.m] if first else padding
-
-    def positions(self) -> tuple[Tensor | None, Tensor | None]:
-        if not self.told:
-            return None, None
-        queries, keys = (torch.arange(size, device=self.device) for size in (self.n, self.m))
-        return queries + self.first, keys + self.see.kv_offset
 
     def of(self, tensor: Tensor) -> Expr:
         """A lookup of (B | 1, H | 1, N | 1, M | 1) by position; dimensions of size one are not indexed."""

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ..compiler.refusal import Refused, nearest
-from .vision_ops import declare_missing_vision_ops
+from .extras import needed
 
 TRAINED = Path(__file__).parent / "trained"  # a folder for each model: config, weights, and how they came about
 
@@ -188,14 +188,6 @@ def _said(error: Exception) -> str:
     at = traceback.extract_tb(error.__traceback__)[-1]
     kind = "" if isinstance(error, OSError | ImportError) and text else f"{type(error).__name__}: "
     return f"{kind}{text} ({Path(at.filename).name}:{at.lineno})"
-
-
-def needed(package: str, extra: str) -> Any:
-    """An optional package, or a refusal that says how to get it."""
-    declare_missing_vision_ops()
-    if importlib.util.find_spec(package) is None:
-        raise Refused(f"{package} is not installed", fits=f"pip install '{extra}'")
-    return importlib.import_module(package)
 
 
 _KINDS: dict[str, Callable[[str], Loaded]] = {"hf": _hugging_face, "timm": _timm, "py": _python}

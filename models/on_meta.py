@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ..compiler.refusal import Refused
-from .load import needed
+from .extras import needed
 
 
 def on_meta(config: Any, dtype: torch.dtype | None = None) -> nn.Module:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..compiler.containers import take_apart
-from ..compiler.hosted import original
+from ..compiler.hosting import original
 from ..compiler.refusal import Refused
 from ..compiler.signature import forward_signature
 from .zoo_family import Family, Inputs

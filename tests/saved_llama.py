@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import reattend
-from reattend.models.load import needed
+from reattend.models.extras import needed
 
 WINDOW = {"version": 1, "sites": [{"match": "*", "attention": {"window": {"window": 3, "sinks": 1}}}]}
 

@@ -9,7 +9,8 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import reattend.passes  # noqa: F401 - fills the registry
-from reattend.compiler.functional import Attention, attention, attention_and_aux, module
+from reattend.compiler.functional import attention, attention_and_aux
+from reattend.compiler.layers import Attention, module
 from reattend.compiler.problem import hidden, problem
 from reattend.compiler.refusal import Refused
 from reattend.compiler.site import Grid

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 import reattend
 from reattend.compiler.capture import Captured, capture
 from reattend.compiler.giving_way import ours
-from reattend.compiler.hosted import host, is_hosted, original
+from reattend.compiler.hosted import host
+from reattend.compiler.hosting import is_hosted, original
 from reattend.compiler.refusal import Refused
 from reattend.compiler.signature import Call
 

@@ -14,7 +14,7 @@ import reattend
 from reattend.compiler import whole_or_islands
 from reattend.compiler.capture import Captured, capture
 from reattend.compiler.fidelity import against_model
-from reattend.compiler.hosted import hosting, is_hosted
+from reattend.compiler.hosting import hosting, is_hosted
 from reattend.compiler.islands import capture_islands, host_islands
 from reattend.compiler.refusal import Refused
 from reattend.compiler.signature import Call, forward_signature

@@ -88,10 +88,10 @@ def test_memory_is_what_was_predicted(four_bits: Any) -> None:
 
 
 def test_a_ring_holds_bytes_too() -> None:
-    from reattend.compiler.decode import ring_cache
+    from reattend.compiler.decode import cache_for
 
     fast = optimized({"attention": {"window": {"window": 6, "sinks": 2}}, "kv": {"int4": {"kv_group_size": 8}}})
-    cache = ring_cache(fast)
+    cache = cache_for(fast)
     whole = fast(IDS, use_cache=False).logits.detach()
     torch.testing.assert_close(in_parts(fast, IDS, [4, 1, 3, 1], cache), whole, atol=2e-4, rtol=1e-4)
     assert held(cache) == 2 * 2 * 2 * 2 * 7 * (8 + 8)

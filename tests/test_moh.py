@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 import reattend.passes  # noqa: F401 - fills the registry
-from reattend.compiler.functional import Attention, attention, attention_and_aux
+from reattend.compiler.functional import attention, attention_and_aux
+from reattend.compiler.layers import Attention
 from reattend.compiler.problem import hidden, problem
 
 

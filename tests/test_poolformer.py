@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import reattend
-from reattend.compiler.functional import module
+from reattend.compiler.layers import module
 from reattend.compiler.problem import hidden
 from reattend.compiler.refusal import Refused
 

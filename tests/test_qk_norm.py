@@ -11,7 +11,8 @@ import transformers as hf
 from torch import Tensor
 
 import reattend
-from reattend.compiler.functional import Attention, attention
+from reattend.compiler.functional import attention
+from reattend.compiler.layers import Attention
 from reattend.compiler.place import stand
 from reattend.compiler.problem import problem
 from reattend.compiler.refusal import Refused

@@ -17,7 +17,7 @@ import reattend
 from reattend.codegen.cpu import pointwise
 from reattend.compiler import joined_products, quick
 from reattend.compiler.faster import Faster, agree
-from reattend.compiler.hosted import hosting
+from reattend.compiler.hosting import hosting
 from reattend.compiler.pointwise import FULL, ROW, VECTOR, Entering, Given, Made, Piece, Step, rows_apart
 from reattend.compiler.quick import NEVER
 from reattend.models.vision_ops import declare_missing_vision_ops

@@ -15,7 +15,7 @@ from small_models import stack, words
 from torch import Tensor, nn
 
 import reattend
-from reattend.compiler.hosted import hosting
+from reattend.compiler.hosting import hosting
 from reattend.compiler.mechanism import _REGISTRY
 from reattend.compiler.ownership import share_memory
 from reattend.compiler.recovery.plan import Plan

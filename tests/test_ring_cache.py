@@ -11,7 +11,7 @@ from small_models import decided_llama
 import reattend
 from reattend import Refused
 from reattend.compiler.cache_for import held_bytes
-from reattend.compiler.decode import ring_cache
+from reattend.compiler.decode import cache_for
 from reattend.compiler.ring_cache import RingLayer
 
 pytest.importorskip("transformers")
@@ -44,7 +44,7 @@ def test_a_cache_gives_the_tokens_of_full_runs(fast: Any) -> None:
 
 
 def test_a_ring_gives_them_too_and_does_not_grow(fast: Any) -> None:
-    cache = ring_cache(fast)
+    cache = cache_for(fast)
     again = tokens(fast, use_cache=False)
     assert tokens(fast, past_key_values=cache) == again
     assert [(layer.back, layer.sinks, layer.held) for layer in cache.layers] == [(5, 2, 7)] * 2
@@ -55,7 +55,7 @@ def test_a_ring_gives_them_too_and_does_not_grow(fast: Any) -> None:
 
 
 def test_left_padding_is_looked_up_where_a_key_stands(fast: Any) -> None:
-    cache = ring_cache(fast)
+    cache = cache_for(fast)
     ringed = tokens(fast, attention_mask=PADDED, past_key_values=cache)
     assert ringed == tokens(fast, attention_mask=PADDED, use_cache=False)
     assert ringed[0] != tokens(fast, use_cache=False)[0]
@@ -66,7 +66,7 @@ def test_left_padding_is_looked_up_where_a_key_stands(fast: Any) -> None:
 def test_positions_are_logical_where_the_model_counts_them_itself(fast: Any) -> None:
     """Chunks after many wraps, without position_ids: RoPE goes on from the number of keys that ever came."""
     ids = torch.randint(1, 97, (2, 40), generator=torch.Generator().manual_seed(1))
-    whole, cache = fast(ids, use_cache=False).logits, ring_cache(fast)
+    whole, cache = fast(ids, use_cache=False).logits, cache_for(fast)
     with torch.no_grad():
         parts = [fast(part, past_key_values=cache, use_cache=True).logits for part in ids.split([3, 20, 1, 9, 7], 1)]
     torch.testing.assert_close(torch.cat(parts, 1), whole, atol=1e-4, rtol=1e-4)
@@ -76,7 +76,7 @@ def test_positions_are_logical_where_the_model_counts_them_itself(fast: Any) -> 
 @pytest.mark.slow
 def test_layers_without_a_bound_keep_everything() -> None:
     fast = windowed({"layer": "1"})
-    cache = ring_cache(fast)
+    cache = cache_for(fast)
     assert [type(layer).__name__ for layer in cache.layers] == ["DynamicLayer", "RingLayer"]
     assert tokens(fast, past_key_values=cache) == tokens(fast, use_cache=False)
     assert [layer.keys.shape[2] for layer in cache.layers] == [24, 7]
@@ -84,7 +84,7 @@ def test_layers_without_a_bound_keep_everything() -> None:
 
 def test_a_ring_that_drops_what_is_attended_is_refused() -> None:
     fast = windowed("*")
-    cache = ring_cache(fast)
+    cache = cache_for(fast)
     cache.layers[0] = RingLayer(back=3, sinks=2)
     with pytest.raises(Refused, match=r"layers\.0.*the ring Reach\(back=3, ahead=0, sinks=2\).*DynamicCache"):
         tokens(fast, past_key_values=cache)
@@ -92,11 +92,11 @@ def test_a_ring_that_drops_what_is_attended_is_refused() -> None:
 
 def test_a_model_as_it_came_has_no_rings() -> None:
     with pytest.raises(Refused, match="not optimized"):
-        ring_cache(decided_llama(32))
+        cache_for(decided_llama(32))
 
 
 def test_a_ring_cannot_go_back(fast: Any) -> None:
-    cache = ring_cache(fast)
+    cache = cache_for(fast)
     tokens(fast, past_key_values=cache)
     with pytest.raises(Refused, match="cannot go back"):
         cache.layers[0].crop(-1)

@@ -10,7 +10,8 @@ import transformers as hf
 from torch import Tensor
 
 import reattend
-from reattend.compiler.functional import attention, module
+from reattend.compiler.functional import attention
+from reattend.compiler.layers import module
 from reattend.compiler.problem import hidden, problem
 from reattend.compiler.refusal import Refused
 from reattend.passes.score.stickbreaking import Stickbreaking

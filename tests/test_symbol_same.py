@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import reattend
-from reattend.compiler.primitives import attend as front
+from reattend.compiler.primitives import tables as front
 from reattend.compiler.symbol_same import sameness
 from reattend.compiler.symbols import Table, name, table
 

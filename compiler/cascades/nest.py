@@ -20,7 +20,7 @@ from ..refusal import Refused
 from ..symbol_text import parse
 from ..symbols import Expr
 from .analysis import read_over
-from .barriers import types_when_replaced
+from .barriers import correction, types_when_replaced
 from .change import POWER, Change
 from .coefficients import Coefficient, coefficients
 from .einsum import Cascade, Node
@@ -293,9 +293,8 @@ class LoopNest:
         return torch.cat([rows[k][name] for k in sorted(rows)], ranks.index(self.rank))
 
     def __str__(self) -> str:
-        from .showing import nest_text
-
-        return nest_text(self)
+        """The loops as they run: what a tile computes, and how the state takes it in."""
+        return "\n".join([*(line for turn in range(1, self.passes + 1) for line in _loop(self, turn)), *_behind(self)])
 
 
 def _cuts(whole: int, tile: int | Sequence[int]) -> list[range]:
@@ -318,3 +317,43 @@ def _parts(own: Sum) -> list[tuple[str, Node]]:
         )
         for k, t in enumerate(own.terms)
     ]
+
+
+# --- the loops in words -----------------------------------------------------------------------------------------------
+
+
+def _loop(nest: LoopNest, turn: int) -> list[str]:
+    """One pass over the tiles."""
+    backwards = ", last tile first" if nest.reverse else ""
+    inner = [n for n in nest.cascade.needed(nest.cascade.outputs) if _inside(nest, n, turn)]
+    return [
+        f"for each tile of {nest.rank}{backwards}:  # pass {turn} of {nest.passes}",
+        *([f"    {_line(nest, node)}" for node in inner] or ["    pass"]),
+    ]
+
+
+def _behind(nest: LoopNest) -> list[str]:
+    """What is left to compute once all tiles are in, and how the states of tiles may meet."""
+    left = [str(n) for n in nest.cascade.needed(nest.cascade.outputs) if nest.rank not in nest.cascade.space(n)]
+    order = "in any order" if nest.commutes else "of neighbours"
+    follow = f"tiles follow each other: {nest.in_order}"
+    return [*left, f"# {follow if nest.in_order else f'states merge associatively, {order}'}"]
+
+
+def _inside(nest: LoopNest, node: Node, turn: int) -> bool:
+    return nest.turn[node.name] == turn and nest.rank in nest.cascade.space(node)
+
+
+def _line(nest: LoopNest, node: Node) -> str:
+    own = nest.sums.get(node.name)
+    if own is None:
+        return str(node)
+    if own.terms:
+        parts = [f"{node.monoid}({t.summed}) * ({t.times})" for t in own.terms]
+        return f"{node.name} += {' + '.join(parts)}, each sum by itself"
+    moved = f"{node.name} * {correction(own.change)}" if own.change.kind == "S" else node.name
+    if own.change.kind == "A":
+        moved = f"{node.name} + {correction(own.change)}"
+    if node.monoid == "sum":
+        return f"{node.name} = {moved} + {node.right}"
+    return f"{node.name} = {node.monoid}({moved}, {node.right})"

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
 
 from ..symbol_math import latex
 from ..symbol_text import parse
 from ..symbols import Expr
 from .analysis import Verdict
-from .barriers import correction
 from .einsum import Cascade, Node
-
-if TYPE_CHECKING:
-    from .nest import LoopNest
+from .nest import LoopNest
 
 _BIG = {"sum": r"\sum", "max": r"\max", "min": r"\min", "prod": r"\prod"}
 
@@ -37,47 +33,6 @@ def _titled(title: str, lines: list[str]) -> list[str]:
 
 def _corrected(corrections: tuple[tuple[str, str], ...]) -> list[str]:
     return [f"  {name}: {factor}" for name, factor in corrections]
-
-
-# --- the loop nest ----------------------------------------------------------------------------------------------------
-
-
-def nest_text(nest: LoopNest) -> str:
-    """The loops as they run: what a tile computes, and how the state takes it in."""
-    lines = []
-    for turn in range(1, nest.passes + 1):
-        backwards = ", last tile first" if nest.reverse else ""
-        lines.append(f"for each tile of {nest.rank}{backwards}:  # pass {turn} of {nest.passes}")
-        inner = [n for n in nest.cascade.needed(nest.cascade.outputs) if _inside(nest, n, turn)]
-        lines += [f"    {_line(nest, node)}" for node in inner] or ["    pass"]
-    lines += [str(n) for n in nest.cascade.needed(nest.cascade.outputs) if _outside(nest, n)]
-    way = nest.in_order and f"tiles follow each other: {nest.in_order}"
-    order = "in any order" if nest.commutes else "of neighbours"
-    lines.append(f"# {way or f'states merge associatively, {order}'}")
-    return "\n".join(lines)
-
-
-def _inside(nest: LoopNest, node: Node, turn: int) -> bool:
-    return nest.turn[node.name] == turn and nest.rank in nest.cascade.space(node)
-
-
-def _outside(nest: LoopNest, node: Node) -> bool:
-    return nest.rank not in nest.cascade.space(node)
-
-
-def _line(nest: LoopNest, node: Node) -> str:
-    own = nest.sums.get(node.name)
-    if own is None:
-        return str(node)
-    if own.terms:
-        parts = [f"{node.monoid}({t.summed}) * ({t.times})" for t in own.terms]
-        return f"{node.name} += {' + '.join(parts)}, each sum by itself"
-    moved = f"{node.name} * {correction(own.change)}" if own.change.kind == "S" else node.name
-    if own.change.kind == "A":
-        moved = f"{node.name} + {correction(own.change)}"
-    if node.monoid == "sum":
-        return f"{node.name} = {moved} + {node.right}"
-    return f"{node.name} = {node.monoid}({moved}, {node.right})"
 
 
 # --- LaTeX ------------------------------------------------------------------------------------------------------------

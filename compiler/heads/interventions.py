@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..held_out import Batch
 from ..primitives.attend import attend_op
 from ..primitives.attend_spec import FAINT, AttendSpec
 from ..refusal import Refused, nearest
@@ -16,6 +17,41 @@ from ..site import Site
 from .reading import Edit, Reading
 
 MODES = ("zero", "uniform")
+
+
+def intervened(
+    reading: Reading,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    scale: Mapping[str, Mapping[int, float]],
+    uniform: Mapping[str, Iterable[int]],
+    patch: tuple[Batch, Mapping[str, Iterable[int]]] | None,
+) -> Any:
+    """The output of a call with some heads patched, then made uniform, then scaled."""
+    edits: dict[str, list[Edit]] = {}
+    for path, edit in _edits(reading, scale, uniform, patch):
+        edits.setdefault(path, []).append(edit)
+    call, tensors = reading.call(args, kwargs)
+    with torch.no_grad():
+        return reading.edited(call, tensors, {path: together(each) for path, each in edits.items()})
+
+
+def _edits(
+    reading: Reading,
+    scale: Mapping[str, Mapping[int, float]],
+    level: Mapping[str, Iterable[int]],
+    patch: tuple[Batch, Mapping[str, Iterable[int]]] | None,
+) -> Iterator[tuple[str, Edit]]:
+    if patch is not None:
+        other = outputs_of(reading, *patch)
+        for path, heads in patch[1].items():
+            yield path, patched(heads_of(reading.program.site(path), heads), other[path])
+    for path, heads in level.items():
+        yield path, uniform(heads_of(reading.program.site(path), heads))
+    for path, factors in scale.items():
+        heads_of(reading.program.site(path), factors)
+        yield path, scaled(factors)
 
 
 def scaled(factors: Mapping[int, float]) -> Edit:
@@ -62,9 +98,7 @@ def masked(heads: Iterable[int], mode: str) -> Edit:
     return scaled(dict.fromkeys(heads, 0.0)) if mode == "zero" else uniform(heads)
 
 
-def outputs_of(
-    reading: Reading, batch: tuple[Sequence[Any], Mapping[str, Any]], paths: Iterable[str]
-) -> dict[str, Tensor]:
+def outputs_of(reading: Reading, batch: Batch, paths: Iterable[str]) -> dict[str, Tensor]:
     """What some sites give on a call, (B, H, N, D) each."""
     found: dict[str, Tensor] = {}
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from ..primitives.attend_spec import CAUSAL, AttendSpec
+from ..primitives.attend_spec import AttendSpec, keep_text
 from ..symbol_text import parse
 from ..symbols import FALSE, TRUE, Expr, build, const
 from .aliases import nodes_written_in_place, structure_keys
@@ -23,6 +23,7 @@ from .families import Families
 from .frame import Frame
 from .index_space import I, simplify_indices
 from .last_row import place_last_rows
+from .operators import OPERATORS
 from .reading import Reader, backward_slice, dtype, is_dense, is_tensor, leaf_name
 from .splitting import split
 
@@ -111,11 +112,11 @@ class _Site:
     def _fold(self, candidates: Sequence[str]) -> Folded | str:
         """The finding with these tables read, or why there is none."""
         families = Families(self.graph_module, self.q, self.kv[0])
-        reader = Reader(self.graph_module, self.frame, self.written)
+        reader = Reader(self.graph_module, self.frame, self.written, OPERATORS)
         new, nodes = self._read(reader, candidates)
         tried = families.recognise([reader.leaves[x] for x in _dense_leaves(new) if x in reader.leaves], reader)
         if tried:
-            reader = Reader(self.graph_module, self.frame, self.written, tried)
+            reader = Reader(self.graph_module, self.frame, self.written, OPERATORS, tried)
             new, nodes = self._read(reader, candidates)
         late = [n.name for n in nodes.values() if n in self.written and n not in self.tables]
         if late:  # at the attention its memory may hold something else than where the mask was computed
@@ -154,7 +155,7 @@ class _Site:
         own = truth(pushed(self.plain.keep_expr.replace(values)))
         low, score = split(whole)
         keep = simplify_indices(counted(own & low, nodes | reader.leaves), space)
-        spec = replace(self.plain, keep=_text(keep), score=simplify_indices(score, space).text)
+        spec = replace(self.plain, keep=keep_text(keep), score=simplify_indices(score, space).text)
         if self.plain.empty_expr is not None:
             whole = pushed(self.plain.empty_expr.replace(values))
         elif own.text != TRUE.text:
@@ -182,10 +183,6 @@ def _is_data(node: fx.Node) -> bool:
     return any(n.op == "placeholder" and is_tensor(n) for n in backward_slice([node]))
 
 
-def _text(keep: Expr) -> str:
-    return "" if keep.text == TRUE.text else keep.text
-
-
 def _from_start(spec: AttendSpec, frame: Frame) -> AttendSpec:
     """The same with i counted from the first query, where nothing else in the spec uses i."""
     if spec.align == "start" or _counted_elsewhere(spec):
@@ -197,7 +194,7 @@ def _from_start(spec: AttendSpec, frame: Frame) -> AttendSpec:
 def _shifted(spec: AttendSpec, index: dict[str, Expr]) -> AttendSpec:
     empty = "" if spec.empty_expr is None else spec.empty_expr.replace(index).text
     keep, score = spec.keep_expr.replace(index), spec.score_expr.replace(index)
-    return replace(spec, keep=_text(keep), score=score.text, empty=empty)
+    return replace(spec, keep=keep_text(keep), score=score.text, empty=empty)
 
 
 def _aligned(spec: AttendSpec, frame: Frame) -> AttendSpec:
@@ -208,7 +205,7 @@ def _aligned(spec: AttendSpec, frame: Frame) -> AttendSpec:
     shift = build("sub", space.keys, space.queries)
     moved = _shifted(spec, {"i": I - shift})
     longer = len(moved.keep) + len(moved.score) >= len(spec.keep) + len(spec.score)
-    if longer and all(c.text != CAUSAL for c in moved.conjuncts):
+    if longer and not moved.is_causal:
         return spec
     return replace(moved, align="end")
 

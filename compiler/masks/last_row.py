@@ -12,7 +12,7 @@ from torch import fx
 
 from ..nodes import args_of, op_name
 from ..ports import ATTEND, RESHAPING
-from ..primitives.attend_spec import CAUSAL, AttendSpec
+from ..primitives.attend_spec import IN_ORDER, AttendSpec
 from ..symbol_text import parse
 from ..symbols import TRUE
 
@@ -25,8 +25,7 @@ def place_last_rows(graph: fx.Graph) -> None:
         q, kv, tables, text = node.args
         spec = AttendSpec.of(text)
         if q.meta["val"].shape[2] == 1 and _counts_no_rows(spec) and _grown(kv[0]):
-            causal = parse(CAUSAL)
-            keep = causal if spec.keep_expr.text == TRUE.text else spec.keep_expr & causal
+            keep = IN_ORDER if spec.keep_expr.text == TRUE.text else spec.keep_expr & IN_ORDER
             node.args = (q, kv, tables, replace(spec, keep=keep.text, align="end").text)
 
 

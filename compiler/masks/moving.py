@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import fx
@@ -10,34 +9,23 @@ from torch import fx
 from ..nodes import args_of
 from ..symbols import Expr, build, const
 from .arithmetic import choose, truth
+from .casts import cast
 from .frame import Unreadable
 from .index_space import simplify_indices
-from .reading import Index, Reader, is_one, operator_name, same_size, shape
+from .reading import Handler, Index, Reader, aligned, argument, dtype, is_one, operator_name, same_size, shape
 
-Handler = Callable[[Reader, fx.Node, Index], Expr]
 ZERO = const(0)
 
 
-def _arg(node: fx.Node, position: int, keyword: str, default: Any = None) -> Any:
-    return node.args[position] if len(node.args) > position else node.kwargs.get(keyword, default)
-
-
 def _dim(node: fx.Node, position: int, rank: int, default: int = 0, keyword: str = "dim") -> int:
-    dim = _arg(node, position, keyword, default)
+    dim = argument(node, position, keyword, default)
     if not isinstance(dim, int):
         raise Unreadable("a dimension that is not a number")
     return dim % rank if rank else 0
 
 
-def _aligned(source: Any, index: Index) -> Index:
-    """The index of an operand that was broadcast to where `index` points."""
-    sizes = shape(source)
-    own = index[len(index) - len(sizes) :]
-    return tuple(ZERO if is_one(s) else e for s, e in zip(sizes, own, strict=True))
-
-
 def _expand(reader: Reader, node: fx.Node, index: Index) -> Expr:
-    return reader.at(node.args[0], _aligned(node.args[0], index))
+    return reader.at(node.args[0], aligned(node.args[0], index))
 
 
 def _unsqueeze(reader: Reader, node: fx.Node, index: Index) -> Expr:
@@ -63,7 +51,7 @@ def _transpose(reader: Reader, node: fx.Node, index: Index) -> Expr:
 
 def _slice(reader: Reader, node: fx.Node, index: Index) -> Expr:
     d = _dim(node, 1, len(index))
-    start, step = _arg(node, 2, "start"), _arg(node, 4, "step", 1)
+    start, step = argument(node, 2, "start"), argument(node, 4, "step", 1)
     size = shape(node.args[0])[d]
     first = _position(reader, 0 if start is None else start, size)
     return reader.at(node.args[0], (*index[:d], index[d] * reader.frame.size(step) + first, *index[d + 1 :]))
@@ -87,13 +75,13 @@ def _position(reader: Reader, given: Any, size: Any) -> Expr:
 def _select(reader: Reader, node: fx.Node, index: Index) -> Expr:
     sizes = shape(node.args[0])
     d = _dim(node, 1, len(sizes))
-    at = _position(reader, _arg(node, 2, "index"), sizes[d])
+    at = _position(reader, argument(node, 2, "index"), sizes[d])
     return reader.at(node.args[0], (*index[:d], at, *index[d:]))
 
 
 def _narrow(reader: Reader, node: fx.Node, index: Index) -> Expr:
     d = _dim(node, 1, len(index))
-    first = _position(reader, _arg(node, 2, "start"), shape(node.args[0])[d])
+    first = _position(reader, argument(node, 2, "start"), shape(node.args[0])[d])
     return reader.at(node.args[0], (*index[:d], index[d] + first, *index[d + 1 :]))
 
 
@@ -148,7 +136,7 @@ def _repeat(reader: Reader, node: fx.Node, index: Index) -> Expr:
 
 
 def _repeat_interleave(reader: Reader, node: fx.Node, index: Index) -> Expr:
-    if _arg(node, 2, "dim") is None:
+    if argument(node, 2, "dim") is None:
         raise Unreadable("repeat_interleave of a flattened tensor")
     d = _dim(node, 2, len(index))
     times = reader.frame.size(node.args[1])
@@ -200,7 +188,7 @@ def _group(old: Any, new: Any, left: list[int], right: list[int]) -> tuple[list[
 
 def _squeeze(reader: Reader, node: fx.Node, index: Index) -> Expr:
     sizes = shape(node.args[0])
-    dims = _arg(node, 1, "dim")
+    dims = argument(node, 1, "dim")
     rank = len(sizes)
     chosen = range(rank) if dims is None else [d % rank for d in ([dims] if isinstance(dims, int) else dims)]
     kept = iter(index)
@@ -227,7 +215,7 @@ def _index(reader: Reader, node: fx.Node, index: Index) -> Expr:
         if pick is None:
             full.append(next(rest))
             continue
-        e = reader.at(pick, _aligned(pick, common))
+        e = reader.at(pick, aligned(pick, common))
         full.append(ZERO if is_one(sizes[d]) else _checked(reader, e))
     return reader.at(source, tuple(full))
 
@@ -273,9 +261,9 @@ def _getitem(reader: Reader, node: fx.Node, index: Index) -> Expr:
 
 def _pad(reader: Reader, node: fx.Node, index: Index) -> Expr:
     amounts: Any = node.args[1]
-    if operator_name(node).startswith("pad.") and _arg(node, 2, "mode", "constant") != "constant":
+    if operator_name(node).startswith("pad.") and argument(node, 2, "mode", "constant") != "constant":
         raise Unreadable("padding that mirrors")
-    value = _arg(node, 3 if operator_name(node).startswith("pad.") else 2, "value", 0)
+    value = argument(node, 3 if operator_name(node).startswith("pad.") else 2, "value", 0)
     inside, own = const(True), list(index)
     for k in range(len(amounts) // 2):
         d = len(index) - 1 - k
@@ -284,9 +272,6 @@ def _pad(reader: Reader, node: fx.Node, index: Index) -> Expr:
         inside = inside & (index[d] >= before) & (index[d] < size - after)
         own[d] = index[d] - before
     inside = simplify_indices(inside, reader.frame.space)
-    from .operators import cast
-    from .reading import dtype
-
     fill = cast(reader.at(0 if value is None else value, ()), dtype(0 if value is None else value), dtype(node))
     e = reader.at(node.args[0], tuple(own))
     return choose(truth(inside), e, fill)

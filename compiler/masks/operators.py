@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,23 +9,16 @@ from torch import fx
 
 from ..raising.einsums import terms_of
 from ..symbols import Expr, build, const
-from .arithmetic import choose, combine, is_plain_choice, number, same, truth
+from .arithmetic import choose, combine, same, truth
+from .casts import cast, rounded
 from .frame import Unreadable
 from .moving import MOVING
-from .reading import Index, Reader, dtype, free, is_one, shape
-
-Handler = Callable[[Reader, fx.Node, Index], Expr]
+from .reading import Handler, Index, Operators, Reader, aligned, argument, dtype, free, is_one, shape
 
 
 def operand(reader: Reader, node: Any, index: Index) -> Expr:
     """The element of an operand that broadcasts to the index."""
-    sizes = shape(node)
-    own = index[len(index) - len(sizes) :]
-    return reader.at(node, tuple(const(0) if is_one(s) else e for s, e in zip(sizes, own, strict=True)))
-
-
-def argument(node: fx.Node, position: int, keyword: str, default: Any = None) -> Any:
-    return node.args[position] if len(node.args) > position else node.kwargs.get(keyword, default)
+    return reader.at(node, aligned(node, index))
 
 
 def _filled(value: Any) -> Handler:
@@ -51,38 +42,6 @@ def _arange(start: int | None, end: int, step: int | None) -> Handler:
     return read
 
 
-def cast(e: Expr, old: torch.dtype, new: torch.dtype) -> Expr:
-    """The value in another dtype; refused where it could be rounded."""
-    if new == torch.bool:
-        return truth(e)
-    if e.op == "const" and not new.is_floating_point and float(e.args[0]).is_integer():
-        return cast(const(int(e.args[0])), torch.int64, new) if isinstance(e.args[0], float) else _narrowed(e, new)
-    if new.is_floating_point and e.op == "const":
-        exact = float(torch.tensor(float(e.args[0]), dtype=new))
-        return const(-math.inf if new == torch.float16 and exact <= -65504.0 else exact)
-    if old == torch.bool:
-        return number(e, 1.0 if new.is_floating_point else 1, 0.0 if new.is_floating_point else 0)
-    if new.is_floating_point and old.is_floating_point and e.op == "where":
-        return choose(e.args[0], cast(e.args[1], old, new), cast(e.args[2], old, new))
-    wider = new in (torch.float32, torch.float64) and (e.is_integer or old in (torch.float16, torch.bfloat16))
-    if old == new or wider:
-        return e
-    if is_plain_choice(e):
-        return choose(e.args[0], cast(e.args[1], old, new), cast(e.args[2], old, new))
-    if not new.is_floating_point and not old.is_floating_point:
-        if new.itemsize >= 4:
-            return e
-        if e.op == "where" and all(a.op == "const" and a.args[0] in (0, 1) for a in e.args[1:]):
-            return e
-    raise Unreadable(f"cast from {old} to {new}")
-
-
-def _narrowed(e: Expr, new: torch.dtype) -> Expr:
-    if not torch.iinfo(new).min <= e.args[0] <= torch.iinfo(new).max:
-        raise Unreadable(f"{e.text} as {new}")
-    return e
-
-
 def _cast(reader: Reader, node: fx.Node, index: Index) -> Expr:
     return cast(operand(reader, node.args[0], index), dtype(node.args[0]), dtype(node))
 
@@ -99,20 +58,9 @@ def _two(op: str, swap: bool = False) -> Handler:
         if swap:
             a, b = b, a
         scaled = b if isinstance(alpha, int) and alpha == 1 else combine("mul", b, reader.at(alpha, ()))
-        return _rounded(combine(op, a, scaled), dtype(node))
+        return rounded(combine(op, a, scaled), dtype(node))
 
     return read
-
-
-def _rounded(e: Expr, kind: torch.dtype) -> Expr:
-    """Sums of constants as the graph's dtype holds them: two lowest finite values add up to -inf."""
-    if not kind.is_floating_point:
-        return e
-    if e.op == "const":
-        return cast(e, kind, kind)
-    if e.op == "where":
-        return choose(e.args[0], _rounded(e.args[1], kind), _rounded(e.args[2], kind))
-    return e
 
 
 def _as_number(e: Expr, old: torch.dtype, new: torch.dtype) -> Expr:
@@ -310,7 +258,7 @@ def _forms(names: str, handler: Handler, forms: tuple[str, ...] = _SCALAR_FORMS)
     return {f"{name}.{form}": handler for name in names.split() for form in forms}
 
 
-OPERATORS: dict[str, Handler] = {
+_HANDLERS: dict[str, Handler] = {
     **MOVING,
     **_forms("to _to_copy type_as", _cast, ("dtype", "dtype_layout", "device", "other", "default")),
     **_forms("contiguous clone detach alias lift_fresh lift_fresh_copy lift detach_", _cast, ("default",)),
@@ -372,10 +320,12 @@ OPERATORS: dict[str, Handler] = {
 }
 
 # operators through which a tensor over queries and keys is followed: they move it or join it to something else
-PASSING = frozenset(MOVING) | {
+_PASSING = frozenset(MOVING) | {
     name
-    for name in OPERATORS
+    for name in _HANDLERS
     if name.split(".")[0]
     in ("where", "masked_fill", "add", "logical_and", "bitwise_and", "__and__", "logical_or", "bitwise_or", "__or__",
         "logical_not", "bitwise_not", "contiguous", "clone", "detach", "alias", "lift_fresh", "lift_fresh_copy")
 }  # fmt: skip
+
+OPERATORS = Operators(_HANDLERS, _PASSING)

@@ -8,6 +8,7 @@ always a leaf, and so is every tensor derived from one without a choice in betwe
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,11 +18,20 @@ from torch._subclasses.fake_tensor import FakeTensor
 from ..nodes import is_overload
 from ..symbols import Expr, const, name
 from .constants import constant_formula
-from .frame import Frame, Unreadable
+from .frame import Frame, Unreadable, formula
 
 Index = tuple[Expr, ...]
+Handler = Callable[["Reader", fx.Node, Index], Expr]
 _MADE_LIKE = ("new_ones", "new_zeros", "new_empty", "ones_like", "zeros_like", "empty_like")
 CHOOSING = ("where", "masked_fill", "add", "sub")  # operators that join a mask and a bias
+
+
+@dataclass(frozen=True)
+class Operators:
+    """What operators do to an element, by name; their handlers read the operands through the reader again."""
+
+    handlers: Mapping[str, Handler]
+    passing: frozenset[str]  # those through which a tensor over queries and keys is followed
 
 
 class Reader:
@@ -32,9 +42,11 @@ class Reader:
         graph_module: fx.GraphModule,
         frame: Frame,
         written: frozenset[fx.Node],
+        operators: Operators,
         known: Mapping[fx.Node, Callable[[Index], Expr]] | None = None,  # nodes whose formula was found otherwise
     ) -> None:
         self.graph_module, self.frame, self.written, self.known = graph_module, frame, written, dict(known or {})
+        self._operators = operators
         self.leaves: dict[str, fx.Node] = {}
         self._done: dict[tuple[fx.Node, tuple[str, ...]], Expr] = {}
         self._opaque: dict[fx.Node, str] = {}  # why a node stays a tensor
@@ -84,13 +96,11 @@ class Reader:
             return self._leaf(node, index, str(reason))
 
     def _call(self, node: fx.Node, index: Index) -> Expr:
-        from .operators import OPERATORS, PASSING  # the operators read their operands through this class
-
-        handler = OPERATORS.get(operator_name(node))
+        handler = self._operators.handlers.get(operator_name(node))
         if handler is None:
             raise Unreadable(f"{operator_name(node)} is not read")
         e = handler(self, node, index)
-        if operator_name(node) not in PASSING and any(is_dense(x) for x in e.walk()):
+        if operator_name(node) not in self._operators.passing and any(is_dense(x) for x in e.walk()):
             raise Unreadable("computed from a tensor over queries and keys")
         return e
 
@@ -188,6 +198,17 @@ def shape(node: Any) -> tuple[Any, ...]:
     return tuple(value.shape) if isinstance(value, torch.Tensor) else ()
 
 
+def aligned(source: Any, index: Index) -> Index:
+    """The index of an operand that was broadcast to where `index` points."""
+    sizes = shape(source)
+    own = index[len(index) - len(sizes) :]
+    return tuple(const(0) if is_one(s) else e for s, e in zip(sizes, own, strict=True))
+
+
+def argument(node: fx.Node, position: int, keyword: str, default: Any = None) -> Any:
+    return node.args[position] if len(node.args) > position else node.kwargs.get(keyword, default)
+
+
 def dtype(node: Any) -> torch.dtype:
     value = node.meta.get("val") if isinstance(node, fx.Node) else node
     if isinstance(value, torch.Tensor):
@@ -202,8 +223,6 @@ def is_one(size: Any) -> bool:
 
 
 def same_size(a: Any, b: Any) -> bool:
-    from .frame import formula
-
     return bool(formula(a) == formula(b))
 
 

@@ -16,7 +16,7 @@ from .attend_spec import AttendSpec
 from .row_index import whole_rows
 from .rows import repeat_heads
 
-Tables = Mapping[str, Tensor]
+Named = Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -30,13 +30,13 @@ class Columns:
     whole: frozenset[str]
 
 
-def columns(q: Tensor, kv: Sequence[Tensor], tables: Tables, spec: AttendSpec) -> list[Columns]:
+def columns(q: Tensor, kv: Sequence[Tensor], tables: Named, spec: AttendSpec) -> list[Columns]:
     pairs = list(zip(kv[::2], kv[1::2], strict=True))
     offset = pairs[0][0].shape[-2] - q.shape[-2] if spec.align == "end" else 0
     return [_segment(index, q, k, v, offset, tables, spec) for index, (k, v) in enumerate(pairs)]
 
 
-def _segment(index: int, q: Tensor, k: Tensor, v: Tensor, offset: int, tables: Tables, spec: AttendSpec) -> Columns:
+def _segment(index: int, q: Tensor, k: Tensor, v: Tensor, offset: int, tables: Named, spec: AttendSpec) -> Columns:
     keep, score, k_map = spec.segments[index]
     wide = torch.promote_types(q.dtype, torch.float32)
     k_all, v_all = (_to_heads(t, q, tables, spec).to(wide) for t in (k, v))
@@ -55,13 +55,13 @@ def _segment(index: int, q: Tensor, k: Tensor, v: Tensor, offset: int, tables: T
     return Columns(logits.expand(shape), kept.expand(shape), v_seen, names, whole)
 
 
-def _to_heads(t: Tensor, q: Tensor, tables: Tables, spec: AttendSpec) -> Tensor:
+def _to_heads(t: Tensor, q: Tensor, tables: Named, spec: AttendSpec) -> Tensor:
     if not spec.kv_heads:
         return repeat_heads(t, q)
     return t.expand(q.shape[0], *t.shape[1:]).index_select(1, tables[spec.kv_heads].long())
 
 
-def _rows(table: Tensor, q: Tensor, tables: Tables, spec: AttendSpec) -> Tensor:
+def _rows(table: Tensor, q: Tensor, tables: Named, spec: AttendSpec) -> Tensor:
     """Indices of key rows (B, H, L) or (B, H, N, L)."""
     if table.shape[1] == q.shape[1] or table.shape[1] == 1:
         return table.long().expand(*q.shape[:2], *table.shape[2:])
@@ -80,7 +80,7 @@ def _products(q: Tensor, k: Tensor) -> Tensor:
 
 
 def _index_space(
-    q: Tensor, m: int, rows: Tensor | None, k_map: str, offset: int, tables: Tables, spec: AttendSpec
+    q: Tensor, m: int, rows: Tensor | None, k_map: str, offset: int, tables: Named, spec: AttendSpec
 ) -> tuple[dict[str, Any], frozenset[str]]:
     """Tensors for b, h, i, j that broadcast over (B, H, N, M), and which of them count 0, 1, 2, ..."""
     (batch, heads, n), count = q.shape[:3], torch.arange
@@ -114,7 +114,7 @@ def _positions(table: Tensor, q: Tensor) -> Tensor:
 
 
 def _relative(
-    q: Tensor, k: Tensor, table: Tensor, where: str, side: str, names: dict[str, Any], tables: Tables
+    q: Tensor, k: Tensor, table: Tensor, where: str, side: str, names: dict[str, Any], tables: Named
 ) -> Tensor:
     """q_i . R[index(i, j)], or k_j . R[index(i, j)]: all products with R once, then one pick per (i, j)."""
     shape = names["s"].shape
@@ -128,7 +128,7 @@ def _relative(
 
 
 def _kept(
-    keep: str, rows: Tensor | None, q: Tensor, names: dict[str, Any], tables: Tables, whole: frozenset[str]
+    keep: str, rows: Tensor | None, q: Tensor, names: dict[str, Any], tables: Named, whole: frozenset[str]
 ) -> Tensor:
     kept = torch.as_tensor(evaluate(parse(keep), names, tables, whole=whole) if keep else True, device=q.device)
     kept = kept if kept.dtype == torch.bool else kept != 0
@@ -137,7 +137,7 @@ def _kept(
     return kept & (rows >= 0 if rows.ndim == 4 else (rows >= 0).unsqueeze(-2))
 
 
-def _in_tiles(spec: AttendSpec, n: int, m: int, tables: Tables) -> Tensor:
+def _in_tiles(spec: AttendSpec, n: int, m: int, tables: Named) -> Tensor:
     """Whether the tile of key j is listed for the tile of query i (B|1, H|1, N, M)."""
     name, rows, keys = spec.tiles  # type: ignore[misc]
     listed = tables[name].long()

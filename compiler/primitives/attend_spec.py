@@ -93,6 +93,11 @@ def _factor(e: Expr) -> float | None:
     return below * math.prod(float(a.args[0]) for a in others) if e.op == "mul" else None
 
 
+def keep_text(keep: Expr) -> str:
+    """A predicate as a spec says it: nothing where it keeps everything."""
+    return "" if keep.text == TRUE.text else keep.text
+
+
 def count_of(output: str) -> tuple[str, int]:
     """An output's kind and its number: ("topk", 8) for "topk:8", 0 where it takes none."""
     kind, colon, number = output.partition(":")
@@ -104,4 +109,5 @@ def count_of(output: str) -> tuple[str, int]:
 
 
 FAINT = -1e4  # a kept key scored lower may weigh less than one that a model's fill takes away
-CAUSAL = (name("j") <= name("i")).text
+IN_ORDER = name("j") <= name("i")  # a query sees no key that comes after it
+CAUSAL = IN_ORDER.text

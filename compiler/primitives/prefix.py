@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 from ..refusal import Refused, nearest
-from .attend import Tables
 from .operator import Groups, Primitive
 from .prefix_spec import MONOIDS, PrefixSpec
 from .scan_meaning import in_order
+from .tables import Tables
 
 Element = tuple[Tensor, ...]  # one per row, each (B, H, N, D) or (B, H, N, 1)
 

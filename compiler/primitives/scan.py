@@ -17,10 +17,10 @@ from torch.nn.functional import pad
 
 from ..refusal import Refused, nearest
 from ..symbols import name
-from .attend import Tables
 from .operator import Primitive
 from .scan_meaning import scan_meaning, scan_shapes
 from .scan_spec import NORMALISERS, OUTPUTS, READS, ScanSpec
+from .tables import Tables
 
 scan_op = Primitive("scan", ("q", "kv*", "tables*"), scan_meaning, scan_shapes)
 

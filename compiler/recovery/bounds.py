@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from ..held_out import Batch
-from ..hosted import hosting
+from ..hosting import hosting
 from ..pipeline import broken_bound
 from ..refusal import Refused
 from ..report import Row

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
-from ..hosted import hosting, original
+from ..hosting import hosting, original
 from ..signature import Call, forward_signature
 
 

@@ -15,7 +15,8 @@ from ..capture import Captured, capture
 from ..draft import drafting
 from ..giving_way import ours
 from ..held_out import Batch
-from ..hosted import about, host, is_hosted, original
+from ..hosted import host
+from ..hosting import about, is_hosted, original
 from ..lowering import lower_calls
 from ..pipeline import Outcome, lower, raise_program
 from ..plain_graph import CONSTANTS

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..held_out import Batch, as_batch
-from ..hosted import about, hosting, is_hosted, original
+from ..hosting import about, hosting, is_hosted, original
 from ..refusal import Refused
 from ..signature import forward_signature
 from ..site import Site

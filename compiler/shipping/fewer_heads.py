@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..algebra.groups import Group, find_groups, group
 from ..algebra.moves import Move
 from ..algebra.rewrites import Average
-from ..hosted import about, original
+from ..hosting import about, original
 from ..program import Change
 from ..refusal import Refused
 

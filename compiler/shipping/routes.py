@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from ..giving_way import ours
-from ..hosted import hosting, original, way_out
+from ..hosted import way_out
+from ..hosting import hosting, original
 from ..mechanism import mechanisms
 from ..refusal import Refused, nearest
 from .exporting import why_no_compiler, why_not_export, write_aoti, write_torch

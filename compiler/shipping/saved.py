@@ -22,8 +22,10 @@ from torch import nn
 
 from ..capture import Captured
 from ..config_values import changed_config
-from ..hosted import adopt, host, hosting, is_hosted, place_at, way_out
+from ..hosted import adopt, host, way_out
+from ..hosting import hosting, is_hosted
 from ..keeping import keeping_json, keeping_of
+from ..mounting import place_at
 from ..plain_graph import CONSTANTS
 from ..program import Store
 from ..quantized_linear import QuantizedLinear, described, layer_of, quantized_layers

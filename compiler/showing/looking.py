@@ -158,7 +158,7 @@ def view_of_sites(found: Explanation, title: str = "the model as it is") -> View
     costs = found.costs or tuple(Cost() for _ in found.sites)
     layers = tuple(
         Layer(
-            path=site.path, status="found", facts=(*site_facts(site), *found.fitting(k)), before=computations[pair].key,
+            path=site.path, status="found", facts=(*site.said(), *found.fitting(k)), before=computations[pair].key,
             work=Pair(cost.flops, cost.flops), moved=Pair(cost.bytes, cost.bytes), time=_time(cost, cost),
         )
         for k, (site, pair, cost) in enumerate(zip(found.sites, zip(found.specs, keys), costs))
@@ -179,23 +179,6 @@ def view_of_sites(found: Explanation, title: str = "the model as it is") -> View
 def _number(size: str) -> int:
     """A size that is still open is drawn at 256 tokens."""
     return int(size) if size.isdecimal() else 256
-
-
-def site_facts(site: Site) -> tuple[tuple[str, str], ...]:
-    """What the graph says of a site."""
-    found = (
-        ("pattern", site.pattern),
-        ("heads", f"{site.heads}" + (f", {site.kv_heads} of keys" if site.kv_heads != site.heads else "")),
-        ("shapes", f"q (B, {site.heads}, {site.queries or 'N'}, {site.dim}) · "
-                   f"k (B, {site.kv_heads}, {site.keys or 'M'}, {site.dim}) · "
-                   f"v (B, {site.kv_heads}, {site.keys or 'M'}, {site.v_dim})"),
-        ("scale", f"{site.scale:.6g}"),
-        ("features", ", ".join(sorted(site.features))),
-        ("grid", f"{site.grid.h} x {site.grid.w}, {site.grid.prefix} before" if site.grid else ""),
-        ("weights", ", ".join(f"{role} = {name}" for role, name in site.weights)),
-        ("ports", ", ".join(site.ports)),
-    )  # fmt: skip
-    return tuple((name, value) for name, value in found if value)
 
 
 def _layer(row: Row, details: Details | None) -> Layer:
@@ -220,7 +203,7 @@ def _layer(row: Row, details: Details | None) -> Layer:
         time=_time(row.before, row.after) if counted and not same else None,
         kv=details.kv(row.site) if details else None,
         rule=row.rule,
-        facts=(*site_facts(row.site), *dropped, *tensors),
+        facts=(*row.site.said(), *dropped, *tensors),
         before=key(details.specs[path]) if details else "",
         after=tuple(key(spec) for change in own for spec in specs_of(change)),
     )

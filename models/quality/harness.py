@@ -13,7 +13,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ...compiler.bench import machine
-from ...compiler.hosted import about, is_hosted
+from ...compiler.hosting import about, is_hosted
 from ...compiler.mechanism import KINDS, mechanism, mechanisms
 from ...compiler.recipe import Choice, Recipe
 from ...compiler.refusal import Refused

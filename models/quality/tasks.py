@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ...compiler.held_out import held_out
 from ...compiler.recipe import Data, Recipe
 from ...compiler.refusal import Refused, nearest
-from ..load import minilm_folder, needed
+from ..extras import needed
+from ..load import minilm_folder
 from .given import given
 from .language import language
 from .pictures import pictures

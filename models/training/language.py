@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..load import needed
+from ..extras import needed
 from .recall import TASKS, one_passkey, passkey
 from .run import Run
 from .text import SEPARATOR, Text, standard_library

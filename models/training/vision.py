@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..load import needed
+from ..extras import needed
 from .images import CLASSES, SIZE, pictures
 from .run import Run
 

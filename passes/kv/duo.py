@@ -177,30 +177,45 @@ def classify(
     >>> site["attention"]
     {'split': {'2,3': {'window': {'window': 64, 'sinks': 4}}, 'rest': 'keep'}}
     """
-    if not gates or any(g.ndim != 1 or heads % len(g) for g in gates.values()):
-        shapes = {path: tuple(g.shape) for path, g in gates.items()}
-        raise Refused(
-            f"gates {shapes} of {heads} heads", where="classify", fits="one gate per key head, for every site"
-        )
-    draw = torch.Generator().manual_seed(seed)
-    noisy = {
-        path: g.detach().double().cpu().clamp(0, 1) + TIE * torch.rand(len(g), generator=draw, dtype=torch.float64)
-        for path, g in gates.items()
-    }
-    least = threshold if threshold is not None else _quantile(torch.cat(list(noisy.values())), sparsity)
+    _check_gates(gates, heads)
+    told_apart = _told_apart(gates, seed)
+    least = threshold if threshold is not None else _quantile(torch.cat(list(told_apart.values())), sparsity)
     stream = {"window": {"window": recent_size, "sinks": sink_size}}
     sites, orders = [], []
-    for path, gate in noisy.items():
-        share = heads // len(gate)
-        if reorder:
-            order = sorted(range(len(gate)), key=lambda g, gate=gate: bool(gate[g] < least))  # type: ignore[misc]
-            orders += [[path, order]] if order != sorted(order) else []
-            gate = gate[order]
-        far = [head for head in range(heads) if gate[head // share] < least]
+    for path, gate in told_apart.items():
+        order = _full_first(gate, least) if reorder else list(range(len(gate)))
+        orders += [[path, order]] if order != sorted(order) else []
+        far = _heads_below(gate[order], least, heads)
         wish: Any = stream if len(far) == heads else {"split": {",".join(map(str, far)): stream, "rest": "keep"}}
         sites.append({"match": path, "attention": wish if far else "keep"})
     recipe = {"version": 1, "sites": sites}
     return recipe | ({"passes": [{"head_order": {"orders": orders}}]} if orders else {})
+
+
+def _check_gates(gates: Mapping[str, Tensor], heads: int) -> None:
+    if not gates or any(g.ndim != 1 or heads % len(g) for g in gates.values()):
+        shapes = {path: tuple(g.shape) for path, g in gates.items()}
+        fits = "one gate per key head, for every site"
+        raise Refused(f"gates {shapes} of {heads} heads", where="classify", fits=fits)
+
+
+def _told_apart(gates: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """The gates within 0..1 in float64, with so little noise that only ties are decided by it."""
+    draw = torch.Generator().manual_seed(seed)
+    return {
+        path: g.detach().double().cpu().clamp(0, 1) + TIE * torch.rand(len(g), generator=draw, dtype=torch.float64)
+        for path, g in gates.items()
+    }
+
+
+def _full_first(gate: Tensor, least: float) -> list[int]:
+    """Key heads whose gate reaches `least`, then the others, each in their order."""
+    return sorted(range(len(gate)), key=lambda g: bool(gate[g] < least))
+
+
+def _heads_below(gate: Tensor, least: float, heads: int) -> list[int]:
+    """The query heads of the key heads that stream."""
+    return [head for head in range(heads) if gate[head // (heads // len(gate))] < least]
 
 
 def _quantile(gates: Tensor, sparsity: float) -> float:

@@ -13,8 +13,9 @@ from ...compiler.functional import attention
 from ...compiler.live import LiveSite
 from ...compiler.mechanism import Limit, Mechanism, Param, register
 from ...compiler.on_grid import off_grid
-from ...compiler.primitives.attend import Tables
+from ...compiler.primitives.attend import attend
 from ...compiler.primitives.rows import widened
+from ...compiler.primitives.tables import Tables
 from ...compiler.problem import problem
 from ...compiler.refusal import Refused
 from ...compiler.site import Site
@@ -78,7 +79,7 @@ class RetNetGMM(Mechanism):
             m = far[h, abs(i // wide - j // wide), abs(i % wide - j % wide)]
         score = site.spec.score_expr.replace({"s": name("s") * tables.settle(m)})  # inside of what the site adds
         spec = replace(site.spec, score=score.text, empty="")
-        return LiveSite(site.facts, spec, tuple(tables.tensors), site.ports).attend(q, k, v)
+        return attend(q, k, v, site=LiveSite(site.facts, spec, tuple(tables.tensors), site.ports))
 
     def _mixture(self, p: Any, d2: Tensor) -> Tensor:
         """m for squared distances of any shape: (H, ...)."""

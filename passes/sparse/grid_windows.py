@@ -93,34 +93,49 @@ def attend_windows(
     relative       terms of keys that stand in the window, i and j counted in it.
     """
     prefix, device = cut.grid.prefix, q.device
-    own, keys = cut.rows(device, stride=stride), cut.rows(device, halo)
-    count = keys.shape[1]
-    front = torch.arange(prefix, device=device).expand(own.shape[0], prefix)
-    keys = torch.cat((torch.where(keys < 0, -1, keys + prefix), front), 1)  # prefix keys stand last
+    own = cut.rows(device, stride=stride)
+    keys = _with_prefix(cut.rows(device, halo), prefix)
     queries = group(q, torch.where(own < 0, -1, own + prefix))[0]
-    near_k, held = group(k, keys, valid=key_padding)
-    near_v = group(v, keys, valid=key_padding)[0]
-    if pad is not None:
-        none = (keys < 0)[:, :, None]
-        near_k, near_v = (torch.where(none, of[:, None, None], t) for of, t in zip(pad, (near_k, near_v), strict=True))
+    near_k, near_v, held = _near(k, v, keys, key_padding, pad)
     if beyond == "zero":
         held = held | (keys < 0)
     masked = key_padding is not None or (beyond == "mask" and (halo > 0 or cut.ragged))
-    flags = held[:, 0].flatten(0, 1)  # the same in all heads
+    flags = held[:, 0].flatten(0, 1) if masked else None  # the same in all heads
+    count = keys.shape[1] - prefix
     o = attend(
         *(_samples(t) for t in (queries, near_k, near_v)),
         scale=scale,
-        keep=_kept(flags if masked else None, apart, count),
-        score=(lambda s, r0, r1, j: build("where", j < count, s, s - (r0 + r1) * scale))
-        if relative and prefix
-        else None,
+        keep=_kept(flags, apart, count),
+        score=_without_terms(count, scale) if relative and prefix else None,
         relative=relative,
     )
     o = gather(o.unflatten(0, (q.shape[0], -1)).transpose(1, 2).flatten(2, 3), cut.every(stride).back(device))
     if not prefix:
         return o
-    seen = _seen(key_padding)
-    return torch.cat((attend(q[:, :, :prefix], k, v, scale=scale, keep=seen), o), 2)
+    return torch.cat((attend(q[:, :, :prefix], k, v, scale=scale, keep=_seen(key_padding)), o), 2)
+
+
+def _with_prefix(keys: Tensor, prefix: int) -> Tensor:
+    """The rows of every window's keys, counted with the prefix tokens in front of the grid, which stand last."""
+    front = torch.arange(prefix, device=keys.device).expand(keys.shape[0], prefix)
+    return torch.cat((torch.where(keys < 0, -1, keys + prefix), front), 1)
+
+
+def _near(
+    k: Tensor, v: Tensor, keys: Tensor, key_padding: Tensor | None, pad: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Keys and values of every window (B, H, windows, tokens, D), and which of them stand."""
+    near_k, held = group(k, keys, valid=key_padding)
+    near_v = group(v, keys, valid=key_padding)[0]
+    if pad is not None:
+        none = (keys < 0)[:, :, None]
+        near_k, near_v = (torch.where(none, of[:, None, None], t) for of, t in zip(pad, (near_k, near_v), strict=True))
+    return near_k, near_v, held
+
+
+def _without_terms(count: int, scale: float) -> Any:
+    """The score of two relative terms, taken away again from prefix keys, which stand behind `count` others."""
+    return lambda s, r0, r1, j: build("where", j < count, s, s - (r0 + r1) * scale)
 
 
 def no_grid(site: Site, slug: str) -> str | None:

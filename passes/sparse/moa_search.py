@@ -289,18 +289,21 @@ def moa_search(
     lost = torch.stack(
         [torch.stack([tables(weighed(p[path], **how), rules, block_size) for path in paths]) for p in profiled.values()]
     )
-    heads = lost.shape[1] * lost.shape[2]
-    share = {n: densities[n] if isinstance(densities, Mapping) else densities for n in lengths}
     plans = choose(
         lost,
         torch.stack([costs(n, rules, block_size) for n in lengths]),
-        [share[n] * n * heads for n in lengths],
+        _bounds(densities, lengths, heads=lost.shape[1] * lost.shape[2]),
         lower_bound_ratio=lower_bound_ratio,
         rules_per_layer_limit=rules_per_layer_limit,
         points=points_per_objective,
     )
     recipes = [recipe(plan, paths, rules, block_size=block_size, **knobs) for plan in plans]
     return min(recipes, key=validate) if validate else recipes[least(plans)]
+
+
+def _bounds(densities: float | Mapping[int, float], lengths: Sequence[int], *, heads: int) -> list[float]:
+    """The tokens that all heads together may keep, at each length."""
+    return [(densities[n] if isinstance(densities, Mapping) else densities) * n * heads for n in lengths]
 
 
 def least(plans: Sequence[Plan]) -> int:

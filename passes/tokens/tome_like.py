@@ -70,16 +70,9 @@ class TomeLike(Mechanism):
         plans: list[tuple[fx.Node, int]] = []
         source: fx.Node | None = None
         for path, wanted in zip(paths, self.schedule(len(paths))):
-            site, ports = program.site(path), program.ports[path]
-            if site.causal or not site.self_attention:
-                raise Refused(
-                    f"tome_like merges tokens of noncausal self-attention, this is {site.pattern}", where=path
-                )
+            ports, length = program.ports[path], _tokens(program, path)
             if size is not None and self.prop_attn:
                 _weigh_keys(ports.attend, size)
-            length = ports.nodes["k"].meta["val"].shape[2]
-            if not isinstance(length, int):
-                raise Refused(f"{length} tokens", where=path, fits="a static number of tokens (an image encoder)")
             r = self._removed(wanted, length, protected)
             if r <= 0:
                 continue
@@ -135,6 +128,16 @@ def _traced(
     (source,) = insert(behind.next, members, inputs, like=behind)
     program.traces.append((f"{path}.source", source))
     return source
+
+
+def _tokens(program: Program, path: str) -> int:
+    """How many tokens a site has, which must be known and of a kind that may be merged."""
+    site, length = program.site(path), program.ports[path].nodes["k"].meta["val"].shape[2]
+    if site.causal or not site.self_attention:
+        raise Refused(f"tome_like merges tokens of noncausal self-attention, this is {site.pattern}", where=path)
+    if not isinstance(length, int):
+        raise Refused(f"{length} tokens", where=path, fits="a static number of tokens (an image encoder)")
+    return length
 
 
 def _weigh_keys(attend: fx.Node, size: fx.Node) -> None:
