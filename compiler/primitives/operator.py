@@ -252,17 +252,21 @@ def _plain_keys() -> frozenset[int]:
     return frozenset((_keys(torch.empty(0)), _keys(inference)))
 
 
-_PLAIN = _plain_keys()
+_PLAIN, _TYPES = _plain_keys(), (Tensor, Parameter)
 
 
 def _nobody_asks(arguments: Sequence[Any]) -> bool:
     """Whether a call gives the same without torch's operator, whose layers cost more than a small kernel: no gradient,
     nothing that looks on, tensors that are nothing else.
     """
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or forward_ad._current_level >= 0 or watching():
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0 or watching():
         return False
-    tensors = [t for a in arguments[:-1] for t in (a if isinstance(a, list | tuple) else (a,))]
-    return all(type(t) in (Tensor, Parameter) and _keys(t) in _PLAIN for t in tensors)
+    learns = torch.is_grad_enabled()
+    for a in arguments[:-1]:
+        for t in a if isinstance(a, list | tuple) else (a,):
+            if type(t) not in _TYPES or _keys(t) not in _PLAIN or (learns and t.requires_grad):
+                return False
+    return True
 
 
 def _in_groups(tensors: Sequence[Tensor], counts: Sequence[int]) -> Groups:
