@@ -3,8 +3,8 @@
     python benchmarks/quantized_linear.py [--size 4096] [--rows 1 2 4 8 16 64 512] [--runs 15] [--json FILE] [--md FILE]
 
 Numerics first. Rounding of activations is part of a call. torchao's weight-only scheme is `_weight_int8pack_mm` as it
-stands in eager mode; its dynamic scheme the same rounding and `_int_mm`. The bound of few rows: a loop that does nothing
-but read as many bytes as a weight of 8 bits has.
+stands in eager mode; its dynamic scheme the same rounding and `_int_mm`. The bound of few rows: a loop that does
+nothing but read as many bytes as a weight of 8 bits has.
 """
 
 from __future__ import annotations
