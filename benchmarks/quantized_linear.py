@@ -3,12 +3,14 @@
     python benchmarks/quantized_linear.py [--size 4096] [--rows 1 2 4 8 16 64 512] [--runs 15] [--json FILE] [--md FILE]
 
 Numerics first. Rounding of activations is part of a call. torchao's weight-only scheme is `_weight_int8pack_mm` as it
-stands in eager mode; its dynamic scheme the same rounding and `_int_mm`.
+stands in eager mode; its dynamic scheme the same rounding and `_int_mm`. The bound of few rows: a loop that does
+nothing but read as many bytes as a weight of 8 bits has.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import platform
 import time
@@ -22,6 +24,8 @@ from torch import Tensor
 import reattend  # noqa: F401 - registers schemes and kernels
 from reattend.codegen.cpu import qlinear as plain
 from reattend.codegen.cpu.qlinear_units import road
+from reattend.codegen.cpu.skeleton import skeleton
+from reattend.codegen.cpu.toolchain import toolchain
 from reattend.compiler.bench import machine
 from reattend.compiler.mechanism import mechanism
 from reattend.compiler.primitives.operator import watched
@@ -54,8 +58,35 @@ def calls_at(x: Tensor, weight: Tensor, layers: dict[str, tuple[list[Tensor], QL
         found[scheme] = lambda tensors=tensors, spec=spec: qlinear(x, tensors, spec)  # type: ignore[misc]
     if len(x) <= 8:  # beyond, it is many times slower
         found["_weight_int8pack_mm"] = lambda: plain.by_bytes([[x], layers["w8"][0]], layers["w8"][1].text)
+    if (read := reading(layers["w8"][0][0])) is not None:
+        found["reading 8 bits"] = read
     found["rounding, _int_mm"] = lambda: plain.by_whole([[x], layers["w8a8"][0]], layers["w8a8"][1].text)
     return found
+
+
+_READ = """
+extern "C" int run(const int32_t* from, int64_t count, int threads) {
+    int kept = 0;
+#pragma omp parallel num_threads(threads) reduction(+ : kept)
+    {
+        const int64_t each = count / threads / (8 * VL) * 8 * VL;
+        vi sum[8] = {};
+        for (const int32_t *at = from + omp_get_thread_num() * each, *end = at + each; at < end; at += 8 * VL)
+            for (int l = 0; l < 8; l++) sum[l] += load(at + l * VL);
+        for (int l = 0; l < 8; l++) kept += total(sum[l]);
+    }
+    return kept;
+}
+"""
+
+
+def reading(codes: Tensor) -> Callable[[], Any] | None:
+    """A loop that reads these bytes and does nothing with them."""
+    if (tools := toolchain()) is None:
+        return None
+    run = tools.build(skeleton(said=[_READ])).run
+    run.argtypes, count = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int], codes.nbytes // 4
+    return lambda: run(codes.data_ptr(), count, torch.get_num_threads())
 
 
 def times(calls: Calls, runs: int) -> dict[str, float]:

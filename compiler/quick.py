@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from .faster import Faster
 from .joined_products import Joined, side_by_side
@@ -41,6 +40,7 @@ from .pointwise import (
     pieces,
     rows_apart,
 )
+from .primitives.operator import watching
 
 log = logging.getLogger("reattend")
 _LEAST = 1 << 13  # numbers of a tensor; a kernel's call costs more than it saves on fewer
@@ -57,7 +57,7 @@ def run_quick(graph: fx.GraphModule, model: nn.Module, tensors: Sequence[Tensor]
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return None
     state = graph.meta.setdefault(_KEY, _Calls())
-    if state is NEVER or _watched() or any(type(t) is not Tensor or t.device.type not in KERNELS for t in tensors):
+    if state is NEVER or watching() or any(type(t) is not Tensor or t.device.type not in KERNELS for t in tensors):
         return None
     if isinstance(state, _Twin) and state.is_for(tensors):
         return type(state.graph).forward(model, *tensors)
@@ -118,13 +118,6 @@ class _Twin:
 
 def _largest(tensors: Sequence[Tensor]) -> int:
     return max((t.numel() for t in tensors), default=0)
-
-
-def _watched() -> bool:
-    """Whether something looks at single operations: modes, transforms, tracers, autocast."""
-    modes = _get_current_dispatch_mode_stack() or torch.overrides._get_current_function_mode_stack()
-    transforms = torch._C._functorch.peek_interpreter_stack() is not None
-    return bool(modes) or transforms or torch._C._get_tracing_state() is not None or torch.is_autocast_enabled("cpu")
 
 
 class _Noting(fx.Interpreter):

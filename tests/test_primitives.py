@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from reattend.compiler.primitives.attend import attend
 from reattend.compiler.primitives.chosen import chosen
@@ -287,3 +288,24 @@ def test_no_rows_and_one(case: Case, n: int) -> None:
     kept = [o.masked_fill(o == -torch.inf, 0.0).sum() for o in outputs if o.requires_grad]
     for gradient in torch.autograd.grad(kept, [t for t in tensors if t.requires_grad], allow_unused=True):
         assert gradient is None or torch.isfinite(gradient).all()
+
+
+def test_a_call_that_nobody_looks_at_leaves_out_the_operator() -> None:
+    """The numbers are the same; whoever looks at single operations, or learns, sees the operator as before."""
+    q, k, v = (torch.randn(1, 2, 5, 4) for _ in range(3))
+    seen: list[str] = []
+
+    class Looks(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            seen.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    asked = attend(q, k, v)
+    with torch.no_grad():
+        plain = attend(q, k, v)
+        with Looks():
+            watched = attend(q, k, v)
+        turned = attend(torch._neg_view(q), k, v)
+    assert torch.equal(asked, plain) and torch.equal(asked, watched) and "reattend.attend.default" in seen
+    assert torch.equal(turned, attend(-q, k, v))
+    assert attend(q.requires_grad_(), k, v).requires_grad

@@ -180,8 +180,12 @@ def test_panels_are_the_meaning(spec: QLinearSpec, dtype: torch.dtype, monkeypat
 
 @pytest.mark.skipif(not ROADS, reason="a processor without products of bytes")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rows", [5, 8, 10])
-@pytest.mark.parametrize("spec", [QLinearSpec("int8", 192), QLinearSpec("int4", 192, group=64)], ids=lambda s: s.text)
+@pytest.mark.parametrize(
+    ("spec", "rows"),
+    [*((QLinearSpec("int8", 192), n) for n in (5, 8, 10, 23, 64)),
+     *((QLinearSpec("int4", 192, group=64), n) for n in (5, 8, 10))],
+    ids=str,
+)  # fmt: skip
 def test_taken_apart_rows_are_what_they_were(
     spec: QLinearSpec, rows: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,21 +13,23 @@
 constexpr int64_t BLOCKS = 8, FAR = VL == 16 ? 3 << 19 : 3 << 20;  // so many blocks meet a tile in turn where a head's keys and values have more bytes
 
 // One tile, or its first keys.
-template <int S> static void tile(const Call& c, Block& x, const Packed& keys, int64_t number, int64_t most) {
+template <int S> static void tile(const Call& c, Block& x, const Packed& all, int64_t number, int64_t most) {
     const Source& s = c.source[S];
     const int64_t first = number * BN, width = smaller(s.keys - first, most);
     const bool placed = s.at || s.place || c.q_place;
     const int seen = placed ? 1 : Spec<S>::seen((int)x.b, (int)x.h, x.i0, x.i1, (int32_t)first, (int32_t)(first + width - 1));
     if (seen == 0) return;
     const int64_t deep = rounded(c.D, DEEP), rows = rounded(x.count, TALL);
-    ready(c, s, x.b, x.h / (c.H / s.Hk), number, keys);
+    const int64_t h = x.h / (c.H / s.Hk);
+    ready(c, s, x.b, h, number, all);
+    const Packed keys = x.once ? tile_of_own(c, s, x.b, h, number, all, x.once) : all;
     product<false>(rows, rounded(width, WIDE), deep, x.q, deep, keys.k + number * deep * LN, stride(deep, LN), x.s, LN);
     const int32_t* place = s.at || s.place ? keys.j + first : nullptr;
     ask(c, x, (int32_t)first);
     if (seen == 2 && width == BN && BN % VL == 0) weigh<S, true>(c, x, place, width, (int32_t)first);
     else weigh<S, false>(c, x, place, width, (int32_t)first);
     if (!VALUES) return;
-    const cell* v = keys.v ? keys.v + first * x.ldo : s.v.data + x.b * s.v.b + x.h / (c.H / s.Hk) / s.lie * s.v.h + first * s.v.n;
+    const cell* v = keys.v ? keys.v + first * x.ldo : s.v.data + x.b * s.v.b + h / s.lie * s.v.h + first * s.v.n;
     product<true>(rows, x.ldo, rounded(width, DEEP), x.p, LN, v, keys.v ? stride(BN, x.ldo) : s.v.n, x.o, x.ldo);
 }
 
@@ -71,7 +73,7 @@ static void begin(const Call& c, Block& x) {
         const int64_t deep = rounded(c.D, DEEP);
         const cell* query = c.q.data + x.b * c.q.b + x.h * c.q.h + n * c.q.n;
         cell* to = x.q + r * deep;
-        if (c.q.d == 1) memcpy(to, query, sizeof(cell) * c.D); else for (int64_t d = 0; d < c.D; d++) to[d] = query[d * c.q.d];
+        if (c.q.d == 1) copy(query, c.D, to); else for (int64_t d = 0; d < c.D; d++) to[d] = query[d * c.q.d];
         for (int64_t d = c.D; d < deep; d++) to[d] = 0;
     }
     memset(x.o, 0, sizeof(float) * x.count * x.ldo);
@@ -80,16 +82,24 @@ static void begin(const Call& c, Block& x) {
 static void finish(const Call& c, const Block& x) {
     for (int64_t r = 0; r < x.count; r++) {
         const int64_t n = x.first + r;
-        const Settled found = settled(x, r);
-        const float divisor = found.divisor == 0.f ? 1.f : found.divisor;
+        const Settled found = settled(x, r, c.lse);
+        const float divisor = found.divisor == 0.f ? 1.f : found.divisor, size = fabsf(divisor);
+        const float share = size > 1e-30f && size < 1e30f ? 1.f / divisor : 0.f;  // 0: it would not be whole
         if (c.lse) c.lse[(x.b * c.H + x.h) * c.N + n] = found.lse;
         cell *o = c.o.data + x.b * c.o.b + x.h * c.o.h + n * c.o.n, line[VL];
         for (int64_t d = 0; d < c.Dv; d += VL) {
             const int64_t count = smaller<int64_t>(VL, c.Dv - d);
-            store(count == VL ? o + d : line, load(x.o + r * x.ldo + d) / divisor);
+            const vf y = load(x.o + r * x.ldo + d);
+            store(count == VL ? o + d : line, share == 0.f ? y / divisor : y * share);
             if (count < VL) memcpy(o + d, line, sizeof(cell) * count);
         }
     }
+}
+
+// Blocks of all rows: a few rows behind the last one belong to it, but where each block has its list of tiles.
+static int64_t blocks_of(const Call& c) {
+    const int64_t whole = (c.N + BM - 1) / BM, rest = c.N - (whole - 1) * BM;
+    return whole > 1 && !c.list && rest <= MOST - BM ? whole - 1 : whole;
 }
 
 // 0: done; 1: the processor's matrix units were not given to this process.
@@ -99,25 +109,31 @@ extern "C" int run(const Call* call) {
     static const bool allowed = units_allowed();
     if (!allowed) return 1;
 #endif
+    const int64_t blocks = blocks_of(c);
+    bool once = !STOPS && blocks == 1;  // no tile meets two blocks: none is kept
+    for (int S = 0; S < SEGMENTS; S++) once = once && c.source[S].Hk == c.H;
     int64_t needed = 0;
     for (int S = 0; S < SEGMENTS; S++) needed += bytes(c, c.source[S]);
+    if (once) needed = 0;
     Workspace memory(needed / 4), table(SEGMENTS * c.B * c.H * sizeof(Packed) / 4);
     Packed* keys = (Packed*)table.data;
     char* at = (char*)memory.data;
-    for (int S = 0; S < SEGMENTS; at += bytes(c, c.source[S]), S++) prepare(c, c.source[S], keys + S * c.B * c.H, at);
+    for (int S = 0; S < SEGMENTS; at += bytes(c, c.source[S]), S++) prepare(c, c.source[S], keys + S * c.B * c.H, at, once);
     if (STOPS) look_ahead(c, keys);
-    const int64_t rows = rounded(BM, TALL), deep = rounded(c.D, DEEP), ldo = rounded(c.Dv, WIDE);
+    const int64_t rows = rounded(MOST, TALL), deep = rounded(c.D, DEEP), ldo = rounded(c.Dv, WIDE);
     const bool far = BACK == INT64_MAX && !STOPS && !c.list && c.source[0].keys * (c.D + c.Dv) * (int64_t)sizeof(cell) >= FAR;
     const bool many = c.B * c.H * c.N >= 4 * c.threads * BLOCKS * BM;  // turns enough for every thread
-    const int64_t side = far && many ? BLOCKS : 1, turns = (c.N + side * BM - 1) / (side * BM), tasks = c.B * c.H * turns;
+    const int64_t side = far && many ? BLOCKS : 1, turns = (blocks + side - 1) / side, tasks = c.B * c.H * turns;
 #pragma omp parallel num_threads(c.threads)
     {
         const NoSubnormals flushing;
         const int64_t each = rows * (deep + ldo) + asked_floats(c, rows);  // floats of a block: rows, what they gather and ask for
-        Workspace own(side * each + 2 * rows * LN);
+        const int64_t all = side * each + 2 * rows * LN;
+        Workspace own(rounded(all, 16) + (once ? bytes_of_tile(c) / 4 : 0));
         Block x[BLOCKS];
         for (int64_t n = 0; n < side; n++) {
             x[n].o = own.data + n * each, x[n].q = (cell*)(x[n].o + rows * ldo), x[n].ldo = ldo;
+            x[n].once = once ? (char*)(own.data + rounded(all, 16)) : nullptr;
             place_asked(c, x[n], rows, own.data + n * each + rows * (deep + ldo));
             x[n].s = own.data + side * each, x[n].p = (cell*)(x[n].s + (sizeof(cell) == 4 ? 0 : rows * LN));
         }
@@ -128,10 +144,10 @@ extern "C" int run(const Call* call) {
         for (int64_t task = 0; task < tasks; task++) {
             const int64_t turn = turns - 1 - task % turns;  // under a causal mask the last rows cost most: they begin
             int64_t count = 0;
-            for (int64_t first = turn * side * BM; count < side && first < c.N; first += BM, count++) {
+            for (int64_t number = turn * side; count < side && number < blocks; number++, count++) {
                 Block& one = x[count];
-                one.b = task / turns / c.H, one.h = task / turns % c.H, one.first = first;
-                one.count = smaller<int64_t>(BM, c.N - first);
+                one.b = task / turns / c.H, one.h = task / turns % c.H, one.first = number * BM;
+                one.count = number + 1 == blocks ? c.N - one.first : BM;
                 begin(c, one);
             }
             segments<SEGMENTS - 1>(c, x, count, keys);

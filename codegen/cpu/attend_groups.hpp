@@ -146,8 +146,10 @@ template <int S, bool WHOLE> INLINE void weigh(const Call& c, Block& x, const in
 }
 
 struct Settled { float divisor, lse; };
-INLINE Settled settled(const Block& x, int64_t r) {
-    const float l = total(load(x.l + r * VL)), log = l == 0.f ? -INF : logf(l);
+INLINE Settled settled(const Block& x, int64_t r, bool logs) {
+    const float l = total(load(x.l + r * VL));
+    if (!logs) return {l, 0.f};
+    const float log = l == 0.f ? -INF : logf(l);
     return {l, x.m[r] != -INF ? x.m[r] * LN2 + log : log};
 }
 

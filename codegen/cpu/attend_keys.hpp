@@ -34,6 +34,7 @@ struct Call {
     Relative relative[RELATIVE ? RELATIVE : 1];
 };
 
+constexpr int64_t MOST = BM + (TALL == 1 ? 8 : 0);  // rows of the last block, which takes what is too little for one of its own
 constexpr int64_t LN = (BN + WIDE - 1) / WIDE * WIDE;
 constexpr float LN2 = 0.69314718055994531f;
 constexpr int32_t NOWHERE = INT32_MIN;  // the position of a place at which no key stands
@@ -88,6 +89,12 @@ INLINE void put_values(const cell* const* rows, int64_t count, int64_t step, int
 #endif
 
 // Whether the rows at VL places from one on lie behind each other.
+INLINE void copy(const cell* from, int64_t count, cell* to) {
+    int64_t d = 0;
+    for (; d + VL <= count; d += VL) memcpy(to + d, from + d, VL * sizeof(cell));
+    for (; d < count; d++) to[d] = from[d];
+}
+
 INLINE bool in_order(const Source& s, int64_t b, int64_t h, int64_t place) {
     if (!s.at) return true;
     const int32_t* at = s.at + b * s.at_b + h * s.at_h + place;
@@ -118,11 +125,12 @@ static void pack(const Call& c, const Source& s, int64_t b, int64_t h, int64_t t
 struct Asked { float* data; int64_t low, high; };  // products of a block's rows with a R, and which panels are there
 struct Block {  // one block of query rows, and what it has gathered so far
     int64_t b, h, first, count;
-    int32_t i[BM], i0, i1;  // positions, the least and the greatest
-    float m[BM], l[BM * VL];  // what is known of a row's weights: the files of the normalisers say what
+    int32_t i[MOST], i0, i1;  // positions, the least and the greatest
+    float m[MOST], l[MOST * VL];  // what is known of a row's weights: the files of the normalisers say what
     cell *q, *p;  // the rows, their weights
     float *s, *o;
     int64_t ldo;
+    char* once;  // room for a tile, made for this block alone; null where all tiles are there
     const Table* t;
     Table own[RELATIVE ? TABLES : 1];
     Asked asked[RELATIVE ? RELATIVE : 1];
@@ -159,7 +167,8 @@ static int64_t bytes(const Call& c, const Source& s) {
     return rounded(c.B * s.Hk * ((r.k + r.v) * sizeof(cell) + whole_numbers(r) * 4), 64);
 }
 
-static void prepare(const Call& c, const Source& s, Packed* keys, char* at) {
+// Where the tiles of a segment are, and what is in them, unless it is made tile by tile.
+static void prepare(const Call& c, const Source& s, Packed* keys, char* at, bool later) {
     const Room r = room(c, s);
     const int64_t heads = c.B * s.Hk, tiles = r.tiles;
     for (int64_t n = 0; n < heads; n++) {
@@ -169,10 +178,24 @@ static void prepare(const Call& c, const Source& s, Packed* keys, char* at) {
         if (STOPS) memset(keys[n].state, 0, sizeof(int32_t) * tiles);
         at += (r.k + r.v) * sizeof(cell) + whole_numbers(r) * 4;
     }
-    if (STOPS) return;
+    if (STOPS || later) return;
 #pragma omp parallel for schedule(static) num_threads(c.threads)
     for (int64_t n = 0; n < heads * tiles; n++)
         pack(c, s, n / tiles / s.Hk, n / tiles % s.Hk, n % tiles, keys[n / tiles]);
+}
+
+// A tile in a room of its own, said so that the tiles before it would lie in front of it.
+static int64_t bytes_of_tile(const Call& c) {
+    return rounded(sizeof(cell) * (LN * rounded(c.D, DEEP) + BN * rounded(c.Dv, WIDE)), 64) + rounded(4 * (BN + LN), 64);
+}
+INLINE Packed tile_of_own(const Call& c, const Source& s, int64_t b, int64_t h, int64_t tile, const Packed& all, char* at) {
+    const int64_t k = LN * rounded(c.D, DEEP), v = BN * rounded(c.Dv, WIDE);
+    Packed found = all;
+    found.k = (cell*)at - tile * k;
+    found.v = values_as_they_are(c, s) ? nullptr : (cell*)at + k - tile * v;
+    found.j = (int32_t*)(at + rounded(sizeof(cell) * (k + v), 64)) - tile * BN;
+    pack(c, s, b, h, tile, found);
+    return found;
 }
 
 // Makes a tile, unless it is there; a thread that meets another at it waits.

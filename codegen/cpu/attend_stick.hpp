@@ -51,7 +51,7 @@ template <int S, bool WHOLE> INLINE void weigh(const Call& c, Block& x, const in
 }
 
 struct Settled { float divisor, lse; };
-INLINE Settled settled(const Block& x, int64_t r) { return {1.f, -x.m[r] * LN2}; }
+INLINE Settled settled(const Block& x, int64_t r, bool) { return {1.f, -x.m[r] * LN2}; }
 
 // Whether no key of the tiles before can change the block's rows: the values there are at most `most` in size, all weights
 // together at most what is left. Where weights become others, or `most` is not known, that has to be 0 in float32.

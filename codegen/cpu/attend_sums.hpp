@@ -74,8 +74,10 @@ template <int S, bool WHOLE> INLINE void weigh(const Call& c, Block& x, const in
 }
 
 struct Settled { float divisor, lse; };
-INLINE Settled settled(const Block& x, int64_t r) {
-    const float l = total(load(x.l + r * VL)), divisor = NORMALISER == NONE ? 1.f : NORMALISER == SUM ? l + EPS : l;
+INLINE Settled settled(const Block& x, int64_t r, bool logs) {
+    const float l = NORMALISER == NONE && !logs ? 0.f : total(load(x.l + r * VL));
+    const float divisor = NORMALISER == NONE ? 1.f : NORMALISER == SUM ? l + EPS : l;
+    if (!logs) return {divisor, 0.f};
     const float log = l == 0.f ? -INF : logf(l);
     return {divisor, NORMALISER == SOFTMAX && x.m[r] != NO_SCORE ? (POWER ? POWER * logf(x.m[r]) : x.m[r] * LN2) + log : log};
 }

@@ -143,28 +143,34 @@ INLINE bool same(vi a, vi b) { return total((vi)(a == b)) == -VL; }
 
 // 2 ** x for every float, 1e-7 apart at most: below -126 it is 0, from 128 on infinite.
 #ifdef __AVX512F__
-// Two instructions that no vector type says: the nearest integer, and a product with a power of two, whatever its size.
+// Instructions that no vector type says: the nearest integer; a product with 2 to the whole number below `power`, whatever its size.
 INLINE vf nearest(vf x) { vf y; asm("vrndscaleps $0, %1, %0" : "=v"(y) : "v"(x)); return y; }
 INLINE vf times_power(vf x, vf power) { vf y; asm("vscalefps %2, %1, %0" : "=v"(y) : "v"(x), "v"(power)); return y; }
+// x less the whole number below it; of an infinite x 0.
+#ifdef __AVX512DQ__
+INLINE vf above_whole(vf x) { vf y; asm("vreduceps $1, %1, %0" : "=v"(y) : "v"(x)); return y; }
+#else
+INLINE vf above_whole(vf x) { vf y; asm("vrndscaleps $1, %1, %0" : "=v"(y) : "v"(x)); return select(absolute(x) < INF, x - y, vf{}); }
+#endif
 INLINE vf exp2_fine(vf x) {
-    const vf bounded = within(x, -150.f, 129.f), whole = nearest(bounded), f = bounded - whole;  // f in [-1/2, 1/2]
-    vf p = all(1.5337577e-4f);
-    p = p * f + 1.3399860e-3f;
-    p = p * f + 9.6185198e-3f;
-    p = p * f + 5.5503290e-2f;
-    p = p * f + 2.4022646e-1f;
-    p = p * f + 6.9314718e-1f;
+    const vf f = above_whole(x);  // in [0, 1)
+    vf p = all(2.161291505e-4f);
+    p = p * f + 1.246784641e-3f;
+    p = p * f + 9.675451571e-3f;
+    p = p * f + 5.548528062e-2f;
+    p = p * f + 2.402293056e-1f;
+    p = p * f + 6.931470444e-1f;
     p = p * f + 1.f;
-    return times_power(p, whole);
+    return times_power(p, x);
 }
 #ifdef HALVES  // 1e-4 apart: what becomes of it has eight bits
 INLINE vf exp2_(vf x) {
-    const vf bounded = within(x, -150.f, 129.f), whole = nearest(bounded), f = bounded - whole;
-    vf p = all(5.5171321e-2f);
-    p = p * f + 2.4261054e-1f;
-    p = p * f + 6.9326099e-1f;
-    p = p * f + 9.9992811e-1f;
-    return times_power(p, whole);
+    const vf f = above_whole(x);
+    vf p = all(7.802452118e-2f);
+    p = p * f + 2.260671575e-1f;
+    p = p * f + 6.958335398e-1f;
+    p = p * f + 9.999252186e-1f;
+    return times_power(p, x);
 }
 #else
 INLINE vf exp2_(vf x) { return exp2_fine(x); }

@@ -29,7 +29,7 @@ static void part_of(const Call& c, const Turned& t, int64_t n0, int64_t end, int
         const int64_t last = smaller(first + CHUNK, t.steps);
         int32_t* own = sums;
         for (int64_t n = n0; n < end; n += OUTPUTS) {
-            const bool as_they_lie = LIE && CODES == BYTES && WHOLE && c.K % 64 == 0 && n + OUTPUTS <= c.N && to - from <= 4;
+            const bool as_they_lie = LIE && CODES == BYTES && WHOLE && c.K % 64 == 0 && n + OUTPUTS <= c.N && to - from <= LIES;
             if (!as_they_lie)
                 for (int64_t o = 0; o < OUTPUTS; o++) {
                     Reader reader(c, n + o < c.N ? n + o : c.N - 1);

@@ -3,6 +3,7 @@
 constexpr int STRIP = 32;  // blocks of rows that stay in a cache
 constexpr int CHUNK = 8;  // tiles of a panel that are made at a time: with what it meets of x it stays in the nearest cache
 constexpr bool LIE = false;  // panels are made for all numbers of rows
+constexpr int LIES = 0;
 
 INLINE vi dot(vi sum, vi w, vi x) {
     if constexpr (WHOLE) asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x)); else sum = (vi)dot((vf)sum, w, x);

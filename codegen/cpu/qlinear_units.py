@@ -18,7 +18,9 @@ from .qlinear_call import CODES, LEAST, TYPES, call_of, odd
 from .skeleton import skeleton
 from .toolchain import built
 
-_APART = 10  # rows up to which bfloat16 is faster taken apart into whole numbers than bytes made bfloat16; measured
+# Rows up to which bfloat16 is faster taken apart into whole numbers than codes made bfloat16, measured: units read
+# bytes as they lie, while fewer bits are unpacked either way.
+_APART, _APART_AS_THEY_LIE = 10, 64
 _MOST = 1 << 16  # inputs whose products are sure to fit into a sum of 32 bits
 DOTS = frozenset({"avx512f", "avx512bw", "avx512vl", "avx512_vnni", "f16c"})
 ROADS = {"units": "matrix units", "dots": "four bytes at a time", "": "no products of bytes"}
@@ -111,4 +113,5 @@ def _digits(x: Tensor, spec: QLinearSpec, by: str) -> int:
     if x.dtype == torch.float32:
         return 3 if by == "dots" or spec.format == "int4" else 0
     bare = by == "dots" and "avx512_bf16" not in cpu_flags()
-    return 3 if bare or x.numel() <= _APART * spec.inputs else 0
+    apart = _APART_AS_THEY_LIE if by != "dots" and spec.format == "int8" else _APART
+    return 3 if bare or x.numel() <= apart * spec.inputs else 0

@@ -90,14 +90,15 @@ def run(groups: Groups, text: str) -> list[Tensor]:
     Dv, extra = v.shape[-1], spec.normaliser == "sum"
     kept: list[Tensor] = []  # what the call points into stays alive until it returns
     dtype = torch.bfloat16 if q.dtype == torch.bfloat16 else torch.float32
+    sizes = {"o": (B, H, N, Dv), "state": (B, H, D, Dv + extra), "norm": (B, H, N)}
     made = {
-        "o": torch.empty(B, H, N, Dv, dtype=dtype),
-        "state": torch.empty(B, H, D, Dv + extra),
-        "norm": torch.empty(B, H, N),
+        which: torch.empty(sizes[which], dtype=dtype if which == "o" else torch.float32)
+        for which in dict.fromkeys(("o", *spec.outputs))
     }
     call = Call(B=B, H=H, group=H // k.shape[1], N=N, D=D, Dv=Dv, threads=torch.get_num_threads())
     call.q, call.o = Rows.of(as_dtype(q, dtype, kept)), Rows.of(made["o"])
-    call.k, call.v = (Rows.of(as_dtype(t, dtype, kept).expand(B, *t.shape[1:])) for t in (k, v))
+    keys = [as_dtype(t, dtype, kept) for t in (k, v)]
+    call.k, call.v = (Rows.of(t if t.shape[0] == B else t.expand(B, *t.shape[1:])) for t in keys)
     decay = named.get(spec.decay)
     if decay is not None:
         call.decay = _spread(decay, (B, H, N, decay.shape[-1]), q, kept)
@@ -109,8 +110,8 @@ def run(groups: Groups, text: str) -> list[Tensor]:
     if spec.valid:
         valid = whole_numbers(named[spec.valid].reshape(-1, N) != 0, kept)
         call.valid, call.valid_b = pointer(valid), step(valid, 0)
-    call.state, call.norm = (pointer(made[which]) if which in spec.outputs else None for which in ("state", "norm"))
-    if made["state"].numel() and B:
+    call.state, call.norm = (pointer(made.get(which)) or None for which in ("state", "norm"))
+    if B * H * D * (Dv + extra):
         built(source, text, *_kind(groups, spec))[0](ctypes.byref(call))
     made["o"] = made["o"].to(q.dtype)
     return [made[which] for which in spec.outputs]

@@ -14,6 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.autograd import forward_ad
+from torch.nn import Parameter
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils._pytree import tree_leaves
 
 from ..nodes import is_overload
@@ -122,6 +125,8 @@ class Primitive:
         return getattr(torch.ops.reattend, self.name).default
 
     def __call__(self, *arguments: Any) -> list[Tensor]:
+        if _nobody_asks(arguments):
+            return self._run(*arguments)
         result: list[Tensor] = self.op(*arguments)
         return result
 
@@ -227,6 +232,41 @@ class Primitive:
             return [torch.zeros_like(t) for t in learned]
         found = torch.autograd.grad([r for r, _ in pairs], learned, [g for _, g in pairs], allow_unused=True)
         return [_like(t, g) for t, g in zip(learned, found, strict=True)]
+
+
+def watching() -> bool:
+    """Whether something looks at single operations: modes, transforms, tracers, autocast."""
+    modes = _get_current_dispatch_mode_stack() or torch.overrides._get_current_function_mode_stack()
+    transforms = torch._C._functorch.peek_interpreter_stack() is not None
+    return bool(modes) or transforms or torch._C._get_tracing_state() is not None or torch.is_autocast_enabled("cpu")
+
+
+def _keys(tensor: Tensor) -> int:
+    found: int = torch._C._dispatch_keys(tensor).raw_repr()
+    return found
+
+
+def _plain_keys() -> frozenset[int]:
+    with torch.inference_mode():
+        inference = torch.empty(0)
+    return frozenset((_keys(torch.empty(0)), _keys(inference)))
+
+
+_PLAIN, _TYPES = _plain_keys(), (Tensor, Parameter)
+
+
+def _nobody_asks(arguments: Sequence[Any]) -> bool:
+    """Whether a call gives the same without torch's operator, whose layers cost more than a small kernel: no gradient,
+    nothing that looks on, tensors that are nothing else.
+    """
+    if torch.compiler.is_compiling() or forward_ad._current_level >= 0 or watching():
+        return False
+    learns = torch.is_grad_enabled()
+    for a in arguments[:-1]:
+        for t in a if isinstance(a, list | tuple) else (a,):
+            if type(t) not in _TYPES or _keys(t) not in _PLAIN or (learns and t.requires_grad):
+                return False
+    return True
 
 
 def _in_groups(tensors: Sequence[Tensor], counts: Sequence[int]) -> Groups:

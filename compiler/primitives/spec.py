@@ -7,6 +7,8 @@ from dataclasses import dataclass, fields
 from functools import lru_cache
 from typing import Any, TypeVar
 
+import torch
+
 from ..refusal import Refused
 
 S = TypeVar("S", bound="Spec")
@@ -18,12 +20,22 @@ class Spec:
 
     @property
     def text(self) -> str:
-        return _written(self)
+        if torch.compiler.is_compiling():
+            return _written(self)
+        try:
+            return _kept(self)
+        except TypeError:  # it holds a list
+            return _written(self)
 
     @classmethod
     def of(cls: type[S], text: str) -> S:
         found: S = _parse(cls, text)  # type: ignore[arg-type]
         return found
+
+
+@lru_cache(maxsize=4096)
+def _kept(spec: Spec) -> str:
+    return _written(spec)
 
 
 def _written(value: Any) -> str:
