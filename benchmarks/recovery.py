@@ -79,8 +79,8 @@ def language(checkpoint: Path | None) -> Any:
 
 def half_window(bench: Bench) -> dict[str, Any]:
     """Every second site sees the 64 latest bytes."""
-    return bench_language(bench, "half-window", everywhere(WINDOW, "odd"), train="all", lr=4e-4, transfer=0.2,
-                          bfloat16=HALVES, steps=1200)  # fmt: skip
+    return bench_language(bench, "half-window", everywhere(WINDOW, "odd"), train="all", lr=6e-4, transfer=0.1,
+                          bfloat16=HALVES, steps=600)  # fmt: skip
 
 
 def all_linear(bench: Bench) -> dict[str, Any]:

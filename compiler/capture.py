@@ -19,7 +19,7 @@ from .checkpointing import unflagged
 from .containers import MUTABLE, Layout, Leaf, absorb, lay_out_caches, put_together, take_apart
 from .fused_layers import cast_as_fused, masks_as_given, may_fuse
 from .graph_state import graph_from, state_of
-from .inside import inside
+from .inside import first_weight, inside
 from .leaves import plain_calls, stamp_leaves
 from .padding import KEPT, keeps_padding, packing, zeros_at_padding
 from .plain_graph import operations, plain, without_growth, written
@@ -162,13 +162,11 @@ def operations_at(model: nn.Module, call: Call, attempt: Attempt) -> tuple[str, 
 
 def setting(model: nn.Module) -> tuple[str, ...]:
     """What a graph depends on beside the call: the mode, the dtype and device of the weights, autocast."""
-    modes = "".join(["01"[module.training] for module in inside(model)])
-    if len(set(modes)) == 2:
-        code = int(modes, 2) % 65521  # torch.compile cannot trace zlib or hashlib
-        mode = f"{'train' if model.training else 'eval'} mixed {code:04x}"
-    else:
-        mode = "train" if model.training else "eval"
-    weight = next((p for p in model.parameters() if p.is_floating_point()), None)
+    mode, modes = "train" if model.training else "eval", [module.training for module in inside(model)]
+    if True in modes and False in modes:
+        code = int("".join(["01"[each] for each in modes]), 2) % 65521  # torch.compile cannot trace zlib or hashlib
+        mode = f"{mode} mixed {code:04x}"
+    weight = first_weight(model)
     if weight is None:
         return (mode, *_autocast("cpu"))
     own = ((KEPT,) if keeps_padding(model) else ()) + (("fused layers",) if may_fuse(model) else ())

@@ -23,7 +23,7 @@ def hook_numbers(model: nn.Module) -> frozenset[int]:
 
 def refuse_silent_hooks(model: nn.Module, called: Sequence[str], traced: frozenset[int]) -> None:
     """Raise Refused where a hook was added to a module that the graph does not call."""
-    if any(_hooked(m) and _added(m, traced) for m in inside(model) if m is not model):
+    if any(m is not model and _added(m, traced) for m in hooked(inside(model))):
         late = silent_hooks(model, called, traced)
         if late:
             raise Refused(
@@ -40,11 +40,14 @@ def silent_hooks(model: nn.Module, called: Sequence[str], traced: frozenset[int]
     return [path for path in hooked if not any(path == c or path.startswith(f"{c}.") for c in called)]
 
 
-def _hooked(module: nn.Module) -> bool:
-    own = module.__dict__  # asked of every module at every call
-    return bool(
-        own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
-    )
+def hooked(modules: Sequence[nn.Module]) -> list[nn.Module]:
+    """Those that have hooks: every module is asked at every call."""
+    found = []
+    for module in modules:
+        own = module.__dict__
+        if own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]:
+            found.append(module)
+    return found
 
 
 def _added(module: nn.Module, traced: frozenset[int]) -> bool:

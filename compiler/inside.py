@@ -1,8 +1,17 @@
-"""All modules of a model, each once: what is asked at every call walks without the generators of `modules()`."""
+"""What is asked of a model at every call, without the generators of `modules()` and `parameters()`."""
 
 from __future__ import annotations
 
 from torch import nn
+
+
+def first_weight(module: nn.Module) -> nn.Parameter | None:
+    """The first of `module.parameters()` that holds floating-point numbers."""
+    for own in module._parameters.values():
+        if own is not None and own.is_floating_point():
+            return own
+    found = (first_weight(held) for held in module._modules.values() if held is not None)
+    return next((weight for weight in found if weight is not None), None)
 
 
 def inside(model: nn.Module) -> list[nn.Module]:
@@ -14,8 +23,9 @@ def inside(model: nn.Module) -> list[nn.Module]:
     """
     found, seen = [model], {model}
     for module in found:  # which grows
-        for held in module._modules.values():
-            if held is not None and held not in seen:
-                seen.add(held)
-                found.append(held)
+        held = module._modules
+        for each in held.values() if held else ():
+            if each is not None and each not in seen:
+                seen.add(each)
+                found.append(each)
     return found

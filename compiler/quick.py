@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .faster import Faster
+from .handed_modules import Handed, hand_modules
 from .joined_products import Joined, side_by_side
 from .leaves import acts_as
 from .pointwise import (
@@ -60,7 +61,7 @@ def run_quick(graph: fx.GraphModule, model: nn.Module, tensors: Sequence[Tensor]
     if state is NEVER or watching() or any(type(t) is not Tensor or t.device.type not in KERNELS for t in tensors):
         return None
     if isinstance(state, _Twin) and state.is_for(tensors):
-        return type(state.graph).forward(model, *tensors)
+        return type(state.graph).forward(model, *state.modules.of(model), *tensors)
     if isinstance(state, _Calls) and not state.enough():
         return None
     noted = _Noting(model, graph.graph)
@@ -110,6 +111,7 @@ class _Twin:
     """A graph's twin, and up to which size of the largest input it is one: short calls show no work for kernels."""
 
     graph: fx.GraphModule
+    modules: Handed
     until: float
 
     def is_for(self, tensors: Sequence[Tensor]) -> bool:
@@ -146,6 +148,7 @@ def _twin(graph: fx.GraphModule, model: nn.Module, seen: dict[fx.Node, Seen], la
         return None
     at = {each.nodes[-1]: each for each in found}
     together = {nodes[0]: nodes for nodes in joined}
+    paths = {str(node.target) for node in graph.graph.find_nodes(op="call_module")}
     twin = fx.Graph()
     made: dict[fx.Node, fx.Node] = {}
     for node in graph.graph.nodes:
@@ -159,10 +162,11 @@ def _twin(graph: fx.GraphModule, model: nn.Module, seen: dict[fx.Node, Seen], la
                 made[node].target = _attended
             elif joined and node.target is aten.view.default:
                 made[node].target = aten.reshape.default  # columns of a wider product are no memory of their own
+    modules = hand_modules(twin, lambda path: path in paths)
     twin.lint()
     if (noted := _NOTED.get()) is not None:
         noted += [each.piece for each in found]
-    return _Twin(fx.GraphModule(model, twin), math.inf if found or attention else 4 * largest)
+    return _Twin(fx.GraphModule(model, twin), modules, math.inf if found or attention else 4 * largest)
 
 
 def _is_attention(node: fx.Node) -> bool:
