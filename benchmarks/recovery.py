@@ -78,9 +78,15 @@ def language(checkpoint: Path | None) -> Any:
 
 
 def half_window(bench: Bench) -> dict[str, Any]:
-    """Every second site sees the 64 latest bytes."""
+    """Every second site sees the 64 latest bytes; as many steps as 15 minutes hold on 2 cores with matrix units."""
     return bench_language(bench, "half-window", everywhere(WINDOW, "odd"), train="all", lr=6e-4, transfer=0.1,
                           bfloat16=HALVES, steps=600)  # fmt: skip
+
+
+def half_window_longer(bench: Bench) -> dict[str, Any]:
+    """Every second site sees the 64 latest bytes; twice as many steps."""
+    return bench_language(bench, "half-window-longer", everywhere(WINDOW, "odd"), train="all", lr=4e-4, transfer=0.2,
+                          bfloat16=HALVES, steps=1200)  # fmt: skip
 
 
 def all_linear(bench: Bench) -> dict[str, Any]:
@@ -131,6 +137,7 @@ def vit_agent(bench: Bench) -> dict[str, Any]:
 
 CASES: dict[str, Callable[[Bench], dict[str, Any]]] = {
     "half-window": half_window,
+    "half-window-longer": half_window_longer,
     "all-linear": all_linear,
     "vit-agent": vit_agent,
 }
@@ -232,7 +239,7 @@ def page(rows: Mapping[str, Any]) -> str:
 
 
 def verdict(name: str, row: Mapping[str, Any]) -> str:
-    if name == "half-window":
+    if name.startswith("half-window"):
         lost = row["recovered"]["bpb"] - row["original"]["bpb"]
         return f"{'Within' if lost <= 0.15 else 'NOT within'} 0.15 bits per byte of the original: {lost:+.3f}."
     if name == "all-linear":
