@@ -43,35 +43,38 @@ class Joined:
 
     def __init__(self) -> None:
         self.copy: _Copy | None = None
-        self.found_at: tuple[int, ...] = ()  # addresses of all weights at the latest call
-        self.calls = 0  # that found them there
+        self.found: tuple[tuple[int, ...], int] = (), 0  # addresses of all weights, and how many calls found them there
         self.worth_it = False  # whether calls of any kind are faster by the copy
 
     def __call__(self, x: Tensor, *layers: nn.Module) -> Sequence[Tensor]:
         def apart() -> list[Tensor]:
             return [layer(x) for layer in layers]
 
-        if type(x) is not Tensor or not all(acts_as(layer, nn.Linear) for layer in layers) or not self._settled(layers):
+        if type(x) is not Tensor or not all(acts_as(layer, nn.Linear) for layer in layers):
+            return apart()
+        at = tuple(address(t) for t in _weights(layers))
+        if not self._settled(at):
             return apart()
         kind = (x.numel().bit_length(), *(layer.weight.shape for layer in layers), x.dtype, torch.get_num_threads())
-        rows: Sequence[Tensor] = _products(kind, apart, lambda: self._at_once(x, layers))
+        rows: Sequence[Tensor] = _products(kind, apart, lambda: self._at_once(x, layers, at))
         self.worth_it |= _products.found[kind]
         if not self.worth_it:
             self.copy = None
         return rows
 
-    def _settled(self, layers: Layers) -> bool:
+    def _settled(self, at: tuple[int, ...]) -> bool:
         """Whether the weights have been where they are for some calls; a copy of others is dropped."""
-        at = tuple(address(t) for t in _weights(layers))
-        if at != self.found_at:
-            self.found_at, self.calls, self.copy = at, 0, None
-        self.calls += 1
-        return self.calls > _CALM
+        before, calls = self.found
+        if at != before:
+            self.copy, calls = None, 0
+        self.found = at, calls + 1
+        return calls >= _CALM
 
-    def _at_once(self, x: Tensor, layers: Layers) -> Sequence[Tensor] | None:
-        if self.copy is None:
-            self.copy = _Copy.of(layers)
-        return None if self.copy is None else self.copy.times(x)
+    def _at_once(self, x: Tensor, layers: Layers, at: tuple[int, ...]) -> Sequence[Tensor] | None:
+        copy = self.copy  # once: other threads may call a copy of the model, which shares this group
+        if copy is None or copy.at != at:
+            copy = self.copy = _Copy.of(layers)
+        return None if copy is None else copy.times(x)
 
 
 @dataclass(frozen=True)
@@ -82,17 +85,17 @@ class _Copy:
     bias: Tensor | None
     sizes: list[int]
     readers: list[Tensor]
+    at: tuple[int, ...]
 
     @staticmethod
     def of(layers: Layers) -> _Copy | None:
         """None where torch cannot tell us of a write: a file mapped to memory, memory of other processes."""
-        with torch.no_grad():
-            readers = [r for t in _weights(layers) if (r := lazy_copy(t.detach())) is not None]
-            if len(readers) < len(_weights(layers)):
-                return None
-            biases = [layer.bias for layer in layers if layer.bias is not None]
-            weights = [layer.weight for layer in layers]
-            return _Copy(torch.cat(weights), torch.cat(biases) if biases else None, [len(w) for w in weights], readers)
+        readers = [r for t in _weights(layers) if (r := lazy_copy(t.detach())) is not None]
+        if len(readers) < len(_weights(layers)):
+            return None
+        weights, biases = ([r for r in readers if r.ndim == ndim] for ndim in (2, 1))
+        at = tuple(map(address, readers))
+        return _Copy(torch.cat(weights), torch.cat(biases) if biases else None, [len(w) for w in weights], readers, at)
 
     def times(self, x: Tensor) -> Sequence[Tensor]:
         return nn.functional.linear(x, self.weight, self.bias).split_with_sizes(self.sizes, -1)

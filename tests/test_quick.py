@@ -375,6 +375,35 @@ def test_a_product_of_layers_gives_way_to_what_they_became() -> None:
     assert agree(calls(fast, inputs, 6), calls(model, inputs, 1))
 
 
+def test_copies_of_a_model_take_turns_with_weights_of_their_own() -> None:
+    _, fast, inputs = hosted(bert)
+    before = calls(fast, inputs, 6)
+    other = copy.deepcopy(fast)
+    _in_place(other.encoder.layer[0].attention.self.query.weight)
+    after = calls(other, inputs, 6)
+    assert not agree(after, before)
+    for _ in range(4):
+        assert agree(calls(fast, inputs, 1), before) and agree(calls(other, inputs, 1), after)
+
+
+class Wrapper(nn.Module):
+    """Hands on what it is asked for."""
+
+    def __init__(self, held: nn.Module) -> None:
+        super().__init__()
+        self.held = held
+
+    def __getattr__(self, name: str) -> Any:
+        return self._modules["held"] if name == "held" else getattr(self._modules["held"], name)
+
+
+def test_layers_behind_a_wrapper_are_found() -> None:
+    model, fast, inputs = hosted(bert)
+    calls(fast, inputs, 6)
+    fast.encoder.layer[0] = Wrapper(fast.encoder.layer[0]).eval()
+    assert runs(fast) and agree(calls(fast, inputs, 1), calls(model, inputs, 1))
+
+
 def test_wide_products_and_strange_readers_stay_apart() -> None:
     wide = [nn.Linear(1024, 1024) for _ in range(3)]
 
